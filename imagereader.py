@@ -1,0 +1,753 @@
+"""Reading: image files, z-scores, and `ImageReader`, which keeps the GPUs fed.
+
+An `ImageReader` starts worker processes that read records from the memory-mapped database, augment and normalise
+them, and fill batches in slots of shared memory; the main process takes finished batches in order. Sample ``i`` of the
+stream depends on the database, the seed and ``i`` alone, so neither the number of workers nor the batch size changes
+what the network sees. Workers are spawned (forking after TensorFlow has started its threads deadlocks) and import no
+TensorFlow, which would cost each of them 400 MB and seconds.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing import connection, shared_memory
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional
+
+import numpy as np
+
+import augment
+from lmdb_utils import Database, InputError, Metadata, PathLike
+
+IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
+
+RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
+SLOTS_PER_WORKER = (2, 8)  # at least one to fill while one is read; more only helps against uneven disks
+ALIGNMENT = 64  # bytes; TensorFlow takes over arrays aligned like this without a copy
+
+STARVED_BELOW, CAUGHT_UP_ABOVE = 0.1, 0.5  # fractions of the queue
+POLL_SECONDS = 0.5  # how often every wait looks whether it is time to stop
+STOP_SECONDS = 5.0  # what a worker gets to finish the image in hand before it is killed
+
+READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+# ---------------------------------------------------------------------------------------------- image files
+
+
+def list_images(folder: PathLike, image_format: str) -> list[Path]:
+    """Return the images of one format in a folder, sorted by name.
+
+    Parameters
+    ----------
+    folder : path
+    image_format : str
+        A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif, ``.jpeg`` as jpg, in any case.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or holds no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; check the path")
+    suffixes = IMAGE_FORMATS[image_format]
+    entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    images = [path for path in entries if path.suffix.lower() in suffixes]
+    if not images:
+        found = sorted({path.suffix for path in entries})
+        raise InputError(
+            f"expected {image_format} images in {folder}, found {len(entries)} files"
+            f"{' of type ' + ', '.join(found) if found else ''}; check the folder or set --image_format"
+        )
+    return images
+
+
+def read_image(
+    filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None
+) -> np.ndarray:
+    """Read an image file.
+
+    Parameters
+    ----------
+    filepath : path
+        TIFF, PNG or JPEG, by its extension.
+    size : (int, int), optional
+        Height and width, where they are known (from the mask). They, or `channels`, tell where the channels are
+        in a TIFF that does not say so.
+    channels : int, optional
+        Number of channels, where it is known (from the network).
+
+    Returns
+    -------
+    ndarray, shape (H, W, C)
+        In the file's own pixel type.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be decoded or is no 2-D image with channels.
+    """
+    path = Path(filepath)
+    try:
+        array, axes = _decode(path)
+    except Exception as error:  # every codec has its own exceptions, and a damaged file may raise any of them
+        raise InputError(
+            f"cannot read {path}: {error or type(error).__name__}; is it damaged or another format?"
+        ) from error
+    if array.size == 0 or array.ndim < 2:
+        raise InputError(f"expected an image in {path}, found an array of shape {array.shape}; is the file damaged?")
+    return _channels_last(array, axes, path, size, channels)
+
+
+def _decode(path: Path) -> tuple[np.ndarray, str]:
+    """Return the pixels and their axes in tifffile's letters (Y row, X column, S and C channels, others unknown)."""
+    if path.suffix.lower() in IMAGE_FORMATS["tif"]:
+        import tifffile
+
+        with tifffile.TiffFile(path) as tif:
+            return tif.series[0].asarray(), tif.series[0].axes
+    import skimage.io
+
+    with open(path, "rb") as file:
+        head = file.read(25)
+        if head[1:4] == b"PNG" and head[24] == 16:  # bits per channel; Pillow would narrow RGB to 8 of them
+            import imagecodecs
+
+            file.seek(0)
+            array = imagecodecs.png_decode(file.read())
+        else:
+            array = skimage.io.imread(path)
+    return array, "YXS"[: array.ndim]
+
+
+def _channels_last(
+    array: np.ndarray, axes: str, path: Path, size: Optional[tuple[int, int]], channels: Optional[int]
+) -> np.ndarray:
+    """Return the array as (H, W, C), by its axes, or where these are not named by the known size or channels."""
+    keep = [axis for axis, length in enumerate(array.shape) if length > 1 or axes[axis] in "YX"]
+    axes, array = "".join(axes[axis] for axis in keep), array.reshape([array.shape[axis] for axis in keep])
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3 or any(axis in "ZT" for axis in axes):
+        raise InputError(
+            f"expected a 2-D image with channels in {path}, found axes {axes} of shape {array.shape}; "
+            "save each plane as a file of its own"
+        )
+    channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
+    if channel_axis is None and size is not None:
+        if array.shape[:2] == size:
+            channel_axis = 2
+        elif array.shape[1:] == size:
+            channel_axis = 0
+    elif channel_axis is None and channels is not None and array.shape.count(channels) == 1:
+        channel_axis = array.shape.index(channels)
+    if channel_axis is None:  # the file names no axis, and nothing else tells: the shortest is the channels
+        channel_axis = int(np.argmin(array.shape))
+    return np.moveaxis(array, channel_axis, 2)
+
+
+def z_score(image: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
+    """Normalise each channel of an image to mean 0 and standard deviation 1.
+
+    Parameters
+    ----------
+    image : ndarray, shape (H, W, C)
+    out : ndarray of float32, shape (H, W, C), optional
+        Where to put the result.
+
+    Returns
+    -------
+    ndarray of float32, shape (H, W, C)
+        A channel whose standard deviation is at most 1 is only centred, as in the NIST reference implementation:
+        an empty image must not become amplified noise.
+    """
+    out = np.empty(image.shape, np.float32) if out is None else out
+    for channel in range(image.shape[2]):
+        values = image[..., channel]
+        centred = np.subtract(values, values.mean(dtype=np.float64), dtype=np.float64)
+        deviation = np.sqrt(np.mean(np.square(centred)))
+        out[..., channel] = centred / deviation if deviation > 1 else centred
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- the ring
+
+
+class Batch(NamedTuple):
+    """One batch as the network takes it.
+
+    Attributes
+    ----------
+    images : ndarray of float32, shape (B, H, W, C)
+        Normalised by `z_score`.
+    masks : ndarray of uint8 or int32, shape (B, H, W)
+        Class ids.
+    weights : ndarray of float32, shape (B,)
+        1 for an image, 0 for padding at the end of an unshuffled pass.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Where the batches of each worker lie in the shared memory.
+
+    After a page of counters follow the slots. Worker ``w`` of ``n`` builds batches ``w, w + n, ...``; its ``j``-th
+    goes into its slot ``j modulo slots_per_worker``.
+    """
+
+    num_workers: int
+    slots_per_worker: int
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    mask_dtype: str
+
+    COUNTER_BYTES = 4096
+
+    @property
+    def _part_bytes(self) -> tuple[int, int, int]:
+        """Bytes of images, masks and weights in a slot, each rounded up to the alignment."""
+        pixels = self.batch_size * self.image_shape[0] * self.image_shape[1]
+        sizes = (pixels * self.image_shape[2] * 4, pixels * np.dtype(self.mask_dtype).itemsize, self.batch_size * 4)
+        image_bytes, mask_bytes, weight_bytes = (-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        return image_bytes, mask_bytes, weight_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(self._part_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole shared memory."""
+        return self.COUNTER_BYTES + self.num_workers * self.slots_per_worker * self.slot_bytes
+
+    @property
+    def total_slots(self) -> int:
+        """Batches that fit in the ring."""
+        return self.num_workers * self.slots_per_worker
+
+    def slot(self, memory: Any, worker: int, turn: int) -> Batch:
+        """Return views of the slot that takes worker `worker`'s batch number `turn` (counted from 0)."""
+        index = worker * self.slots_per_worker + turn % self.slots_per_worker
+        offset = self.COUNTER_BYTES + index * self.slot_bytes
+        image_bytes, mask_bytes, _ = self._part_bytes
+        shape = (self.batch_size, *self.image_shape)
+        return Batch(
+            np.ndarray(shape, np.float32, memory, offset),
+            np.ndarray(shape[:3], self.mask_dtype, memory, offset + image_bytes),
+            np.ndarray(shape[:1], np.float32, memory, offset + image_bytes + mask_bytes),
+        )
+
+    def counters(self, memory: Any) -> np.ndarray:
+        """Return the counters (int64): a stop flag, then the batches that each worker has finished."""
+        return np.ndarray(1 + self.num_workers, np.int64, memory)
+
+
+def allocate_shared_memory(layout: RingLayout) -> shared_memory.SharedMemory:
+    """Create the shared memory of a ring and reserve every page of it.
+
+    Without the reservation a file system that is too small would answer later, with a bus error.
+
+    Raises
+    ------
+    InputError
+        If ``/dev/shm`` cannot hold it.
+    """
+    memory = shared_memory.SharedMemory(create=True, size=layout.total_bytes)
+    path = f"/dev/shm/{memory.name.lstrip('/')}"
+    if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, layout.total_bytes)
+        except OSError as error:
+            memory.close()
+            memory.unlink()
+            status = os.statvfs("/dev/shm")
+            raise InputError(
+                f"the readers need {layout.total_bytes / 2**20:.0f} MiB of shared memory, /dev/shm has "
+                f"{status.f_bavail * status.f_frsize / 2**20:.0f} MiB free; lower --batch_size or --reader_count, or "
+                "enlarge it (docker run --shm-size)"
+            ) from error
+        finally:
+            os.close(descriptor)
+    return memory
+
+
+# ---------------------------------------------------------------------------------------------- the sample stream
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Which record each sample of the stream takes, and with which random numbers.
+
+    A shuffled stream goes through one permutation of the records after another. A balanced one draws a class, then
+    one of its records. An unshuffled one passes over the records in order, each pass padded with empty samples
+    (index -1) to `pass_length`.
+    """
+
+    seed: int
+    shuffle: bool
+    balance_classes: bool
+    pass_length: int
+
+    def generator(self, sample: int) -> np.random.Generator:
+        """Return the random numbers of one sample."""
+        return np.random.default_rng((self.seed, 1, sample))
+
+    def permutation(self, epoch: int, count: int) -> np.ndarray:
+        """Return the order of the records in one pass of a shuffled stream."""
+        return np.random.default_rng((self.seed, 2, epoch)).permutation(count)
+
+
+class SampleSource:
+    """One worker's view of the stream: picks, reads, augments and normalises sample after sample."""
+
+    def __init__(self, database: Database, stream: Stream, augmentation: Optional[dict[str, Any]]) -> None:
+        self._database, self._stream, self._augmentation = database, stream, augmentation
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def pick(self, sample: int, rng: np.random.Generator) -> int:
+        """Return the record of a sample, or -1 for padding."""
+        metadata = self._database.metadata
+        if self._stream.balance_classes:
+            records = metadata.records_of_class(int(rng.integers(len(metadata.classes))))
+            return int(records[rng.integers(len(records))])
+        epoch, position = divmod(sample, self._stream.pass_length)
+        if not self._stream.shuffle:
+            return position if position < metadata.count else -1
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._stream.permutation(epoch, metadata.count)
+        return int(self._order[position])
+
+    def place(self, record: int, rng: np.random.Generator, batch: Batch, index: int) -> None:
+        """Put a record into position `index` of a batch."""
+        batch.weights[index] = record >= 0
+        if record < 0:
+            batch.images[index], batch.masks[index] = 0, 0
+            return
+        image, mask = self._database.read(record)
+        if self._augmentation is not None:
+            transformation = augment.sample_transformation(rng, *mask.shape, **self._augmentation)
+            image, mask = augment.apply_transformation(transformation, image, mask, rng)
+        z_score(image, out=batch.images[index])
+        batch.masks[index] = mask
+
+
+# ---------------------------------------------------------------------------------------------- the worker process
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """All that a worker process gets: plain values, the name of the shared memory, and its semaphores."""
+
+    worker: int
+    database: str
+    stream: Stream
+    augmentation: Optional[dict[str, Any]]
+    layout: RingLayout
+    memory_name: str
+    free: Any  # one semaphore for each of the worker's slots
+    filled: Any  # counts the worker's finished batches
+    failures: Any  # write end of a pipe
+
+
+def run_worker(task: WorkerTask) -> None:
+    """Fill slots until told to stop; the main function of a worker process."""
+    # The main process decides what a signal means; a Ctrl-C reaches the whole group, a scancel every process.
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    where = "start-up"
+    try:
+        memory = shared_memory.SharedMemory(task.memory_name)
+        with Database(task.database) as database:
+            source = SampleSource(database, task.stream, task.augmentation)
+            turn = 0
+            while _wait_for_slot(task, memory, turn):
+                batch = task.layout.slot(memory.buf, task.worker, turn)
+                first = (turn * task.layout.num_workers + task.worker) * task.layout.batch_size
+                for index in range(task.layout.batch_size):
+                    where = f"sample {first + index}"
+                    rng = task.stream.generator(first + index)
+                    record = source.pick(first + index, rng)
+                    where = database.metadata.describe_record(record) if record >= 0 else "padding"
+                    source.place(record, rng, batch, index)
+                turn += 1
+                task.layout.counters(memory.buf)[1 + task.worker] = turn
+                task.filled.release()
+    except BaseException as error:
+        task.failures.send((where, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        os._exit(1)  # the message is out; a tidy exit could hang on what has just failed
+    os._exit(0)  # nothing to tidy up: the parent owns the shared memory, and views of it would make close() fail
+
+
+def _wait_for_slot(task: WorkerTask, memory: shared_memory.SharedMemory, turn: int) -> bool:
+    """Wait until the slot of this turn may be overwritten; False when it is time to stop."""
+    counters = task.layout.counters(memory.buf)
+    free = task.free[turn % task.layout.slots_per_worker]
+    while not counters[0]:
+        if free.acquire(timeout=POLL_SECONDS):
+            return not counters[0]
+    return False
+
+
+def _exit_with_parent() -> None:
+    """End this process as soon as the main process is gone, however that came about."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# ---------------------------------------------------------------------------------------------- the reader
+
+
+class ReaderError(RuntimeError):
+    """A worker process failed; the message names it, what it was doing, and why."""
+
+
+class ImageReader:
+    """Batches from a database, prepared by worker processes; a context manager.
+
+    Parameters
+    ----------
+    img_db : path
+        Database that `build_lmdb.py` wrote.
+    use_augmentation : bool
+        Transform each image at random; the limits are in the block below.
+    balance_classes : bool
+        Draw each class equally often, then an image that holds it. Needs `shuffle`.
+    shuffle : bool
+        Draw at random; otherwise pass over the database in order, each image once per pass.
+    num_workers : int
+        Reader processes.
+    number_classes : int
+        Classes of the network; a database with others is refused.
+    batch_size : int
+        Images in a batch.
+    seed : int
+        The stream is a function of this and of the database.
+    name : str
+        Says in messages which reader speaks.
+    pass_batches_multiple : int
+        An unshuffled pass is padded to a multiple of so many batches (the replicas that share a step).
+
+    Raises
+    ------
+    FileNotFoundError, InputError
+        If the database is missing, damaged, or holds a class that the network has not.
+    """
+
+    def __init__(
+        self,
+        img_db: PathLike,
+        use_augmentation: bool = False,
+        balance_classes: bool = False,
+        shuffle: bool = True,
+        num_workers: int = 1,
+        number_classes: int = 2,
+        batch_size: int = 4,
+        seed: int = 0,
+        name: str = "reader",
+        pass_batches_multiple: int = 1,
+    ) -> None:
+        if num_workers < 1 or batch_size < 1:
+            raise InputError(f"expected at least 1 reader and 1 image per batch, got {num_workers} and {batch_size}")
+        if balance_classes and not shuffle:
+            raise InputError("an unshuffled pass shows every image once and cannot balance classes; switch one off")
+
+        # setup the image data augmentation parameters
+        self._reflection_flag = True
+        self._rotation_flag = True
+        self._jitter_augmentation_severity = 0.1  # x% of a FOV
+        self._noise_augmentation_severity = 0.02  # vary noise by x% of the dynamic range present in the image
+        self._scale_augmentation_severity = 0.1  # vary size by x%
+        self._blur_max_sigma = 2  # pixels
+        # A constant shift of the whole image is undone by the z-score, so it is of use only with another normalisation.
+        # self._intensity_augmentation_severity = 0.05
+
+        self._use_augmentation, self._name = use_augmentation, name
+        self._database = os.fspath(img_db)
+        with Database(img_db) as database:
+            self.metadata = database.metadata
+        check_classes(self.metadata, number_classes, self._database)
+        pass_length = self.metadata.count
+        if not shuffle:
+            multiple = batch_size * pass_batches_multiple
+            pass_length = -(-self.metadata.count // multiple) * multiple
+        self._stream = Stream(seed, shuffle, balance_classes, pass_length)
+        mask_dtype = "uint8" if number_classes <= 256 else "int32"
+        self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, mask_dtype)
+        self._memory: Optional[shared_memory.SharedMemory] = None
+        self._processes: list[Any] = []
+        self._watcher: Optional[threading.Thread] = None
+        self._failure: Optional[ReaderError] = None
+        self._stopping = threading.Event()
+        self._taking = threading.Lock()  # the consumer may be a thread of TensorFlow, still copying at shutdown
+        self._taken = 0
+        self._starving = False
+
+    # ------------------------------------------------------------------ lifecycle
+
+    def startup(self) -> None:
+        """Start the workers; does nothing where they run already.
+
+        Raises
+        ------
+        InputError
+            If there is too little shared memory.
+        """
+        if self._processes:
+            return
+        self._failure, self._taken, self._starving = None, 0, False
+        self._stopping.clear()
+        context = multiprocessing.get_context("spawn")
+        self._memory = allocate_shared_memory(self._layout)
+        self._free = [
+            [context.Semaphore(1) for _ in range(self._layout.slots_per_worker)]
+            for _ in range(self._layout.num_workers)
+        ]
+        self._filled = [context.Semaphore(0) for _ in range(self._layout.num_workers)]
+        self._pipes = []
+        with _environment({name: "1" for name in READER_THREAD_VARIABLES}):
+            for worker in range(self._layout.num_workers):
+                receiver, sender = context.Pipe(duplex=False)
+                task = WorkerTask(
+                    worker,
+                    self._database,
+                    self._stream,
+                    self._augmentation_limits() if self._use_augmentation else None,
+                    self._layout,
+                    self._memory.name,
+                    self._free[worker],
+                    self._filled[worker],
+                    sender,
+                )
+                process = context.Process(
+                    target=run_worker, args=(task,), name=f"{self._name} worker {worker}", daemon=True
+                )
+                process.start()
+                sender.close()
+                self._pipes.append(receiver)
+                self._processes.append(process)
+        self._watcher = threading.Thread(target=self._watch, name=f"{self._name} watcher", daemon=True)
+        self._watcher.start()
+
+    def shutdown(self) -> None:
+        """Stop the workers and remove the shared memory; does nothing where nothing runs."""
+        self._stopping.set()
+        if self._memory is None:
+            return
+        self._layout.counters(self._memory.buf)[0] = 1
+        for semaphore in (semaphore for slots in self._free for semaphore in slots):
+            semaphore.release()  # wakes the workers that wait for a slot
+        for process in self._processes:
+            process.join(STOP_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if self._watcher is not None:
+            self._watcher.join()
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.close()
+        with self._taking:
+            self._processes, self._pipes, self._free, self._filled = [], [], [], []
+            memory, self._memory = self._memory, None
+        memory.close()
+        memory.unlink()
+
+    def __enter__(self) -> "ImageReader":
+        """Start the workers."""
+        self.startup()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop the workers."""
+        self.shutdown()
+
+    def _augmentation_limits(self) -> dict[str, Any]:
+        """Return the limits set in ``__init__`` by the names that `augment.sample_transformation` gives them."""
+        names = (
+            "reflection_flag",
+            "rotation_flag",
+            "jitter_augmentation_severity",
+            "noise_augmentation_severity",
+            "scale_augmentation_severity",
+            "blur_max_sigma",
+            "intensity_augmentation_severity",
+        )
+        return {name: getattr(self, f"_{name}") for name in names if hasattr(self, f"_{name}")}
+
+    def _watch(self) -> None:
+        """Report a worker that ends before it was told to, at once, even while the main thread is busy elsewhere."""
+        while not self._stopping.is_set():
+            for sentinel in connection.wait([process.sentinel for process in self._processes], POLL_SECONDS):
+                if self._stopping.is_set():
+                    return
+                worker = [process.sentinel for process in self._processes].index(sentinel)
+                process = self._processes[worker]
+                process.join()
+                self._failure = ReaderError(describe_failure(process, self._pipes[worker]))
+                logging.error("%s", self._failure)
+                return
+
+    def raise_failure(self) -> None:
+        """Raise the `ReaderError` of a worker that failed, if there is one."""
+        if self._failure is not None:
+            raise self._failure
+
+    # ------------------------------------------------------------------ batches
+
+    def get_image_count(self) -> int:
+        """Return the number of images in the database."""
+        return self.metadata.count
+
+    def get_image_size(self) -> tuple[int, int, int]:
+        """Return the shape (H, W, C) of an image."""
+        return self.metadata.image_shape
+
+    def get_pass_batches(self) -> int:
+        """Return the number of batches in an unshuffled pass over the database, padding included."""
+        return -(-self._stream.pass_length // self._layout.batch_size)
+
+    def get_queue_size(self) -> int:
+        """Return the number of finished batches that wait to be taken."""
+        if self._memory is None:
+            return 0
+        return int(self._layout.counters(self._memory.buf)[1:].sum()) - self._taken
+
+    def generator(self) -> Iterator[Batch]:
+        """Yield batch after batch, without end; it returns when the reader is shut down.
+
+        Yields
+        ------
+        Batch
+            Arrays of their own (one copy out of the slot, aligned so that TensorFlow needs no second one).
+
+        Raises
+        ------
+        ReaderError
+            If a worker has failed.
+        """
+        while True:
+            batch = self._take()
+            if batch is None:
+                return
+            yield batch
+
+    def _take(self) -> Optional[Batch]:
+        """Return the next batch of the stream, or None once the reader is shut down."""
+        turn, worker = divmod(self._taken, self._layout.num_workers)
+        self._report_starvation()
+        while not self._stopping.is_set() and self._memory is not None:
+            self.raise_failure()
+            if self._filled[worker].acquire(timeout=POLL_SECONDS):
+                with self._taking:
+                    if self._stopping.is_set():
+                        return None
+                    batch = Batch(*map(aligned_copy, self._layout.slot(self._memory.buf, worker, turn)))
+                    self._taken += 1
+                    self._free[worker][turn % self._layout.slots_per_worker].release()
+                return batch
+        return None
+
+    def _report_starvation(self) -> None:
+        """Log when the queue runs empty and when it has recovered, once each."""
+        size, slots = self.get_queue_size(), self._layout.total_slots
+        # The first ring of batches is start-up: the queue has had no chance to fill.
+        if not self._starving and size < STARVED_BELOW * slots and self._taken >= slots:
+            self._starving = True
+            logging.warning("%s: Input Queue Starvation !!!!", self._name)
+        elif self._starving and size > CAUGHT_UP_ABOVE * slots:
+            self._starving = False
+            logging.warning("%s: Input Queue Starvation Over", self._name)
+
+    def get_tf_dataset(self) -> Any:
+        """Return the stream as an endless `tf.data.Dataset` of (images, masks, weights), shaped as `Batch`."""
+        import tensorflow as tf
+
+        shape = (self._layout.batch_size, *self._layout.image_shape)
+        signature = (
+            tf.TensorSpec(shape, tf.float32),
+            tf.TensorSpec(shape[:3], tf.dtypes.as_dtype(self._layout.mask_dtype)),
+            tf.TensorSpec(shape[:1], tf.float32),
+        )
+        dataset = tf.data.Dataset.from_generator(lambda: map(tuple, self.generator()), output_signature=signature)
+        return dataset.prefetch(2)
+
+
+def make_layout(num_workers: int, batch_size: int, image_shape: tuple[int, int, int], mask_dtype: str) -> RingLayout:
+    """Return a ring as deep as `RING_BYTES` and `SLOTS_PER_WORKER` allow."""
+    least, most = SLOTS_PER_WORKER
+    one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
+    slots = min(max(RING_BYTES // (one.slot_bytes * num_workers), least), most)
+    return RingLayout(num_workers, slots, batch_size, image_shape, mask_dtype)
+
+
+def check_classes(metadata: Metadata, number_classes: int, database: str) -> None:
+    """Refuse a database that holds a class the network has no output for.
+
+    Raises
+    ------
+    InputError
+        Names the classes, and a file that holds one of the offending ones.
+    """
+    classes = metadata.classes
+    outside = np.flatnonzero((classes < 0) | (classes >= number_classes))
+    if len(outside):
+        example = metadata.describe_record(int(metadata.records_of_class(int(outside[0]))[0]))
+        shown = ", ".join(map(str, classes[:16])) + (", ..." if len(classes) > 16 else "")
+        raise InputError(
+            f"expected classes 0 to {number_classes - 1} in {database}, found {shown} (for example class "
+            f"{classes[outside[0]]} in {example}); set --number_classes {int(classes.max()) + 1}, or renumber the "
+            "masks (0 background, 1, 2, ...) and build the database again"
+        )
+
+
+def describe_failure(process: Any, pipe: Any) -> str:
+    """Return in words how a worker ended: what it told through its pipe, or else its exit code."""
+    who = f"{process.name} (process {process.pid})"
+    with contextlib.suppress(EOFError, OSError):
+        if pipe.poll():
+            where, error, trace = pipe.recv()
+            return f"{who} failed at {where}: {error}\n{trace}"
+    how = f"exit code {process.exitcode}"
+    if process.exitcode is not None and process.exitcode < 0:
+        how = f"killed by {signal.Signals(-process.exitcode).name}, {how}"
+    return f"{who} died without a word ({how}); was it killed by hand, by Slurm or for want of memory?"
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """Return a copy whose data starts at a multiple of `ALIGNMENT` bytes."""
+    buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the child processes started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

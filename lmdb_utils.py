@@ -1,0 +1,600 @@
+"""The database on disk, and the few things every script of the suite shares.
+
+Owns the record format, writing a pair of databases so that they appear whole or not at all, opening one, and its
+metadata. As the lowest module of the suite it also holds what all three scripts need to talk to their user: the
+exception for bad input, logging, progress lines and checked numbers on the command line.
+
+A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
+value is a 32-byte header (`HEADER`), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)``
+bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncompressed npz archive (`Metadata`).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Union
+
+import lmdb
+import numpy as np
+
+FORMAT_NAME = "semantic-segmentation-lmdb"
+FORMAT_VERSION = 1
+RECORD_MAGIC = b"SSEG"
+# magic, version, reserved, image dtype, mask dtype, height, width, channels, padding to 32 bytes
+HEADER = struct.Struct("<4sHH4s4sIII4x")
+METADATA_KEY = b"metadata"
+
+IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
+MASK_DTYPES = ("uint8", "uint16", "int32")
+
+INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
+COMMIT_BYTES = 64 * 2**20  # records held back for one transaction, replayed if the map was too small for them
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def record_key(index: int) -> bytes:
+    """Return the key of record `index` (0-based)."""
+    return b"%010d" % index
+
+
+def encode_record(image: np.ndarray, mask: np.ndarray) -> bytes:
+    """Serialise one image and its mask.
+
+    Parameters
+    ----------
+    image : ndarray, shape (H, W, C)
+        One of `IMAGE_DTYPES`.
+    mask : ndarray, shape (H, W)
+        One of `MASK_DTYPES`.
+
+    Returns
+    -------
+    bytes
+        Header, image and mask.
+
+    Raises
+    ------
+    ValueError
+        If shapes or dtypes are not those above.
+    """
+    if image.ndim != 3 or image.shape[:2] != mask.shape:
+        raise ValueError(f"expected image (H, W, C) and mask (H, W), got {image.shape} and {mask.shape}")
+    if image.dtype.name not in IMAGE_DTYPES or mask.dtype.name not in MASK_DTYPES:
+        raise ValueError(f"cannot store a {image.dtype} image with a {mask.dtype} mask")
+    image = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
+    mask = np.ascontiguousarray(mask, mask.dtype.newbyteorder("<"))
+    header = HEADER.pack(
+        RECORD_MAGIC, FORMAT_VERSION, 0, image.dtype.str.encode(), mask.dtype.str.encode(), *image.shape
+    )
+    return b"".join((header, image.data, mask.data))
+
+
+def decode_record(value: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image ``(H, W, C)`` and mask ``(H, W)`` of a record as read-only views, without a copy.
+
+    Raises
+    ------
+    InputError
+        If the bytes are not a record of this format and version.
+    """
+    if len(value) < HEADER.size:
+        raise InputError(f"a record of {len(value)} bytes is no image record; build the database again")
+    magic, version, _, image_type, mask_type, height, width, channels = HEADER.unpack_from(value)
+    if magic != RECORD_MAGIC or version != FORMAT_VERSION:
+        raise InputError("a record is not of this suite's format; build the database again")
+    image_dtype, mask_dtype = np.dtype(image_type.rstrip(b"\0").decode()), np.dtype(mask_type.rstrip(b"\0").decode())
+    pixels = height * width
+    mask_offset = HEADER.size + pixels * channels * image_dtype.itemsize
+    if len(value) != mask_offset + pixels * mask_dtype.itemsize:
+        raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
+    image = np.frombuffer(value, image_dtype, pixels * channels, HEADER.size).reshape(height, width, channels)
+    mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
+    return image, mask
+
+
+# ---------------------------------------------------------------------------------------------- metadata
+
+
+@dataclass
+class Metadata:
+    """What a reader needs to know before it touches a record.
+
+    Attributes
+    ----------
+    info : dict
+        JSON-compatible: ``count``, ``image_shape`` (H, W, C), ``image_dtype``, ``mask_dtype`` and whatever the
+        builder adds (dataset name, seed, options).
+    classes : ndarray of int64, shape (K,)
+        The class ids that occur, ascending.
+    pixel_counts : ndarray of int64, shape (K,)
+        Pixels of each class.
+    record_offsets : ndarray of int64, shape (K + 1,)
+        Class ``classes[k]`` occurs in ``class_records[record_offsets[k]:record_offsets[k + 1]]``.
+    class_records : ndarray of int32
+        Record indices, grouped by class and ascending within a class.
+    names : list of str
+        Source file name of each image that contributed records.
+    record_image, record_row, record_column : ndarray of int32, shape (count,)
+        For each record the index into `names` and the tile's origin in that image, in pixels.
+    """
+
+    info: dict[str, Any]
+    classes: np.ndarray
+    pixel_counts: np.ndarray
+    record_offsets: np.ndarray
+    class_records: np.ndarray
+    names: list[str]
+    record_image: np.ndarray
+    record_row: np.ndarray
+    record_column: np.ndarray
+
+    ARRAYS = (
+        "classes",
+        "pixel_counts",
+        "record_offsets",
+        "class_records",
+        "record_image",
+        "record_row",
+        "record_column",
+    )
+
+    @property
+    def count(self) -> int:
+        """Number of records."""
+        return int(self.info["count"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (H, W, C) of every image in the database."""
+        height, width, channels = self.info["image_shape"]
+        return height, width, channels
+
+    def records_of_class(self, position: int) -> np.ndarray:
+        """Return the indices of the records that hold class ``classes[position]``."""
+        return self.class_records[self.record_offsets[position] : self.record_offsets[position + 1]]
+
+    def describe_record(self, index: int) -> str:
+        """Return a record's origin in words, for messages: file name, and tile origin where there are tiles."""
+        name = self.names[self.record_image[index]]
+        return f"record {index} ({name}, row {self.record_row[index]}, column {self.record_column[index]})"
+
+    def to_bytes(self) -> bytes:
+        """Serialise as an uncompressed npz archive."""
+        arrays = {field: getattr(self, field) for field in self.ARRAYS}
+        # JSON is valid UTF-8 without NUL, so the list of a million names costs one decode, not a parse per name.
+        header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **self.info}
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        arrays["names"] = np.frombuffer("\0".join(self.names).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> "Metadata":
+        """Read what `to_bytes` wrote; raises `InputError` where the version is another one."""
+        with np.load(io.BytesIO(value), allow_pickle=False) as archive:
+            info = json.loads(archive["header"].tobytes())
+            if info.pop("format") != FORMAT_NAME or info.pop("version") != FORMAT_VERSION:
+                raise InputError(f"its format is not version {FORMAT_VERSION} of {FORMAT_NAME}")
+            names = archive["names"].tobytes().decode().split("\0")
+            return cls(info=info, names=names, **{field: archive[field] for field in cls.ARRAYS})
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class DatabaseWriter:
+    """Append records to a new database file; the metadata is gathered on the way.
+
+    Parameters
+    ----------
+    filepath : path
+        File to create; it must not exist. Use `new_databases` to have it appear under its final name only when whole.
+    initial_map_bytes : int
+        Starting size of LMDB's memory map, doubled whenever it is too small.
+    """
+
+    def __init__(self, filepath: PathLike, initial_map_bytes: int = INITIAL_MAP_BYTES) -> None:
+        self._map_bytes = initial_map_bytes
+        # The file is private until it is renamed: no lock file, and one sync at the end instead of one per commit.
+        self._environment = lmdb.open(
+            os.fspath(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
+        )
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._pending_bytes = 0
+        self._shape: Optional[tuple[int, ...]] = None
+        self._image_dtype = self._mask_dtype = ""
+        self._names: list[str] = []
+        self._origins: list[tuple[int, int, int]] = []
+        self._pixel_counts: dict[int, int] = {}
+        self._class_records: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of records appended so far."""
+        return len(self._origins)
+
+    def append(self, image: np.ndarray, mask: np.ndarray, name: str, row: int = 0, column: int = 0) -> None:
+        """Append one record.
+
+        Parameters
+        ----------
+        image : ndarray, shape (H, W, C)
+            Shape and dtype must be those of the first record.
+        mask : ndarray, shape (H, W)
+            Class ids, not negative.
+        name : str
+            File the record comes from.
+        row, column : int
+            Origin of the record in that file, in pixels.
+
+        Raises
+        ------
+        ValueError
+            If shape or dtype differ from the first record's.
+        """
+        if self._shape is None:
+            self._shape, self._image_dtype, self._mask_dtype = image.shape, image.dtype.name, mask.dtype.name
+        elif (image.shape, image.dtype.name) != (self._shape, self._image_dtype):
+            raise ValueError(f"expected {self._shape} {self._image_dtype}, got {image.shape} {image.dtype} from {name}")
+        index = len(self)
+        if not self._names or self._names[-1] != name:
+            self._names.append(name)
+        self._origins.append((len(self._names) - 1, row, column))
+        for class_id, count in count_classes(mask).items():
+            self._pixel_counts[class_id] = self._pixel_counts.get(class_id, 0) + count
+            self._class_records.setdefault(class_id, []).append(index)
+        self._put(record_key(index), encode_record(image, mask))
+
+    def finish(self, info: dict[str, Any]) -> Metadata:
+        """Write the metadata, sync to disk and close. `info` is stored along (JSON-compatible values)."""
+        if self._shape is None:
+            raise ValueError("a database needs at least one record")
+        metadata = self._make_metadata(info)
+        self._put(METADATA_KEY, metadata.to_bytes())
+        self._commit()
+        self._environment.sync(True)
+        self.close()
+        return metadata
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._environment.close()
+
+    def _make_metadata(self, info: dict[str, Any]) -> Metadata:
+        classes = sorted(self._class_records)
+        records = [np.asarray(self._class_records[class_id], np.int32) for class_id in classes]
+        origins = np.asarray(self._origins, np.int32)
+        return Metadata(
+            info={
+                "count": len(self),
+                "image_shape": list(self._shape or ()),
+                "image_dtype": self._image_dtype,
+                "mask_dtype": self._mask_dtype,
+                **info,
+            },
+            classes=np.asarray(classes, np.int64),
+            pixel_counts=np.asarray([self._pixel_counts[class_id] for class_id in classes], np.int64),
+            record_offsets=np.cumsum([0] + [len(indices) for indices in records]).astype(np.int64),
+            class_records=np.concatenate(records),
+            names=self._names,
+            record_image=origins[:, 0].copy(),
+            record_row=origins[:, 1].copy(),
+            record_column=origins[:, 2].copy(),
+        )
+
+    def _put(self, key: bytes, value: bytes) -> None:
+        self._pending.append((key, value))
+        self._pending_bytes += len(value)
+        if self._pending_bytes >= COMMIT_BYTES:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write the pending records; where the map is too small, double it and replay them."""
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in self._pending:
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._map_bytes *= 2
+                self._environment.set_mapsize(self._map_bytes)
+        self._pending.clear()
+        self._pending_bytes = 0
+
+
+def count_classes(mask: np.ndarray) -> dict[int, int]:
+    """Return ``{class id: number of pixels}`` of an integer array of any shape."""
+    if mask.dtype.itemsize <= 2 and mask.dtype.kind == "u":
+        counts = np.bincount(mask.reshape(-1))
+        classes = np.flatnonzero(counts)
+        return dict(zip(classes.tolist(), counts[classes].tolist()))
+    classes, counts = np.unique(mask, return_counts=True)
+    return dict(zip(classes.tolist(), counts.tolist()))
+
+
+@contextlib.contextmanager
+def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
+    """Create databases that appear under their names together, and only if the block ends without an exception.
+
+    They are written in a hidden folder beside the first target, which is removed whatever happens; a folder that a
+    killed build left is cleared first. An existing target stays readable until the moment it is replaced.
+
+    Parameters
+    ----------
+    *targets : path
+        Final file names, all in one folder, which is created where missing.
+
+    Yields
+    ------
+    list of DatabaseWriter
+        One for each target; the block must call `DatabaseWriter.finish` on each.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written, the disk is full, or a target is a folder.
+    """
+    paths = [Path(target) for target in targets]
+    folder = paths[0].parent
+    building = folder / f".building-{paths[0].name}"
+    writers: list[DatabaseWriter] = []
+    for path in paths:
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder, where a database file has to go; move it away or choose another name"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        writers += [DatabaseWriter(building / path.name) for path in paths]
+        yield writers
+        for path in paths:
+            os.replace(building / path.name, path)
+        sync_folder(folder)
+    except (OSError, lmdb.Error) as error:
+        raise InputError(
+            f"cannot write a database in {folder}: {error}; free some space or choose another folder"
+        ) from error
+    finally:
+        for writer in writers:
+            writer.close()
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def sync_folder(folder: PathLike) -> None:
+    """Make renames in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Database:
+    """A finished database, opened read-only; a context manager.
+
+    Must be opened in the process that uses it: an LMDB environment does not survive a fork, and one process may open
+    a file only once at a time. A finished file never changes, so there are no locks (network file systems often
+    have none) and one read transaction serves for life, which is what makes zero-copy views possible.
+
+    Parameters
+    ----------
+    filepath : path
+        A file that `build_lmdb.py` wrote.
+
+    Attributes
+    ----------
+    metadata : Metadata
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    InputError
+        If it is not a whole database of this format and version.
+    """
+
+    def __init__(self, filepath: PathLike) -> None:
+        self.filepath = os.fspath(filepath)
+        if not os.path.exists(self.filepath):
+            raise FileNotFoundError(f"no database {self.filepath}; make one with build_lmdb.py or check the path")
+        if os.path.isdir(self.filepath):
+            raise InputError(
+                f"{self.filepath} is a folder; a database of this suite is one file, made by build_lmdb.py"
+            )
+        try:
+            self._environment = lmdb.open(self.filepath, subdir=False, readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise InputError(
+                f"{self.filepath} is not an LMDB database ({error}); build it with build_lmdb.py"
+            ) from error
+        try:
+            self._transaction = self._environment.begin(buffers=True)
+            self.metadata = self._read_metadata()
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def _read_metadata(self) -> Metadata:
+        needed = self._environment.info()["last_pgno"] + 1
+        # LMDB would touch pages beyond the end of a truncated file and die of SIGBUS, so the length is checked first.
+        if os.path.getsize(self.filepath) < needed * self._environment.stat()["psize"]:
+            raise InputError(
+                f"{self.filepath} is shorter than its own index says (an interrupted copy?); copy or build it again"
+            )
+        value = self._transaction.get(METADATA_KEY)
+        if value is None:
+            raise InputError(f"{self.filepath} is an LMDB database, but not one of build_lmdb.py; build it again")
+        try:
+            return Metadata.from_bytes(bytes(value))
+        except (InputError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{self.filepath} cannot be used: {error}; build it again with build_lmdb.py") from error
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return self.metadata.count
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image ``(H, W, C)`` and mask ``(H, W)`` as views of the memory map, valid until `close`."""
+        value = self._transaction.get(record_key(index))
+        if value is None:
+            raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")
+        return decode_record(value)
+
+    def close(self) -> None:
+        """Close the file; views into it must not be used any more. May be called twice."""
+        self._transaction.abort()
+        self._environment.close()
+
+    def __enter__(self) -> "Database":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file."""
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------- the user's terminal
+
+
+def run_script(work: Callable[[], Optional[int]]) -> int:
+    """Call `work` and turn its end into an exit code; bad input becomes one line instead of a traceback.
+
+    Returns
+    -------
+    int
+        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, `EXIT_INTERRUPTED` after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except (InputError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        logging.error("%s", error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        logging.error("interrupted; nothing half-written was left behind")
+        return EXIT_INTERRUPTED
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send the program's own log to standard output; `main` functions call it, nothing else does."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
+    for name in ("absl", "matplotlib", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout, force=True)
+
+
+def log_settings(args: argparse.Namespace) -> None:
+    """Log every option with its value, so that a log tells how it was made."""
+    logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+
+
+def positive_int(text: str) -> int:
+    """Return `text` as an integer of at least 1; the ``type`` of command-line options that count something."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def seed_int(text: str) -> int:
+    """Return `text` as a seed; the ``type`` of command-line options."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 4294967295, got {text!r}")
+    return int(text)
+
+
+def existing_folder(text: str) -> Path:
+    """Return `text` as the path of a folder that exists; the ``type`` of command-line options."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}; check the path")
+    return path
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Progress:
+    """A progress line: rewritten in place on a terminal, a plain log line now and then in a file.
+
+    Parameters
+    ----------
+    label : str
+        What is going on, such as ``"epoch 3"``.
+    total : int
+        Number of units of work.
+    unit : str
+        Their name in the plural, such as ``"images"``.
+    rate_factor : float
+        Units of `rate_unit` for each unit of work, for rates such as images/s where work is counted in steps.
+    rate_unit : str, optional
+        Name of what the rate counts; `unit` by default.
+    """
+
+    TERMINAL_SECONDS = 0.5
+    FILE_SECONDS = 30.0
+
+    def __init__(self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "") -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
+        self._terminal = sys.stdout.isatty()
+        self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
+        self._start = self._shown = time.monotonic()
+
+    def update(self, done: int, details: str = "") -> None:
+        """Show that `done` of the total are finished, if it is time for a line."""
+        now = time.monotonic()
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        rate = done / max(now - self._start, 1e-9)
+        left = format_seconds((self._total - done) / max(rate, 1e-9)) if done else "unknown"
+        line = (
+            f"{self._label} {done}/{self._total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
+            f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"
+        )
+        if self._terminal:
+            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stdout.flush()
+        else:
+            logging.info("%s", line)
+
+    def close(self) -> None:
+        """Clear the terminal's line, so that the next log line starts in an empty one."""
+        if self._terminal:
+            sys.stdout.write("\r\x1b[K")
+            sys.stdout.flush()
