@@ -8,6 +8,7 @@ reader processes import this file again and must not pay for it, and ``-h`` shou
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import logging
@@ -15,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -345,18 +347,19 @@ def train(args: argparse.Namespace, strategy: Any, train_reader: "ImageReader", 
     manager = tf.train.CheckpointManager(checkpoint, os.fspath(args.output_dir / "checkpoint"), CHECKPOINTS_KEPT)
     report = Report(args.output_dir, args.number_classes)
     stopping = EarlyStopping(args.early_stopping)
-    train_batches, test_batches = trainer.distribute(train_reader), trainer.distribute(test_reader)
     epoch = step = 0
-    while not stopping.should_stop and (args.max_epochs is None or epoch < args.max_epochs):
-        epoch += 1
-        train_figures = train_one_epoch(args, trainer, train_reader, train_batches, epoch, step)
-        step += args.test_every_n_steps
-        test_figures = evaluate(trainer, test_reader, test_batches)
-        is_best = stopping.update(test_figures["loss"])
-        report.write(epoch, step, train_figures, test_figures, is_best)
-        manager.save(checkpoint_number=epoch)
-        if is_best:
-            export_saved_model(trainer.model, args.output_dir / "saved_model", saved_model_metadata(args, image_shape))
+    with open_batches(trainer, train_reader) as train_batches, open_batches(trainer, test_reader) as test_batches:
+        while not stopping.should_stop and (args.max_epochs is None or epoch < args.max_epochs):
+            epoch += 1
+            train_figures = train_one_epoch(args, trainer, train_reader, train_batches, epoch, step)
+            step += args.test_every_n_steps
+            test_figures = evaluate(trainer, test_reader, test_batches)
+            is_best = stopping.update(test_figures["loss"])
+            report.write(epoch, step, train_figures, test_figures, is_best)
+            manager.save(checkpoint_number=epoch)
+            if is_best:
+                metadata = saved_model_metadata(args, image_shape)
+                export_saved_model(trainer.model, args.output_dir / "saved_model", metadata)
     reason = (
         f"the test loss has not improved for {args.early_stopping} epochs"
         if stopping.should_stop
@@ -365,6 +368,24 @@ def train(args: argparse.Namespace, strategy: Any, train_reader: "ImageReader", 
     logging.info(
         "done: %s; best test loss %.4f; the model is in %s", reason, stopping.best_loss, args.output_dir / "saved_model"
     )
+
+
+@contextlib.contextmanager
+def open_batches(trainer: "UNetTrainer", reader: "ImageReader") -> Iterator[Any]:
+    """Yield an endless iterator over global batches; stop the reader and run the iterator dry at the end.
+
+    TensorFlow destroys an iterator in the thread that drops it, with Python's lock held, and waits there for its
+    prefetching threads. If one of these is about to call the generator, it waits for that lock: the program hung for a
+    minute after the last epoch. A generator that has ended is not called again.
+    """
+    batches = trainer.distribute(reader)
+    try:
+        yield batches
+    finally:
+        reader.shutdown()
+        with contextlib.suppress(Exception):  # a failed reader ends the stream with its error, reported already
+            for _ in batches:
+                pass
 
 
 def train_one_epoch(
