@@ -1,0 +1,64 @@
+r"""Draw images beside their true and predicted masks, and print how well they agree.
+
+    python data/draw_example.py --test_database data/example/test-cells.lmdb --image_folder data/images \
+        --mask_folder data/masks --predicted_folder data/example/masks --output data/example/result.png
+
+Only the images of the test database count: the network has not learnt from them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from imagereader import read_image
+from lmdb_utils import Database
+
+ROWS = 4
+
+
+def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: Path) -> None:
+    """Save a picture with a row of image, truth and prediction for each panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False)
+    for row, (name, image, truth, predicted) in zip(axes, panels):
+        classes = max(truth.max(), predicted.max(), 1)
+        row[0].imshow(image, cmap="gray", vmin=np.percentile(image, 0.5), vmax=np.percentile(image, 99.7))
+        row[1].imshow(truth, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
+        row[2].imshow(predicted, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
+        for axis, title in zip(row, (name, "truth", "prediction")):
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(output, dpi=110)
+
+
+def main() -> int:
+    """Print the foreground Dice of the test images and draw the first ones."""
+    parser = argparse.ArgumentParser(description="Compare predicted with true masks.")
+    for option in ("test_database", "image_folder", "mask_folder", "predicted_folder", "output"):
+        parser.add_argument(f"--{option}", type=Path, required=True)
+    args = parser.parse_args()
+    with Database(args.test_database) as database:
+        names = database.metadata.names
+    hits = sizes = 0
+    panels = []
+    for name in names:
+        truth, predicted = (read_image(folder / name)[..., 0] for folder in (args.mask_folder, args.predicted_folder))
+        hits += int(((truth > 0) & (predicted > 0)).sum())
+        sizes += int((truth > 0).sum() + (predicted > 0).sum())
+        panels.append((name, read_image(args.image_folder / name)[..., 0], truth, predicted))
+    draw(panels[:ROWS], args.output)
+    print(f"foreground Dice {2 * hits / max(sizes, 1):.4f} over {len(names)} test images that the network has not seen")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+# Sourced by run_example.sh and tests/run.sh: puts `python` of an environment with the requirements first.
+# Usage: . data/environment.sh REQUIREMENTS_FILE...   with the repository's root as the working directory.
+if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" = base ]; }; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+for requirements in "$@"; do
+    python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+done
