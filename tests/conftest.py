@@ -1,0 +1,73 @@
+"""Small data sets that tests build, and how they start the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from scipy import ndimage
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(name, *arguments, timeout=300, **options):
+    """Run a script of the suite; return its finished process, with standard output and error in ``stdout``."""
+    return subprocess.run(
+        [sys.executable, ROOT / name, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        **options,
+    )
+
+
+def make_pair(seed, shape=(64, 64, 1), dtype="uint16", classes=2):
+    """Return a random image (H, W, C) with smooth blobs, and a mask (H, W) that follows them."""
+    rng = np.random.default_rng(seed)
+    blobs = ndimage.gaussian_filter(rng.standard_normal(shape[:2]), 5, mode="wrap")
+    ranks = blobs.ravel().argsort().argsort().reshape(blobs.shape)
+    mask = (ranks * classes // ranks.size).astype(np.uint8)
+    image = 60 + 60 * mask[..., None] + rng.normal(0, 8, shape)
+    return image.astype(dtype), mask
+
+
+def write_folders(folder, count=6, shape=(64, 64, 1), **options):
+    """Write `count` pairs of TIFFs below `folder`; return the image folder and the mask folder."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        image, mask = make_pair(index, shape, **options)
+        tifffile.imwrite(folder / "images" / f"cell{index}.tif", image, photometric="minisblack", planarconfig="contig")
+        tifffile.imwrite(folder / "masks" / f"cell{index}.tif", mask)
+    return folder / "images", folder / "masks"
+
+
+def build(folder, *arguments, train=None, **options):
+    """Write folders, build databases called "t" from them, and return the paths of train and test database."""
+    images, masks = write_folders(folder, **options)
+    done = run_script(
+        "build_lmdb.py", "--image_folder", images, "--mask_folder", masks, "--output_folder", folder / "db",
+        "--dataset_name", "t", *arguments,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return folder / "db" / "train-t.lmdb", folder / "db" / "test-t.lmdb"
+
+
+@pytest.fixture(scope="session")
+def databases(tmp_path_factory):
+    """Databases of 16 training and 5 test images of 64 x 64 uint16 with two classes."""
+    return build(tmp_path_factory.mktemp("databases"), "--train_fraction", "0.77", count=21)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Fail a test that leaves a file in shared memory."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    assert not set(os.listdir("/dev/shm")) - before

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import skimage.transform
+from conftest import make_pair
+from scipy import ndimage
+
+from augment import Transformation, apply_transformation, inverse_affine, sample_transformation
+
+LIMITS = {
+    "reflection_flag": True,
+    "rotation_flag": True,
+    "jitter_augmentation_severity": 0.1,
+    "noise_augmentation_severity": 0.02,
+    "scale_augmentation_severity": 0.1,
+    "blur_max_sigma": 2,
+    "intensity_augmentation_severity": 0.05,
+}
+IMAGE = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
+MASK = np.arange(12, dtype=np.uint8).reshape(3, 4)
+
+
+def test_no_transformation_changes_nothing():
+    image, mask = apply_transformation(Transformation(), IMAGE, MASK)
+    np.testing.assert_array_equal(image, IMAGE)
+    np.testing.assert_array_equal(mask, MASK)
+
+
+@pytest.mark.parametrize(
+    "transformation, expected",
+    [
+        (Transformation(reflect_rows=True), MASK[::-1]),
+        (Transformation(reflect_columns=True), MASK[:, ::-1]),
+        (Transformation(rotation=np.pi), MASK[::-1, ::-1]),
+        (Transformation(jitter_rows=1), [[4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7]]),
+        (Transformation(jitter_columns=-1), [[1, 2, 3, 2], [5, 6, 7, 6], [9, 10, 11, 10]]),
+    ],
+)
+def test_each_geometric_transformation_gives_the_pixels_written_out(transformation, expected):
+    image, mask = apply_transformation(transformation, IMAGE, MASK)
+    np.testing.assert_allclose(image[..., 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_quarter_turn_equals_rot90():
+    square = np.arange(25, dtype=np.float32).reshape(5, 5, 1)
+    image, mask = apply_transformation(Transformation(rotation=np.pi / 2), square, square[..., 0].astype(np.uint8))
+    assert any(np.allclose(image[..., 0], np.rot90(square[..., 0], turns), atol=1e-4) for turns in (1, 3))
+    np.testing.assert_array_equal(mask, np.rint(image[..., 0]))
+
+
+def test_scale_magnifies_about_the_centre():
+    image = np.zeros((41, 41, 1), np.float32)
+    image[15:26, 17:24] = 1
+    result, _ = apply_transformation(
+        Transformation(scale_rows=2, scale_columns=1.5), image, image[..., 0].astype(np.uint8)
+    )
+    assert np.flatnonzero(result[:, 20, 0] > 0.5)[[0, -1]].tolist() == pytest.approx([20 - 11, 20 + 11], abs=1)
+    assert np.flatnonzero(result[20, :, 0] > 0.5)[[0, -1]].tolist() == pytest.approx([20 - 4.5, 20 + 4.5], abs=1)
+
+
+def test_the_composed_warp_agrees_with_skimage_inside_the_border():
+    image, mask = make_pair(0, (80, 96, 3), "float32")
+    t = Transformation(True, False, 0.7, 3.3, -5.1, 1.07, 0.93)
+    matrix, offset = inverse_affine(t, 80, 96)
+    homogeneous = np.eye(3)  # skimage maps (column, row)
+    homogeneous[:2, :2], homogeneous[:2, 2] = matrix[::-1, ::-1], offset[::-1]
+    inverse = skimage.transform.AffineTransform(matrix=homogeneous)
+    got_image, got_mask = apply_transformation(t, image, mask)
+    expected = skimage.transform.warp(image.astype(np.float64), inverse, order=1, mode="reflect")
+    rows, columns = np.mgrid[:80, :96]
+    source = np.tensordot(matrix, np.stack([rows, columns]), 1) + offset[:, None, None]
+    inside = (source[0] > 1) & (source[0] < 78) & (source[1] > 1) & (source[1] < 94)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(got_image[inside], expected[inside], atol=2e-3)
+    nearest = np.rint(source).astype(int)
+    np.testing.assert_array_equal(got_mask[inside], mask[nearest[0][inside], nearest[1][inside]])
+
+
+def test_a_class_id_is_never_mixed_from_others():
+    mask = np.where(make_pair(1)[1], 200, 3).astype(np.uint8)
+    for seed in range(10):
+        t = sample_transformation(np.random.default_rng(seed), 64, 64, **LIMITS)
+        warped = apply_transformation(t, mask[..., None], mask, np.random.default_rng(0))[1]
+        assert set(np.unique(warped)) <= {3, 200} and warped.dtype == np.uint8
+
+
+def test_blur_is_that_of_scipy_in_each_channel_alone():
+    image, mask = make_pair(2, (64, 64, 2), "float32")
+    result, _ = apply_transformation(Transformation(blur_sigma=1.5), image, mask)
+    for channel in range(2):
+        expected = ndimage.gaussian_filter(image[..., channel].astype(np.float64), 1.5, mode="mirror")
+        np.testing.assert_allclose(result[..., channel], expected, rtol=1e-5)
+
+
+def test_noise_is_gaussian_with_the_asked_deviation_of_the_range():
+    image = np.zeros((256, 256, 1), np.float32)
+    image[0, 0] = 1000
+    result, _ = apply_transformation(
+        Transformation(noise_sigma=0.02), image, np.zeros((256, 256), np.uint8), np.random.default_rng(1)
+    )
+    noise = (result - image).astype(np.float64).ravel()
+    assert abs(noise.mean()) < 5 * 20 / 256
+    assert noise.std() == pytest.approx(20, rel=0.02)
+    assert np.mean((noise / noise.std()) ** 4) == pytest.approx(3, abs=0.15)
+
+
+def test_intensity_shifts_by_a_fraction_of_the_range():
+    result, _ = apply_transformation(Transformation(intensity_shift=0.5), IMAGE, MASK)
+    np.testing.assert_allclose(result, IMAGE + 5.5)
+
+
+def test_the_input_is_not_changed():
+    image, mask = make_pair(3, dtype="float32")
+    before = image.copy(), mask.copy()
+    t = sample_transformation(np.random.default_rng(0), 64, 64, **LIMITS)
+    apply_transformation(t, image, mask, np.random.default_rng(0))
+    np.testing.assert_array_equal(image, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+
+
+def test_sampled_parameters_fill_their_ranges():
+    drawn = [sample_transformation(np.random.default_rng(seed), 100, 200, **LIMITS) for seed in range(2000)]
+    for name, low, high in [
+        ("rotation", 0, 2 * np.pi),
+        ("jitter_rows", -10, 10),
+        ("jitter_columns", -20, 20),
+        ("scale_rows", 0.9, 1.1),
+        ("scale_columns", 0.9, 1.1),
+        ("noise_sigma", 0, 0.02),
+        ("blur_sigma", 0, 2),
+        ("intensity_shift", -0.05, 0.05),
+    ]:
+        values = np.array([getattr(t, name) for t in drawn])
+        assert values.min() >= low and values.max() <= high, name
+        assert values.min() == pytest.approx(low, abs=0.01 * (high - low)), name
+        assert values.max() == pytest.approx(high, abs=0.01 * (high - low)), name
+    assert np.mean([t.reflect_rows for t in drawn]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([t.reflect_columns for t in drawn]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([t.blur_sigma == 0 for t in drawn]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_all_limits_at_zero_give_the_identity():
+    assert sample_transformation(np.random.default_rng(0), 64, 64) == Transformation()

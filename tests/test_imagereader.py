@@ -1,0 +1,319 @@
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import skimage.io
+import tifffile
+from conftest import ROOT, build, make_pair
+
+import imagereader
+from imagereader import ImageReader, ReaderError, read_image, z_score
+from lmdb_utils import Database, InputError
+
+
+def take(reader, count):
+    return list(itertools.islice(reader.generator(), count))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for one, other in zip(batches, others):
+        for part, other_part in zip(one, other):
+            np.testing.assert_array_equal(part, other_part)
+
+
+# ---------------------------------------------------------------------------------------------- image files
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((20, 30), {}),
+        ((20, 30, 3), {}),
+        ((20, 30, 13), {"planarconfig": "contig", "photometric": "minisblack"}),
+        ((3, 20, 30), {"planarconfig": "separate", "photometric": "rgb"}),
+        ((5, 20, 30), {"metadata": {"axes": "CYX"}}),
+        ((5, 20, 30), {}),
+        ((20, 30, 5), {}),
+        ((5, 20, 30), {"imagej": True}),
+    ],
+)
+def test_a_tiff_comes_as_rows_columns_channels(tmp_path, shape, options):
+    array = np.random.default_rng(0).integers(0, 60000, shape).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, **options)
+    expected = array[..., None] if array.ndim == 2 else array if shape[:2] == (20, 30) else np.moveaxis(array, 0, 2)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", size=(20, 30)), expected)
+
+
+def test_the_size_of_the_mask_decides_where_unnamed_channels_are(tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (17, 16, 18)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack")
+    assert read_image(tmp_path / "a.tif", size=(16, 18)).shape == (16, 18, 17)
+    assert read_image(tmp_path / "a.tif", size=(17, 16)).shape == (17, 16, 18)
+    assert read_image(tmp_path / "a.tif", channels=17).shape == (16, 18, 17)
+
+
+def test_png_keeps_sixteen_bits_in_gray_and_colour(tmp_path):
+    import imagecodecs
+
+    for shape in ((20, 30), (20, 30, 3)):
+        array = np.random.default_rng(0).integers(0, 60000, shape).astype(np.uint16)
+        (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(array))
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png"), array.reshape(20, 30, -1))
+
+
+def test_jpg_is_read(tmp_path):
+    array = np.full((32, 32, 3), 90, np.uint8)
+    skimage.io.imsave(tmp_path / "a.jpg", array)
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg"), array, atol=2)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
+@pytest.mark.parametrize("content", [b"", b"not an image at all", None])
+def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
+    if content is None:
+        skimage.io.imsave(tmp_path / name, make_pair(0, (64, 64, 3), "uint8")[0], check_contrast=False)
+        content = (tmp_path / name).read_bytes()
+        content = content[: len(content) // 3]
+    (tmp_path / name).write_bytes(content)
+    if name == "a.jpg" and len(content) > 100:
+        pytest.skip("a JPEG decoder may return what it has")
+    with pytest.raises(InputError, match=name):
+        read_image(tmp_path / name)
+
+
+def test_a_stack_of_planes_is_refused_with_its_axes(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match="ZYX"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float32"])
+def test_z_score_agrees_with_float64(dtype):
+    image = make_pair(0, (64, 48, 3), dtype)[0]
+    wide = image.astype(np.float64)
+    expected = (wide - wide.mean((0, 1))) / wide.std((0, 1))
+    got = z_score(image)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_nearly_constant_channel_is_only_centred():
+    image = np.full((4, 4, 1), 7.0, np.float32)
+    image[0, 0] = 8
+    np.testing.assert_allclose(z_score(image), image - image.mean(), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the stream
+
+
+def test_batches_do_not_depend_on_the_number_of_readers_and_repeat_with_the_seed(databases):
+    options = {"use_augmentation": True, "batch_size": 3}
+    streams = []
+    for workers, seed in ((1, 5), (3, 5), (1, 5), (1, 6)):
+        with ImageReader(databases[0], num_workers=workers, seed=seed, **options) as reader:
+            streams.append(take(reader, 9))
+    assert_same(streams[0], streams[1])
+    assert_same(streams[0], streams[2])
+    assert not np.array_equal(streams[0][0].images, streams[3][0].images)
+
+
+def test_the_stream_of_images_does_not_depend_on_the_batch_size(databases):
+    streams = []
+    for batch_size in (2, 6):
+        with ImageReader(databases[0], use_augmentation=True, batch_size=batch_size) as reader:
+            streams.append(np.concatenate([batch.images for batch in take(reader, 12 // batch_size)]))
+    np.testing.assert_array_equal(*streams)
+
+
+def test_augmentation_differs_from_image_to_image(databases):
+    with ImageReader(databases[0], use_augmentation=True, batch_size=8) as reader:
+        images = np.concatenate([batch.images for batch in take(reader, 4)])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
+def test_without_augmentation_a_batch_is_the_normalised_records(databases):
+    with ImageReader(databases[1], shuffle=False, batch_size=2) as reader, Database(databases[1]) as database:
+        batch = take(reader, 2)[1]
+        for index in range(2):
+            image, mask = database.read(2 + index)
+            np.testing.assert_array_equal(batch.images[index], z_score(image))
+            np.testing.assert_array_equal(batch.masks[index], mask)
+    assert batch.images.dtype == np.float32 and batch.masks.dtype == np.uint8
+
+
+def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databases):
+    with ImageReader(databases[0], batch_size=4) as reader:
+        count = reader.get_image_count()
+        images = np.concatenate([batch.images for batch in take(reader, 2 * count // 4)]).reshape(2, count, -1)
+    first, second = (np.unique(one_pass, axis=0) for one_pass in images)
+    assert len(first) == count
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("batch_size, workers, replicas", [(2, 1, 1), (4, 3, 1), (2, 2, 2), (7, 1, 1)])
+def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas):
+    options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "pass_batches_multiple": replicas}
+    with ImageReader(databases[1], **options) as reader, Database(databases[1]) as database:
+        count = reader.get_image_count()
+        assert count == 5  # neither of 2, 4, 7
+        assert reader.get_pass_batches() % replicas == 0
+        for _ in range(3):
+            batches = take(reader, reader.get_pass_batches())
+            seen = np.concatenate([batch.images[batch.weights > 0] for batch in batches])
+            expected = np.stack([z_score(database.read(index)[0]) for index in range(count)])
+            np.testing.assert_array_equal(seen, expected)
+
+
+def test_balanced_classes_are_drawn_equally_often(tmp_path):
+    from lmdb_utils import new_databases
+
+    with new_databases(tmp_path / "a.lmdb") as [writer]:
+        for index in range(20):  # class 2 in one image of twenty, class 0 in every one
+            mask = np.zeros((16, 16), np.uint8)
+            mask[0, 0] = 2 if index == 7 else 0
+            writer.append(np.full((16, 16, 1), index, np.uint8), mask, f"{index}.tif")
+        writer.finish({})
+    options = {"number_classes": 3, "batch_size": 50}
+    shares = []
+    for balance in (True, False):
+        with ImageReader(tmp_path / "a.lmdb", balance_classes=balance, **options) as reader:
+            masks = np.concatenate([batch.masks for batch in take(reader, 8)])
+        shares.append((masks == 2).any((1, 2)).mean())
+    assert shares[0] == pytest.approx(0.5 + 0.5 / 20, abs=0.1)
+    assert shares[1] == pytest.approx(1 / 20)
+
+
+def test_a_class_beyond_the_network_is_refused_with_file_and_option(tmp_path):
+    train, _ = build(tmp_path, count=3, classes=4)
+    with pytest.raises(InputError, match=r"found 0, 1, 2, 3 .*cell.*--number_classes 4"):
+        ImageReader(train, number_classes=2)
+
+
+def test_the_tensorflow_dataset_holds_the_batches_of_the_generator(databases):
+    with ImageReader(databases[0], use_augmentation=True, batch_size=3, num_workers=2) as reader:
+        expected = take(reader, 6)
+    with ImageReader(databases[0], use_augmentation=True, batch_size=3, num_workers=2) as reader:
+        got = list(itertools.islice(reader.get_tf_dataset().as_numpy_iterator(), 6))
+    assert_same(got, expected)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def workers_of(pid):
+    return [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_startup_and_shutdown_may_be_called_twice_and_again(databases):
+    reader = ImageReader(databases[0], num_workers=2)
+    reader.shutdown()
+    streams = []
+    for _ in range(2):
+        reader.startup()
+        reader.startup()
+        assert len(workers_of(os.getpid())) == 2
+        streams.append(take(reader, 3))
+        reader.shutdown()
+        reader.shutdown()
+        assert not workers_of(os.getpid())
+    assert_same(*streams)
+
+
+def test_a_killed_reader_is_reported_with_its_name_and_exit_code(databases, caplog):
+    with ImageReader(databases[0], num_workers=2, name="train reader") as reader:
+        take(reader, 1)
+        workers_of(os.getpid())[1].send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while "exit code -9" not in caplog.text and time.monotonic() < deadline:  # nobody asks for a batch meanwhile
+            time.sleep(0.05)
+        assert "train reader worker 1" in caplog.text and "killed by SIGKILL, exit code -9" in caplog.text
+        with pytest.raises(ReaderError, match="exit code -9"):
+            take(reader, 1000)
+    assert not workers_of(os.getpid())
+
+
+def test_an_exception_in_a_worker_arrives_with_the_record_and_its_traceback(databases, tmp_path):
+    damaged = tmp_path / "damaged.lmdb"
+    content = databases[1].read_bytes()
+    damaged.write_bytes(content.replace(b"SSEG\x01", b"SSEX\x01"))
+    with ImageReader(damaged, shuffle=False) as reader, pytest.raises(ReaderError) as error:
+        take(reader, 1)
+    assert "record 0 (cell" in str(error.value) and "not of this suite's format" in str(error.value)
+    assert "Traceback" in str(error.value) and "decode_record" in str(error.value)
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from imagereader import ImageReader
+if __name__ == "__main__":
+    reader = ImageReader({database!r}, num_workers=2)
+    reader.startup()
+    next(reader.generator())
+    print(reader._memory.name, flush=True)
+    {ending}
+"""
+
+
+@pytest.mark.parametrize("ending", ["killed", "interrupted", "raised", "left"])
+def test_no_process_and_no_shared_memory_outlives_the_main_process(databases, tmp_path, ending):
+    script = tmp_path / "holder.py"
+    last = {"raised": "raise ValueError('x')", "left": "pass"}.get(ending, "time.sleep(1000)")
+    script.write_text(HOLDER.format(root=str(ROOT), database=str(databases[0]), ending=last))
+    before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    name = process.stdout.readline().strip()
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    if ending == "killed":
+        assert len(children) >= 2 and os.path.exists(f"/dev/shm/{name}")
+        process.kill()
+    elif ending == "interrupted":
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the whole group
+    process.wait(30)
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert not set(os.listdir("/dev/shm")) - before
+
+
+def test_a_reader_process_loads_no_tensorflow(databases):
+    with ImageReader(databases[0]) as reader:
+        take(reader, 1)
+        [worker] = workers_of(os.getpid())
+        libraries = {os.path.basename(region.path) for region in worker.memory_maps()}
+    assert any("lmdb" in name or "cpython" in name for name in libraries)
+    assert not [name for name in libraries if "tensorflow" in name]
+
+
+def test_starvation_is_reported_once_and_so_is_its_end(databases, caplog, monkeypatch):
+    reader = ImageReader(databases[0])
+    slots = reader._layout.total_slots
+    sizes = iter([0, 0, slots, 0, 0, slots // 2, slots])
+    monkeypatch.setattr(reader, "get_queue_size", lambda: next(sizes))
+    reader._report_starvation()  # nothing taken yet: the queue has had no chance to fill
+    reader._taken = slots
+    for _ in range(6):
+        reader._report_starvation()
+    messages = [record.getMessage().split(": ")[1] for record in caplog.records]
+    assert messages == ["Input Queue Starvation !!!!", "Input Queue Starvation Over"] * 2
+
+
+def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, monkeypatch):
+    free = os.statvfs("/dev/shm")
+    monkeypatch.setattr(
+        imagereader, "SLOTS_PER_WORKER", (free.f_bavail * free.f_frsize // (4 * 64 * 64 * 5) + 2, 10**9)
+    )
+    monkeypatch.setattr(imagereader, "RING_BYTES", 0)
+    reader = ImageReader(databases[0], batch_size=4)
+    with pytest.raises((InputError, OSError), match="shared memory|space"):
+        reader.startup()
+    reader.shutdown()

@@ -1,0 +1,117 @@
+import os
+
+import numpy as np
+import pytest
+
+import lmdb_utils
+from lmdb_utils import Database, DatabaseWriter, InputError, decode_record, encode_record, new_databases
+
+
+def write_small(path, count=3):
+    with new_databases(path) as [writer]:
+        for index in range(count):
+            writer.append(np.full((2, 3, 1), index, np.uint16), np.full((2, 3), index % 200, np.uint8), f"{index}.tif")
+        writer.finish({"side": "train"})
+
+
+@pytest.mark.parametrize("image_dtype", lmdb_utils.IMAGE_DTYPES)
+@pytest.mark.parametrize("mask_dtype", lmdb_utils.MASK_DTYPES)
+def test_a_record_comes_back_as_it_went_in(image_dtype, mask_dtype):
+    image = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(image_dtype)
+    mask = np.arange(6).reshape(2, 3).astype(mask_dtype)
+    got_image, got_mask = decode_record(encode_record(image, mask))
+    np.testing.assert_array_equal(got_image, image)
+    np.testing.assert_array_equal(got_mask, mask)
+    assert (got_image.dtype, got_mask.dtype) == (image.dtype, mask.dtype)
+    assert not got_image.flags.owndata and not got_image.flags.writeable
+
+
+def test_a_big_endian_image_is_stored_by_value():
+    image = np.array([[[1], [256]]], ">u2")
+    np.testing.assert_array_equal(decode_record(encode_record(image, np.zeros((1, 2), np.uint8)))[0], image)
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"short", b"x" * 200, encode_record(np.zeros((4, 4, 1), "u1"), np.zeros((4, 4), "u1"))[:-1]]
+)
+def test_bytes_that_are_no_whole_record_are_refused(value):
+    with pytest.raises(InputError):
+        decode_record(value)
+
+
+def test_metadata_tells_classes_and_where_they_are(tmp_path):
+    masks = [[[0, 0], [0, 5]], [[0, 0], [0, 0]], [[5, 5], [2, 2]]]
+    with new_databases(tmp_path / "a.lmdb") as [writer]:
+        for index, mask in enumerate(masks):
+            writer.append(np.zeros((2, 2, 1), np.uint8), np.array(mask, np.int32), f"{index}.tif", row=7, column=index)
+        writer.finish({"seed": 3})
+    with Database(tmp_path / "a.lmdb") as database:
+        metadata = database.metadata
+    assert metadata.classes.tolist() == [0, 2, 5]
+    assert metadata.pixel_counts.tolist() == [7, 2, 3]
+    assert [metadata.records_of_class(position).tolist() for position in range(3)] == [[0, 1], [2], [0, 2]]
+    assert metadata.info["seed"] == 3 and metadata.count == 3 and metadata.image_shape == (2, 2, 1)
+    assert metadata.describe_record(2) == "record 2 (2.tif, row 7, column 2)"
+
+
+def test_the_map_grows_until_the_records_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(lmdb_utils, "COMMIT_BYTES", 100_000)
+    writer = DatabaseWriter(tmp_path / "a.lmdb", initial_map_bytes=64 * 1024)
+    images = [np.random.default_rng(index).integers(0, 255, (100, 100, 3)).astype(np.uint8) for index in range(20)]
+    for index, image in enumerate(images):
+        writer.append(image, np.zeros((100, 100), np.uint8), f"{index}.tif")
+    writer.finish({})
+    with Database(tmp_path / "a.lmdb") as database:
+        assert len(database) == 20
+        for index, image in enumerate(images):
+            np.testing.assert_array_equal(database.read(index)[0], image)
+
+
+def test_a_failed_build_leaves_the_old_database_and_nothing_else(tmp_path):
+    write_small(tmp_path / "a.lmdb")
+    with pytest.raises(KeyboardInterrupt), new_databases(tmp_path / "a.lmdb") as [writer]:
+        writer.append(np.zeros((2, 3, 1), np.uint16), np.zeros((2, 3), np.uint8), "x.tif")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a.lmdb"]
+    with Database(tmp_path / "a.lmdb") as database:
+        assert database.read(2)[0][0, 0, 0] == 2
+
+
+def test_a_database_on_a_full_disk_is_reported_and_removed(tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    if os.system(f"mount -t tmpfs -o size=1m tmpfs {full} 2>/dev/null"):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(InputError, match="cannot write a database"), new_databases(full / "a.lmdb") as [writer]:
+            for index in range(40):
+                writer.append(np.zeros((300, 300, 1), np.uint8), np.zeros((300, 300), np.uint8), f"{index}.tif")
+            writer.finish({})
+        assert os.listdir(full) == []
+    finally:
+        os.system(f"umount {full}")
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "folder", "version"])
+def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage, monkeypatch):
+    path = tmp_path / "a.lmdb"
+    if damage == "version":
+        monkeypatch.setattr(lmdb_utils, "FORMAT_VERSION", 99)
+    write_small(path, count=2000)
+    monkeypatch.undo()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "text":
+        path.write_text("no database " * 1000)
+    elif damage == "truncated":
+        os.truncate(path, os.path.getsize(path) // 2)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    with pytest.raises((InputError, FileNotFoundError), match="a.lmdb"):
+        Database(path)
+
+
+def test_keys_sort_in_the_order_of_insertion():
+    keys = [lmdb_utils.record_key(index) for index in (0, 9, 10, 99, 10**6, 10**9)] + [lmdb_utils.METADATA_KEY]
+    assert keys == sorted(keys)

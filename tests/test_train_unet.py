@@ -1,0 +1,254 @@
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import tifffile
+from conftest import ROOT, build, run_script
+
+import train_unet
+
+SEED_OPTIONS = """--batch_size BATCH_SIZE --number_classes NUMBER_CLASSES --learning_rate LEARNING_RATE
+    --test_every_n_steps TEST_EVERY_N_STEPS --balance_classes BALANCE_CLASSES --use_augmentation USE_AUGMENTATION
+    --early_stopping EARLY_STOPPING_COUNT --reader_count READER_COUNT"""
+
+
+def arguments(databases, folder, *more):
+    return [
+        "--train_database", databases[0], "--test_database", databases[1], "--output_dir", folder,
+        "--baseline_feature_depth", 4, "--batch_size", 2, *more,
+    ]  # fmt: skip
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help_shows_every_option_of_the_specification():
+    text = re.sub(r"\s+", " ", run_script("train_unet.py", "-h").stdout)
+    required = (
+        "--train_database TRAIN_DATABASE_FILEPATH --test_database TEST_DATABASE_FILEPATH --output_dir OUTPUT_FOLDER"
+    )
+    assert text.startswith(f"usage: train_unet [-h] {required} [")
+    for option in re.findall(r"--\w+ \w+", SEED_OPTIONS):
+        assert f"[{option}]" in text
+
+
+@pytest.mark.parametrize("script", ["build_lmdb.py", "train_unet.py", "inference_unet.py"])
+def test_help_loads_no_heavy_library(script):
+    code = f"import sys; sys.argv = ['x', '-h']; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"try:\n    import {script[:-3]} as script; script.main(['-h'])\nexcept SystemExit: pass\n"
+    code += (
+        "print([name for name in ('tensorflow', 'scipy', 'skimage', 'tifffile', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n"), done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(databases, tmp_path_factory):
+    """Return a finished training run: its output folder and its output."""
+    folder = tmp_path_factory.mktemp("run") / "out put"
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3, "--reader_count", 2]
+    done = run_script("train_unet.py", *arguments(databases, folder, *more))
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
+
+
+def test_a_run_learns(run):
+    rows = read_csv(run[0] / "metrics.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45"), ("4", "60")]
+    assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([3e-4, 3e-3, 3e-3, 3e-3])
+
+
+def test_metrics_are_those_of_every_test_image(run, databases):
+    """Recompute the best epoch's figures with the exported model, in one pass of plain numpy."""
+    import tensorflow as tf
+
+    from imagereader import z_score
+    from lmdb_utils import Database
+
+    rows = read_csv(run[0] / "metrics.csv")
+    best = min(rows, key=lambda row: float(row["test_loss"]))
+    signature = tf.saved_model.load(str(run[0] / "saved_model")).signatures["serving_default"]
+    with Database(databases[1]) as database:
+        pairs = [database.read(index) for index in range(len(database))]
+        masks = np.stack([mask for _, mask in pairs]).astype(int)
+        softmax = np.concatenate([signature(tf.constant(z_score(image)[None]))["softmax"] for image, _ in pairs])
+    truth = np.take_along_axis(softmax.astype(np.float64), masks[..., None], -1)
+    predicted = softmax.argmax(-1)
+    assert float(best["test_loss"]) == pytest.approx(-np.log(truth).mean(), rel=1e-3)
+    assert float(best["accuracy"]) == pytest.approx((predicted == masks).mean(), abs=1e-4)
+    for class_id in range(2):
+        both = ((predicted == class_id) & (masks == class_id)).sum()
+        either = ((predicted == class_id) | (masks == class_id)).sum()
+        assert float(best[f"iou_{class_id}"]) == pytest.approx(both / either, abs=1e-4)
+        assert float(best[f"dice_{class_id}"]) == pytest.approx(2 * both / (both + either), abs=1e-4)
+
+
+def test_everything_promised_is_written(run):
+    folder, output = run
+    assert {path.name for path in folder.iterdir()} == {
+        "saved_model", "checkpoint", "tensorboard-train", "tensorboard-test", "test_loss.csv", "metrics.csv",
+        "settings.json", "train.log",
+    }  # fmt: skip
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["batch_size"] == 2 and settings["train_data"]["count"] == 16 and settings["seed"] == 0
+    assert [row["test_loss"] for row in read_csv(folder / "test_loss.csv")] == [
+        row["test_loss"] for row in read_csv(folder / "metrics.csv")
+    ]
+    assert len(list((folder / "checkpoint").glob("ckpt-*.index"))) == train_unet.CHECKPOINTS_KEPT
+    assert "training on the CPU" in output and "epoch 4 step 60: train loss" in output
+    assert "epoch 4 step 60" in (folder / "train.log").read_text()
+    metadata = json.loads((folder / "saved_model" / "unet_metadata.json").read_text())
+    assert (metadata["channels"], metadata["number_classes"], metadata["radius"]) == (1, 2, 96)
+
+
+def test_tensorboard_gets_a_point_for_each_test_epoch(run):
+    import tensorflow as tf
+
+    tags = {}
+    for name in ("train", "test"):
+        for path in (run[0] / f"tensorboard-{name}").iterdir():
+            for record in tf.data.TFRecordDataset(str(path)):
+                event = tf.compat.v1.Event.FromString(record.numpy())
+                for value in event.summary.value:
+                    tags.setdefault(f"{name}/{value.tag}", []).append(event.step)
+    for tag in (
+        "train/loss",
+        "train/images_per_second",
+        "train/waited",
+        "train/queue_size",
+        "test/loss",
+        "test/dice/class_1",
+    ):
+        assert tags[tag] == [15, 30, 45, 60], tag
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(run, databases):
+    before = (run[0] / "metrics.csv").read_bytes()
+    done = run_script("train_unet.py", *arguments(databases, run[0]))
+    assert done.returncode == 2 and "holds a finished or interrupted run" in done.stdout
+    assert (run[0] / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
+    more = ["--test_every_n_steps", 15, "--max_epochs", 1, "--learning_rate", 3e-3]
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "again", *more))
+    assert done.returncode == 0, done.stdout
+    [again], first = read_csv(tmp_path / "again" / "metrics.csv"), read_csv(run[0] / "metrics.csv")[0]
+    assert float(again["train_loss"]) == pytest.approx(float(first["train_loss"]), rel=1e-3)
+    assert float(again["test_loss"]) == pytest.approx(float(first["test_loss"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--batch_size", "0"), "at least 1"),
+        (("--reader_count", "x"), "at least 1"),
+        (("--learning_rate", "-1"), "above 0"),
+        (("--number_classes", "1"), "--number_classes 2"),
+        (("--train_database", "nowhere.lmdb"), "no database nowhere.lmdb"),
+        (("--test_database", str(ROOT / "README.md")), "README.md"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(databases, tmp_path, more, words):
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *more))
+    assert done.returncode == 2, done.stdout
+    assert words in done.stdout.strip().splitlines()[-1] and "Traceback" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_databases_of_different_sizes_are_refused(databases, tmp_path):
+    other, _ = build(tmp_path, count=2, shape=(32, 32, 1))
+    done = run_script("train_unet.py", *arguments((databases[0], other), tmp_path / "out"))
+    assert done.returncode == 2 and "one size" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    paths = build(tmp_path, count=4, dtype="float32")
+    for path in (tmp_path / "images").iterdir():
+        tifffile.imwrite(path, np.full((64, 64), np.inf, np.float32))
+    paths = build_again(tmp_path)
+    done = run_script("train_unet.py", *arguments(paths, tmp_path / "out", "--use_augmentation", 0))
+    assert done.returncode == 1 and "the loss became nan at step 1" in done.stdout and "Traceback" not in done.stdout
+
+
+def build_again(folder):
+    done = run_script(
+        "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder", folder / "masks", "--output_folder",
+        folder / "db", "--dataset_name", "t",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return folder / "db" / "train-t.lmdb", folder / "db" / "test-t.lmdb"
+
+
+@pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])
+def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
+    before = set(os.listdir("/dev/shm"))
+    command = [
+        sys.executable,
+        ROOT / "train_unet.py",
+        *arguments(databases, tmp_path / "out", "--test_every_n_steps", 3),
+    ]
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, start_new_session=True)
+        wait_for(
+            lambda: (tmp_path / "out" / "metrics.csv").exists() and len(read_csv(tmp_path / "out" / "metrics.csv")) > 1
+        )
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        started = time.monotonic()
+        if event == "interrupted":
+            os.killpg(process.pid, signal.SIGINT)
+        elif event == "killed":
+            process.kill()
+        else:
+            workers[0].kill()
+        process.wait(60)
+        seconds = time.monotonic() - started
+        log.seek(0)
+        output = log.read()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert not set(os.listdir("/dev/shm")) - before
+    assert "Traceback" not in output, output
+    if event == "reader killed":
+        assert process.returncode == 1 and seconds < 10
+        assert re.search(r"ERROR train reader worker 0 \(process \d+\).*killed by SIGKILL, exit code -9", output)
+    elif event == "interrupted":
+        assert process.returncode == 130 and "interrupted" in output
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_early_stopping_counts_epochs_without_improvement():
+    stopping = train_unet.EarlyStopping(patience=2)
+    losses = [1.0, 0.9, 0.89995, 0.8, 0.8, 0.79995]
+    assert [stopping.update(loss) for loss in losses] == [True, True, True, True, False, True]
+    assert stopping.best_loss == 0.79995 and stopping.should_stop
+    assert not train_unet.EarlyStopping(1, math.inf).should_stop
+
+
+def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
+    args = train_unet.build_parser().parse_args(
+        ["--train_database=a", "--test_database=b", "--output_dir=c", "--learning_rate=1", "--test_every_n_steps=5000"]
+    )
+    rates = [train_unet.learning_rate_at(step, args) for step in (0, 999, 1000, 5000)]
+    assert rates == pytest.approx([0.1, 0.1, 1, 1])
