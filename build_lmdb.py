@@ -308,7 +308,7 @@ class DatasetWriter:
             database.append(image, mask, pair.image.name, row, column)
             return
         image, mask = pad_to(image, self._tile_size), pad_to(mask, self._tile_size)
-        for row, column in tile_origins(*mask.shape, self._tile_size):
+        for row, column in tile_origins(mask.shape[0], mask.shape[1], self._tile_size):
             window = np.s_[row : row + self._tile_size, column : column + self._tile_size]
             database.append(image[window], mask[window], pair.image.name, row, column)
 

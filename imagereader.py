@@ -112,7 +112,7 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
 
         with tifffile.TiffFile(path) as tif:
             return tif.series[0].asarray(), tif.series[0].axes
-    import skimage.io
+    from skimage.io import imread
 
     with open(path, "rb") as file:
         head = file.read(25)
@@ -122,7 +122,7 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
             file.seek(0)
             array = imagecodecs.png_decode(file.read())
         else:
-            array = skimage.io.imread(path)
+            array = imread(path)
     return array, "YXS"[: array.ndim]
 
 

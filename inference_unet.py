@@ -241,7 +241,7 @@ def segment(image: np.ndarray, model: Model, tile_size: int) -> np.ndarray:
     height, width, _ = image.shape
     padded = pad_to_multiple(image, model.size_factor)
     mask = np.empty(padded.shape[:2], np.min_scalar_type(model.number_classes - 1))
-    tiles = list(plan_tiles(*mask.shape, tile_size, model.radius, model.size_factor))
+    tiles = list(plan_tiles(padded.shape[0], padded.shape[1], tile_size, model.radius, model.size_factor))
     progress = Progress("tile", len(tiles), "")
     for done, tile in enumerate(tiles, 1):
         softmax = model.predict(padded[None, tile.rows, tile.columns])
@@ -339,9 +339,9 @@ def write_mask(target: Path, mask: np.ndarray) -> None:
     temporary = target.with_name(f".{target.stem}.part{target.suffix}")
     try:
         if target.suffix.lower() == ".png":
-            import skimage.io
+            from skimage.io import imsave
 
-            skimage.io.imsave(temporary, mask, check_contrast=False)
+            imsave(temporary, mask, check_contrast=False)
         else:
             import tifffile
 

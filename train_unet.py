@@ -438,7 +438,7 @@ def evaluate(trainer: "UNetTrainer", reader: "ImageReader", batches: Any) -> dic
 
     steps = reader.get_pass_batches() // trainer.num_replicas
     progress = Progress("test step", steps, "")
-    loss_sum, confusion = 0.0, 0
+    loss_sum, confusion = 0.0, np.zeros((), np.int64)
     for step in range(steps):
         losses, counts = trainer.test_step(take(batches, reader))
         loss_sum += float(losses)

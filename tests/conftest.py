@@ -37,13 +37,19 @@ def make_pair(seed, shape=(64, 64, 1), dtype="uint16", classes=2):
     return image.astype(dtype), mask
 
 
+def write_tiff(path, image):
+    """Write an image (H, W, C) as a TIFF of interleaved channels."""
+    layout = {"planarconfig": "contig"} if image.shape[2] > 1 else {}
+    tifffile.imwrite(path, np.squeeze(image), photometric="minisblack", **layout)
+
+
 def write_folders(folder, count=6, shape=(64, 64, 1), **options):
     """Write `count` pairs of TIFFs below `folder`; return the image folder and the mask folder."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(count):
         image, mask = make_pair(index, shape, **options)
-        tifffile.imwrite(folder / "images" / f"cell{index}.tif", image, photometric="minisblack", planarconfig="contig")
+        write_tiff(folder / "images" / f"cell{index}.tif", image)
         tifffile.imwrite(folder / "masks" / f"cell{index}.tif", mask)
     return folder / "images", folder / "masks"
 

@@ -115,9 +115,9 @@ def test_an_image_smaller_than_a_tile_is_padded_by_reflection(tmp_path):
     train, _ = build(tmp_path, "--use_tiling", 1, "--tile_size", 112, count=2, shape=(40, 112, 1))
     with Database(train) as database:
         image, mask = make_pair(int(database.metadata.names[0][4]), (40, 112, 1))
-        got = database.read(0)
-    np.testing.assert_array_equal(got[0], np.pad(image, [(0, 72), (0, 0), (0, 0)], mode="reflect"))
-    np.testing.assert_array_equal(got[1], np.pad(mask, [(0, 72), (0, 0)], mode="reflect"))
+        got = database.read(0)  # views, valid only while the database is open
+        np.testing.assert_array_equal(got[0], np.pad(image, [(0, 72), (0, 0), (0, 0)], mode="reflect"))
+        np.testing.assert_array_equal(got[1], np.pad(mask, [(0, 72), (0, 0)], mode="reflect"))
 
 
 def test_without_tiling_images_are_cropped_about_their_centre(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import skimage.io
 import tensorflow as tf
 import tifffile
-from conftest import make_pair, run_script
+from conftest import make_pair, run_script, write_tiff
 
 import inference_unet
 from imagereader import z_score
@@ -85,7 +85,7 @@ def test_the_tiled_mask_equals_that_of_one_pass(tmp_path, shape, classes, tile_s
     rng = np.random.default_rng(0)
     image = (make_pair(1, shape, "float32", 3)[0] + rng.normal(0, 30, shape)).astype(np.float32)
     (tmp_path / "images").mkdir()
-    tifffile.imwrite(tmp_path / "images" / "a.tif", image, photometric="minisblack", planarconfig="contig")
+    write_tiff(tmp_path / "images" / "a.tif", image)
     done = infer(tmp_path / "saved_model", tmp_path / "images", tmp_path / "masks", "--tile_size", tile_size)
     assert done.returncode == 0, done.stdout
     mask = tifffile.imread(tmp_path / "masks" / "a.tif")
