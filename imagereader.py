@@ -7,7 +7,9 @@ what the network sees. Workers are spawned (forking after TensorFlow has started
 TensorFlow, which would cost each of them 400 MB and seconds.
 """
 
+import atexit
 import contextlib
+import io
 import logging
 import multiprocessing
 import os
@@ -28,6 +30,7 @@ IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".j
 
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
 SLOTS_PER_WORKER = (2, 8)  # at least one to fill while one is read; more only helps against uneven disks
+SHARED_MEMORY_FOLDER = "/dev/shm"
 ALIGNMENT = 64  # bytes; TensorFlow takes over arrays aligned like this without a copy
 
 STARVED_BELOW, CAUGHT_UP_ABOVE = 0.1, 0.5  # fractions of the queue
@@ -114,15 +117,13 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
             return tif.series[0].asarray(), tif.series[0].axes
     from skimage.io import imread
 
-    with open(path, "rb") as file:
-        head = file.read(25)
-        if head[1:4] == b"PNG" and head[24] == 16:  # bits per channel; Pillow would narrow RGB to 8 of them
-            import imagecodecs
+    content = path.read_bytes()  # handed over in memory: imageio leaves a damaged file open
+    if content[1:4] == b"PNG" and content[24] == 16:  # bits per channel; Pillow would narrow RGB to 8 of them
+        import imagecodecs
 
-            file.seek(0)
-            array = imagecodecs.png_decode(file.read())
-        else:
-            array = imread(path)
+        array = imagecodecs.png_decode(content)
+    else:
+        array = imread(io.BytesIO(content))
     return array, "YXS"[: array.ndim]
 
 
@@ -263,8 +264,11 @@ def allocate_shared_memory(layout: RingLayout) -> shared_memory.SharedMemory:
     InputError
         If ``/dev/shm`` cannot hold it.
     """
+    # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
+    if layout.total_bytes > free_shared_memory():
+        raise _shared_memory_error(layout)
     memory = shared_memory.SharedMemory(create=True, size=layout.total_bytes)
-    path = f"/dev/shm/{memory.name.lstrip('/')}"
+    path = f"{SHARED_MEMORY_FOLDER}/{memory.name.lstrip('/')}"
     if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -272,15 +276,27 @@ def allocate_shared_memory(layout: RingLayout) -> shared_memory.SharedMemory:
         except OSError as error:
             memory.close()
             memory.unlink()
-            status = os.statvfs("/dev/shm")
-            raise InputError(
-                f"the readers need {layout.total_bytes / 2**20:.0f} MiB of shared memory, /dev/shm has "
-                f"{status.f_bavail * status.f_frsize / 2**20:.0f} MiB free; lower --batch_size or --reader_count, or "
-                "enlarge it (docker run --shm-size)"
-            ) from error
+            raise _shared_memory_error(layout) from error
         finally:
             os.close(descriptor)
     return memory
+
+
+def free_shared_memory() -> float:
+    """Return the bytes free in the file system of shared memory; infinity where there is none to ask."""
+    try:
+        status = os.statvfs(SHARED_MEMORY_FOLDER)
+    except OSError:
+        return float("inf")
+    return status.f_bavail * status.f_frsize
+
+
+def _shared_memory_error(layout: RingLayout) -> InputError:
+    return InputError(
+        f"the readers need {layout.total_bytes / 2**20:.0f} MiB of shared memory, {SHARED_MEMORY_FOLDER} has "
+        f"{free_shared_memory() / 2**20:.0f} MiB free; lower --batch_size or --reader_count, or enlarge it "
+        "(docker run --shm-size)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the sample stream
@@ -513,6 +529,8 @@ class ImageReader:
         self._stopping.clear()
         context = multiprocessing.get_context("spawn")
         self._memory = allocate_shared_memory(self._layout)
+        # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
+        atexit.register(self.shutdown)
         self._free = [
             [context.Semaphore(1) for _ in range(self._layout.slots_per_worker)]
             for _ in range(self._layout.num_workers)
@@ -548,6 +566,7 @@ class ImageReader:
         self._stopping.set()
         if self._memory is None:
             return
+        atexit.unregister(self.shutdown)
         self._layout.counters(self._memory.buf)[0] = 1
         for semaphore in (semaphore for slots in self._free for semaphore in slots):
             semaphore.release()  # wakes the workers that wait for a slot
