@@ -272,6 +272,10 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
             f"expected an image of {', '.join(IMAGE_DTYPES)} in {pair.image}, found {image.dtype}; "
             "convert it to one of these"
         )
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise InputError(
+            f"expected finite pixels in {pair.image}, found NaN or infinity; replace them, for example by 0"
+        )
     if image.shape[:2] != mask.shape:
         raise InputError(
             f"expected image and mask of one size, found {image.shape[0]} x {image.shape[1]} in {pair.image} and "

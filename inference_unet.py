@@ -137,7 +137,7 @@ class Model:
         From float32 (1, H, W, C) to softmax, ndarray of float32 (1, H, W, classes).
     channels, number_classes : int
     radius : int
-        Pixels to each side on which a result depends; the halo of a tile.
+        Pixels beyond each edge of a block of the pooling grid on which its results depend; the halo of a tile.
     size_factor : int
         Heights, widths and tile origins are multiples of it.
     """

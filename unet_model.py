@@ -18,8 +18,9 @@ from lmdb_utils import PathLike
 
 LEVELS = 4  # poolings
 SIZE_FACTOR = 2**LEVELS  # height and width must be multiples of it
-# A pixel's result depends on 92 pixels to each side (two 3x3 convolutions at 1, 2, 4, 8, 16, 8, 4, 2, 1 pixels each),
-# rounded up to a multiple of SIZE_FACTOR so that tiles pool the same pixels together as the whole image does.
+# The results of a block of the pooling grid (SIZE_FACTOR pixels each way) depend on 94 pixels beyond each of its edges:
+# 92 for two 3x3 convolutions at 1, 2, 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a level's pixel that is touched is
+# taken in whole. Rounded up to a multiple of SIZE_FACTOR, so that tiles pool as the whole image does.
 RADIUS = 96
 CONVOLUTIONS_PER_LEVEL = 2
 DROPOUT_RATE = 0.5
@@ -78,7 +79,7 @@ def build_unet(
     features = convolve(features, baseline_feature_depth * 2**LEVELS, dropout=True)  # (N, H/16, W/16, 16 F)
     for level in reversed(range(LEVELS)):
         depth = baseline_feature_depth * 2**level
-        # Kernel and stride both 2: each output pixel comes from one input pixel, which keeps the radius at 92.
+        # Kernel and stride both 2: each output pixel comes from one input pixel, which adds nothing to the radius.
         features = layers.Conv2DTranspose(depth, 2, strides=2)(features)
         features = layers.Concatenate()([skips[level], features])
         features = convolve(features, depth, dropout=False)  # (N, H/2^l, W/2^l, 2^l F)

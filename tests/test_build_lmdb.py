@@ -191,6 +191,7 @@ def bad_image(array, **options):
         (bad_mask(np.full((64, 64), -1, np.int32)), ("masks/cell0.tif", "found -1")),
         (bad_mask(np.zeros((64, 60), np.uint8)), ("one size", "64 x 64", "64 x 60", "cell0.tif")),
         (bad_image(np.zeros((64, 64), np.float64)), ("images/cell0.tif", "float64")),
+        (bad_image(np.full((64, 64), np.inf, np.float32)), ("finite pixels in", "images/cell0.tif")),
         (bad_image(np.zeros((64, 64), np.uint8)), ("one type", "uint8", "uint16")),
         (bad_image(np.zeros((64, 64, 3), np.uint16)), ("one type", "3 channels", "1 of uint16")),
         (lambda folder: (folder / "images" / "cell0.tif").write_bytes(b""), ("cannot read", "images/cell0.tif")),

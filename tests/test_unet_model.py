@@ -27,20 +27,19 @@ def test_the_output_has_the_size_of_the_input_and_one_value_for_each_class():
     assert logits.shape == (2, 32, 48, 5) and logits.dtype == tf.float32
 
 
-def test_a_pixel_depends_on_92_pixels_to_each_side_and_no_more():
+def test_a_block_of_the_pooling_grid_depends_on_94_pixels_to_each_side_and_no_more():
     model = build_unet(1, 2, 2)
-    for layer in model.layers:  # positive weights and linear units: no influence can cancel
+    for layer in model.layers:  # positive weights: no influence can cancel
         layer.set_weights([np.abs(weights) + 0.1 for weights in layer.get_weights()])
-    size = 2 * 112
+    size, block = 2 * 112, slice(112, 112 + SIZE_FACTOR)
     image = tf.Variable(np.random.default_rng(0).random((1, size, size, 1), np.float32))
-    reach = 0
-    for pixel in range(size // 2, size // 2 + SIZE_FACTOR):  # the reach depends on the place on the pooling grid
-        with tf.GradientTape() as tape:
-            result = model(image)[0, pixel, pixel, 0]
-        gradient = tape.gradient(result, image)[0, ..., 0].numpy()
-        rows = np.flatnonzero(gradient.any(1))
-        reach = max(reach, pixel - rows[0], rows[-1] - pixel)
-    assert 80 < reach <= 92 < RADIUS and RADIUS % SIZE_FACTOR == 0
+    with tf.GradientTape() as tape:
+        result = tf.reduce_sum(model(image)[0, block, block, 0])
+    gradient = tape.gradient(result, image)[0, ..., 0].numpy()
+    for axis in (0, 1):
+        reached = np.flatnonzero(gradient.any(axis))
+        assert (block.start - reached[0], reached[-1] - (block.stop - 1)) == (94, 94)
+    assert RADIUS >= 94 and RADIUS % SIZE_FACTOR == 0
 
 
 def test_build_lmdb_uses_the_geometry_of_the_network():
