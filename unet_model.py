@@ -19,8 +19,8 @@ from lmdb_utils import PathLike
 LEVELS = 4  # poolings
 SIZE_FACTOR = 2**LEVELS  # height and width must be multiples of it
 # The results of a block of the pooling grid (SIZE_FACTOR pixels each way) depend on 94 pixels beyond each of its edges:
-# 92 for two 3x3 convolutions at 1, 2, 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a level's pixel that is touched is
-# taken in whole. Rounded up to a multiple of SIZE_FACTOR, so that tiles pool as the whole image does.
+# 92 for two 3x3 convolutions at 1, 2, 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a pixel of a level counts as a
+# whole. Rounded up to a multiple of SIZE_FACTOR, so that tiles pool as the whole image does.
 RADIUS = 96
 CONVOLUTIONS_PER_LEVEL = 2
 DROPOUT_RATE = 0.5
