@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from lmdb_utils import (
     InputError,
     Metadata,
     Progress,
+    add_flag,
     configure_logging,
     existing_folder,
     log_settings,
@@ -53,59 +54,43 @@ def build_parser() -> argparse.ArgumentParser:
         description="Script which converts two folders of images and masks into a pair of lmdb databases for training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--image_folder",
-        type=existing_folder,
-        default="data/images/",
-        help="filepath to the folder containing the images",
-    )
-    files.add_argument(
-        "--mask_folder",
-        type=existing_folder,
-        default="data/masks/",
-        help="filepath to the folder containing the masks: tif or png, with the names of their images",
-    )
-    files.add_argument(
-        "--output_folder", type=Path, default="data/", help="filepath to the folder where the outputs will be placed"
-    )
-    files.add_argument(
-        "--dataset_name",
-        type=file_stem,
-        default="dataset",
-        help="name of the dataset to be used in creating the lmdb files",
-    )
-    split = parser.add_argument_group("split and tiles")
-    split.add_argument(
-        "--train_fraction",
-        type=open_fraction,
-        default=0.8,
-        help="what fraction of the dataset to use for training (0.0, 1.0)",
-    )
-    files.add_argument(
+    add_file_options(parser.add_argument_group("files"))
+    add_split_options(parser.add_argument_group("split and tiles"))
+    return parser
+
+
+def add_file_options(group: Any) -> None:
+    """Add what is read and written."""
+    text = "filepath to the folder containing the images"
+    group.add_argument("--image_folder", type=existing_folder, default="data/images/", help=text)
+    text = "filepath to the folder containing the masks: tif or png, with the names of their images"
+    group.add_argument("--mask_folder", type=existing_folder, default="data/masks/", help=text)
+    text = "filepath to the folder where the outputs will be placed"
+    group.add_argument("--output_folder", type=Path, default="data/", help=text)
+    text = "name of the dataset to be used in creating the lmdb files"
+    group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
+    group.add_argument(
         "--image_format",
         metavar="IMAGE_FORMAT",
         choices=("tif", "png", "jpg"),
         default="tif",
         help="format (extension) of the input images. E.g {tif, jpg, png)",
     )
-    split.add_argument(
-        "--use_tiling",
-        metavar="USE_TILING",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="Whether to shard the image into tiles [0 = False, 1 = True]",
-    )
-    split.add_argument(
+
+
+def add_split_options(group: Any) -> None:
+    """Add how images are split and tiled."""
+    text = "what fraction of the dataset to use for training (0.0, 1.0)"
+    group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
+    add_flag(group, "--use_tiling", 0, "Whether to shard the image into tiles [0 = False, 1 = True]")
+    group.add_argument(
         "--tile_size",
         type=tile_size,
         default=512,
         help="The size of the tiles to crop out of the source images, striding across all available pixels in the "
         f"source images; a multiple of {SIZE_FACTOR}",
     )
-    split.add_argument("--seed", type=seed_int, default=0, help="seed of the split into train and test")
-    return parser
+    group.add_argument("--seed", type=seed_int, default=0, help="seed of the split into train and test")
 
 
 def file_stem(text: str) -> str:

@@ -497,10 +497,8 @@ class ImageReader:
         with Database(img_db) as database:
             self.metadata = database.metadata
         check_classes(self.metadata, number_classes, self._database)
-        pass_length = self.metadata.count
-        if not shuffle:
-            multiple = batch_size * pass_batches_multiple
-            pass_length = -(-self.metadata.count // multiple) * multiple
+        multiple = 1 if shuffle else batch_size * pass_batches_multiple
+        pass_length = -(-self.metadata.count // multiple) * multiple
         self._stream = Stream(seed, shuffle, balance_classes, pass_length)
         mask_dtype = "uint8" if number_classes <= 256 else "int32"
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, mask_dtype)
@@ -668,6 +666,8 @@ class ImageReader:
 
     def _take(self) -> Optional[Batch]:
         """Return the next batch of the stream, or None once the reader is shut down."""
+        if self._stopping.is_set():
+            return None
         turn, worker = divmod(self._taken, self._layout.num_workers)
         self._report_starvation()
         while not self._stopping.is_set() and self._memory is not None:

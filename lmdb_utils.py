@@ -516,6 +516,11 @@ def log_settings(args: argparse.Namespace) -> None:
     logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
+def add_flag(group: Any, name: str, default: int, text: str) -> None:
+    """Add an option that takes 0 or 1 to an argument group."""
+    group.add_argument(name, metavar=name[2:].upper(), type=int, choices=(0, 1), default=default, help=text)
+
+
 def positive_int(text: str) -> int:
     """Return `text` as an integer of at least 1; the ``type`` of command-line options that count something."""
     try:

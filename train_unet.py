@@ -27,6 +27,7 @@ from lmdb_utils import (
     InputError,
     Metadata,
     Progress,
+    add_flag,
     configure_logging,
     log_settings,
     positive_int,
@@ -52,88 +53,65 @@ def build_parser() -> argparse.ArgumentParser:
         description="Script which trains a unet model",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--train_database",
-        metavar="TRAIN_DATABASE_FILEPATH",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="lmdb database to use for training (Required)",
-    )
-    data.add_argument(
-        "--test_database",
-        metavar="TEST_DATABASE_FILEPATH",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="lmdb database to use for testing (Required)",
-    )
-    data.add_argument(
-        "--output_dir",
-        metavar="OUTPUT_FOLDER",
-        required=True,
-        default=argparse.SUPPRESS,
-        type=Path,
-        help="Folder where outputs will be saved (Required)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch_size", type=positive_int, default=4, help="training batch size, for each GPU")
-    training.add_argument(
-        "--number_classes", type=positive_int, default=2, help="number of classes, background (0) included"
-    )
-    training.add_argument("--learning_rate", type=positive_float, default=3e-4, help="of the Adam optimizer")
-    training.add_argument(
+    add_data_options(parser.add_argument_group("data"))
+    add_training_options(parser.add_argument_group("training"))
+    add_run_options(parser.add_argument_group("network and run"))
+    return parser
+
+
+def add_data_options(group: Any) -> None:
+    """Add the required options: where the data is and where results go."""
+    required = {"required": True, "default": argparse.SUPPRESS}
+    for side, use in (("train", "for training"), ("test", "for testing")):
+        metavar = f"{side.upper()}_DATABASE_FILEPATH"
+        group.add_argument(
+            f"--{side}_database", metavar=metavar, **required, help=f"lmdb database to use {use} (Required)"
+        )
+    text = "Folder where outputs will be saved (Required)"
+    group.add_argument("--output_dir", metavar="OUTPUT_FOLDER", type=Path, **required, help=text)
+
+
+def add_training_options(group: Any) -> None:
+    """Add what the specification lists besides the data."""
+    group.add_argument("--batch_size", type=positive_int, default=4, help="training batch size, for each GPU")
+    group.add_argument("--number_classes", type=positive_int, default=2, help="classes, background (0) included")
+    group.add_argument("--learning_rate", type=positive_float, default=3e-4, help="of the Adam optimizer")
+    group.add_argument(
         "--test_every_n_steps",
         type=positive_int,
         default=1000,
         help="number of gradient update steps to take between test epochs",
     )
-    training.add_argument(
-        "--balance_classes",
-        metavar="BALANCE_CLASSES",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="whether to balance classes [0 = false, 1 = true]: each class is drawn equally often, then an "
-        "image that holds it",
-    )
-    training.add_argument(
-        "--use_augmentation",
-        metavar="USE_AUGMENTATION",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="whether to use data augmentation [0 = false, 1 = true]",
-    )
-    training.add_argument(
+    text = "whether to balance classes [0 = false, 1 = true]: each is drawn equally often, then an image that holds it"
+    add_flag(group, "--balance_classes", 0, text)
+    add_flag(group, "--use_augmentation", 1, "whether to use data augmentation [0 = false, 1 = true]")
+    group.add_argument(
         "--early_stopping",
         metavar="EARLY_STOPPING_COUNT",
         type=positive_int,
         default=10,
         help="Perform early stopping when the test loss does not improve for N epochs.",
     )
-    training.add_argument(
+    group.add_argument(
         "--reader_count",
         type=positive_int,
         default=1,
         help="how many processes to use for disk I/O and augmentation per gpu",
     )
-    added = parser.add_argument_group("network and run")
-    added.add_argument(
+
+
+def add_run_options(group: Any) -> None:
+    """Add options beyond the specification."""
+    group.add_argument(
         "--baseline_feature_depth",
         type=positive_int,
         default=64,
         help="features of the network's top level, doubled at each of the four levels below; fewer for small computers",
     )
-    added.add_argument(
-        "--max_epochs", type=positive_int, default=None, help="stop after so many test epochs (None = no limit)"
-    )
-    added.add_argument(
-        "--seed",
-        type=seed_int,
-        default=0,
-        help="seed of the image order, the augmentation and the network's first weights",
-    )
-    return parser
+    text = "stop after so many test epochs (None = no limit)"
+    group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
+    text = "seed of the image order, the augmentation and the network's first weights"
+    group.add_argument("--seed", type=seed_int, default=0, help=text)
 
 
 def positive_float(text: str) -> float:
