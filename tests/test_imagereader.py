@@ -313,7 +313,7 @@ def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, aske
     """In a mount namespace of its own, where /dev/shm has 1 MiB; without the first check the reservation answers."""
     script = tmp_path / "small.py"
     script.write_text(SMALL_SHARED_MEMORY.format(root=str(ROOT), database=str(databases[0]), lie=not asked_beforehand))
-    mount = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} {script}"
+    mount = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec '{sys.executable}' '{script}'"
     if subprocess.run(
         ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"], capture_output=True
     ).returncode:

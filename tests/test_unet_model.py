@@ -31,14 +31,18 @@ def test_a_block_of_the_pooling_grid_depends_on_94_pixels_to_each_side_and_no_mo
     model = build_unet(1, 2, 2)
     for layer in model.layers:  # positive weights: no influence can cancel
         layer.set_weights([np.abs(weights) + 0.1 for weights in layer.get_weights()])
-    size, block = 2 * 112, slice(112, 112 + SIZE_FACTOR)
-    image = tf.Variable(np.random.default_rng(0).random((1, size, size, 1), np.float32))
-    with tf.GradientTape() as tape:
-        result = tf.reduce_sum(model(image)[0, block, block, 0])
-    gradient = tape.gradient(result, image)[0, ..., 0].numpy()
+    size, block = 2 * 208, slice(208, 208 + SIZE_FACTOR)
+    ramp = np.linspace(1, 2, size, dtype=np.float32)
+    reached = []
+    for slope in (ramp[::-1], ramp):  # a pooling passes its largest pixel on: here the first, there the last
+        image = tf.Variable(np.broadcast_to(slope[:, None] + slope, (1, size, size))[..., None])
+        with tf.GradientTape() as tape:
+            result = tf.reduce_sum(model(image)[0, block, block, 0])
+        gradient = tape.gradient(result, image)[0, ..., 0].numpy()
+        reached.append([np.flatnonzero(gradient.any(axis)) for axis in (0, 1)])
     for axis in (0, 1):
-        reached = np.flatnonzero(gradient.any(axis))
-        assert (block.start - reached[0], reached[-1] - (block.stop - 1)) == (94, 94)
+        assert block.start - reached[0][axis][0] == 94
+        assert reached[1][axis][-1] - (block.stop - 1) == 94
     assert RADIUS >= 94 and RADIUS % SIZE_FACTOR == 0
 
 
