@@ -10,6 +10,7 @@ bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncomp
 """
 
 import argparse
+import array
 import contextlib
 import io
 import json
@@ -183,9 +184,9 @@ class Metadata:
     def to_bytes(self) -> bytes:
         """Serialise as an uncompressed npz archive."""
         arrays = {field: getattr(self, field) for field in self.ARRAYS}
-        # JSON is valid UTF-8 without NUL, so the list of a million names costs one decode, not a parse per name.
         header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **self.info}
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        # One joined string: a million names cost one decode, as a JSON list they would cost a parse each.
         arrays["names"] = np.frombuffer("\0".join(self.names).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -229,7 +230,7 @@ class DatabaseWriter:
         self._names: list[str] = []
         self._origins: list[tuple[int, int, int]] = []
         self._pixel_counts: dict[int, int] = {}
-        self._class_records: dict[int, list[int]] = {}
+        self._class_records: dict[int, array.array[int]] = {}
 
     def __len__(self) -> int:
         """Return the number of records appended so far."""
@@ -264,7 +265,7 @@ class DatabaseWriter:
         self._origins.append((len(self._names) - 1, row, column))
         for class_id, count in count_classes(mask).items():
             self._pixel_counts[class_id] = self._pixel_counts.get(class_id, 0) + count
-            self._class_records.setdefault(class_id, []).append(index)
+            self._class_records.setdefault(class_id, array.array("i")).append(index)
         self._put(record_key(index), encode_record(image, mask))
 
     def finish(self, info: dict[str, Any]) -> Metadata:

@@ -272,17 +272,21 @@ def test_no_process_and_no_shared_memory_outlives_the_main_process(databases, tm
     process = subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     )
-    with process.stdout:
-        name = process.stdout.readline().strip()
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    if ending == "killed":
-        assert len(children) >= 2 and os.path.exists(f"/dev/shm/{name}")
+    try:
+        with process.stdout:
+            name = process.stdout.readline().strip()
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if ending == "killed":
+            assert len(children) >= 2 and os.path.exists(f"/dev/shm/{name}")
+            process.kill()
+        elif ending == "interrupted":
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the whole group
+        process.wait(30)
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+    finally:
         process.kill()
-    elif ending == "interrupted":
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the whole group
-    process.wait(30)
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive
+        process.wait()
     assert not set(os.listdir("/dev/shm")) - before
 
 

@@ -95,7 +95,7 @@ import numpy as np, tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
-from unet_model import UNetTrainer, build_unet
+from unet_model import UNetTrainer, build_unet, export_saved_model
 
 rng = np.random.default_rng(0)
 images = rng.standard_normal((3, 4, 32, 32, 1), np.float32)
@@ -128,13 +128,18 @@ np.testing.assert_array_equal(results[0][0], results[1][0])
 assert np.abs(results[0][1] - results[0][0]).max() > 1e-2, "nothing was learnt"
 np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+
+trainer = UNetTrainer(strategy, lambda: build_unet(1, 2, 4), 2, 1e-3)  # as it is used: dropout and batch normalisation
+batches = trainer.distribute(Reader(2))
+assert np.isfinite(float(trainer.train_step(next(batches))))
+export_saved_model(trainer.model, sys.argv[1], {{}})
 print("difference", np.abs(results[0][1] - results[1][1]).max())
 """
 
 
-def test_two_replicas_give_the_weights_of_one_with_the_same_global_batch():
+def test_two_replicas_give_the_weights_of_one_with_the_same_global_batch(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", REPLICAS.format(root=str(ROOT))],
+        [sys.executable, "-c", REPLICAS.format(root=str(ROOT)), str(tmp_path / "saved_model")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
