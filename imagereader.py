@@ -583,7 +583,8 @@ class ImageReader:
             self._processes, self._pipes, self._free, self._filled = [], [], [], []
             memory, self._memory = self._memory, None
         memory.close()
-        memory.unlink()
+        with contextlib.suppress(FileNotFoundError):  # a login manager may have cleared /dev/shm at the user's logout
+            memory.unlink()
 
     def __enter__(self) -> "ImageReader":
         """Start the workers."""
