@@ -507,7 +507,7 @@ class ImageReader:
         self._watcher: Optional[threading.Thread] = None
         self._failure: Optional[ReaderError] = None
         self._stopping = threading.Event()
-        self._taking = threading.Lock()  # the consumer may be a thread of TensorFlow, still copying at shutdown
+        self._taking = threading.Lock()  # held to look at the shared memory, which must not close under a consumer
         self._taken = 0
         self._starving = False
 
@@ -582,7 +582,7 @@ class ImageReader:
         with self._taking:
             self._processes, self._pipes, self._free, self._filled = [], [], [], []
             memory, self._memory = self._memory, None
-        memory.close()
+            memory.close()
         with contextlib.suppress(FileNotFoundError):  # a login manager may have cleared /dev/shm at the user's logout
             memory.unlink()
 
@@ -642,9 +642,10 @@ class ImageReader:
 
     def get_queue_size(self) -> int:
         """Return the number of finished batches that wait to be taken."""
-        if self._memory is None:
-            return 0
-        return int(self._layout.counters(self._memory.buf)[1:].sum()) - self._taken
+        with self._taking:
+            if self._memory is None:
+                return 0
+            return int(self._layout.counters(self._memory.buf)[1:].sum()) - self._taken
 
     def generator(self) -> Iterator[Batch]:
         """Yield batch after batch, without end; it returns when the reader is shut down.
