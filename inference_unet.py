@@ -242,7 +242,7 @@ def segment(image: np.ndarray, model: Model, tile_size: int) -> np.ndarray:
     padded = pad_to_multiple(image, model.size_factor)
     mask = np.empty(padded.shape[:2], np.min_scalar_type(model.number_classes - 1))
     tiles = list(plan_tiles(padded.shape[0], padded.shape[1], tile_size, model.radius, model.size_factor))
-    progress = Progress("tile", len(tiles), "")
+    progress = Progress("segmenting", len(tiles), "tiles")
     for done, tile in enumerate(tiles, 1):
         softmax = model.predict(padded[None, tile.rows, tile.columns])
         zone = np.argmax(softmax[0], axis=-1)

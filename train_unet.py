@@ -415,7 +415,7 @@ def evaluate(trainer: "UNetTrainer", reader: "ImageReader", batches: Any) -> dic
     from unet_model import score_confusion
 
     steps = reader.get_pass_batches() // trainer.num_replicas
-    progress = Progress("test step", steps, "")
+    progress = Progress("test step", steps, "", reader.get_image_count() / steps, "images")
     loss_sum, confusion = 0.0, np.zeros((), np.int64)
     for step in range(steps):
         losses, counts = trainer.test_step(take(batches, reader))
