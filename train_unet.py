@@ -168,8 +168,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         with train_reader, test_reader:
             train(args, strategy, train_reader, test_reader)
-    except (TrainingError, ReaderError) as error:
+    except TrainingError as error:
         logging.error("%s", error)
+        return EXIT_FAILURE
+    except ReaderError:  # logged in full when it happened
+        logging.error("training stopped, because a reader failed (see above); the last good model is kept")
         return EXIT_FAILURE
     return 0
 
