@@ -500,8 +500,7 @@ class ImageReader:
         multiple = 1 if shuffle else batch_size * pass_batches_multiple
         pass_length = -(-self.metadata.count // multiple) * multiple
         self._stream = Stream(seed, shuffle, balance_classes, pass_length)
-        mask_dtype = "uint8" if number_classes <= 256 else "int32"
-        self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, mask_dtype)
+        self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
         self._memory: Optional[shared_memory.SharedMemory] = None
         self._processes: list[Any] = []
         self._watcher: Optional[threading.Thread] = None
@@ -709,8 +708,11 @@ class ImageReader:
         return dataset.prefetch(2)
 
 
-def make_layout(num_workers: int, batch_size: int, image_shape: tuple[int, int, int], mask_dtype: str) -> RingLayout:
+def make_layout(
+    num_workers: int, batch_size: int, image_shape: tuple[int, int, int], number_classes: int
+) -> RingLayout:
     """Return a ring as deep as `RING_BYTES` and `SLOTS_PER_WORKER` allow."""
+    mask_dtype = "uint8" if number_classes <= 256 else "int32"
     least, most = SLOTS_PER_WORKER
     one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
     slots = min(max(RING_BYTES // (one.slot_bytes * num_workers), least), most)

@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         logging.error("%s", error)
         return EXIT_FAILURE
     except ReaderError:  # logged in full when it happened
-        logging.error("training stopped, because a reader failed (see above); the last good model is kept")
+        logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
         return EXIT_FAILURE
     return 0
 
@@ -392,7 +392,7 @@ def train_one_epoch(
         if not math.isfinite(losses[-1]):
             raise TrainingError(
                 f"the loss became {losses[-1]} at step {first_step + step + 1} (learning rate {learning_rate:g}); "
-                "the last good model and checkpoint are kept. Lower --learning_rate and look for broken images"
+                "what was saved before is kept. Lower --learning_rate and look for broken images"
             )
         share = waited / max(time.monotonic() - start, 1e-9)
         progress.update(step + 1, f"loss {losses[-1]:.4f}, waited for data {share:.0%},")
