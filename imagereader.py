@@ -28,6 +28,9 @@ from lmdb_utils import Database, InputError, Metadata, PathLike
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
+SUM_ROWS = 128  # rows that are added up in float32
+MEAN_TOLERANCE = 1e-6  # of a normalised channel's mean
+
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
 SLOTS_PER_WORKER = (2, 8)  # at least one to fill while one is read; more only helps against uneven disks
 SHARED_MEMORY_FOLDER = "/dev/shm"
@@ -159,21 +162,46 @@ def z_score(image: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
     Parameters
     ----------
     image : ndarray, shape (H, W, C)
+        Any real dtype.
     out : ndarray of float32, shape (H, W, C), optional
-        Where to put the result.
+        Where to put the result; C-contiguous.
 
     Returns
     -------
     ndarray of float32, shape (H, W, C)
         A channel whose standard deviation is at most 1 is only centred, as in the NIST reference implementation:
         an empty image must not become amplified noise.
+
+    Notes
+    -----
+    Works in place in the result, whose rows are long enough to be added up as vectors, `SUM_ROWS` in float32 and their
+    sums in float64. What rounding leaves of the mean is measured, taken off the variance, and where it could be seen
+    off the image (the corrected two-pass algorithm of Chan, Golub and LeVeque, 1983).
     """
+    height, width, channels = image.shape
     out = np.empty(image.shape, np.float32) if out is None else out
-    for channel in range(image.shape[2]):
-        values = image[..., channel]
-        centred = np.subtract(values, values.mean(dtype=np.float64), dtype=np.float64)
-        deviation = np.sqrt(np.mean(np.square(centred)))
-        out[..., channel] = centred / deviation if deviation > 1 else centred
+    if not out.flags.c_contiguous:
+        raise ValueError("the result must be C-contiguous")
+    values = out.reshape(height, width * channels)
+    blocks = [values[first : first + SUM_ROWS] for first in range(0, height, SUM_ROWS)]
+
+    def channel_means(block_sums: list[np.ndarray]) -> np.ndarray:
+        return np.sum(block_sums, axis=0, dtype=np.float64).reshape(width, channels).sum(axis=0) / (height * width)
+
+    def for_each_pixel(channel_values: np.ndarray) -> np.ndarray:
+        return np.tile(channel_values.astype(np.float32), width)
+
+    if image.dtype.kind in "iu" and image.dtype.itemsize > 2:  # float32 rounds large whole numbers, not differences
+        np.subtract(image, image[0, 0].astype(np.float64), out=out, dtype=np.float64, casting="unsafe")
+    else:
+        np.copyto(out, image)
+    values -= for_each_pixel(channel_means([block.sum(axis=0) for block in blocks]))
+    rest = channel_means([block.sum(axis=0) for block in blocks])
+    variance = channel_means([np.einsum("ij,ij->j", block, block) for block in blocks]) - rest**2
+    factor = 1 / np.sqrt(np.maximum(variance, 1))
+    if (np.abs(rest) * factor > MEAN_TOLERANCE).any():
+        values -= for_each_pixel(rest)
+    values *= for_each_pixel(factor)
     return out
 
 
@@ -330,6 +358,9 @@ class SampleSource:
 
     def __init__(self, database: Database, stream: Stream, augmentation: Optional[dict[str, Any]]) -> None:
         self._database, self._stream, self._augmentation = database, stream, augmentation
+        if augmentation is not None:
+            metadata = database.metadata
+            self._augmenter = augment.Augmenter(metadata.image_shape, metadata.info["mask_dtype"])
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def pick(self, sample: int, rng: np.random.Generator) -> int:
@@ -354,7 +385,7 @@ class SampleSource:
         image, mask = self._database.read(record)
         if self._augmentation is not None:
             transformation = augment.sample_transformation(rng, *mask.shape, **self._augmentation)
-            image, mask = augment.apply_transformation(transformation, image, mask, rng)
+            image, mask = self._augmenter.apply(transformation, image, mask, rng)
         z_score(image, out=batch.images[index])
         batch.masks[index] = mask
 
@@ -645,6 +676,10 @@ class ImageReader:
             if self._memory is None:
                 return 0
             return int(self._layout.counters(self._memory.buf)[1:].sum()) - self._taken
+
+    def get_queue_capacity(self) -> int:
+        """Return the number of finished batches that the queue can hold."""
+        return self._layout.total_slots
 
     def generator(self) -> Iterator[Batch]:
         """Yield batch after batch, without end; it returns when the reader is shut down.

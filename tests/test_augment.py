@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import skimage.transform
 from conftest import make_pair
-from scipy import ndimage
+from scipy import ndimage, stats
 
-from augment import Transformation, apply_transformation, inverse_affine, sample_transformation
+from augment import Augmenter, Transformation, gaussian_kernel, inverse_affine, sample_transformation
 
 LIMITS = {
     "reflection_flag": True,
@@ -15,8 +15,16 @@ LIMITS = {
     "blur_max_sigma": 2,
     "intensity_augmentation_severity": 0.05,
 }
+GEOMETRY = {
+    name: LIMITS[name]
+    for name in ("reflection_flag", "rotation_flag", "jitter_augmentation_severity", "scale_augmentation_severity")
+}
 IMAGE = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
 MASK = np.arange(12, dtype=np.uint8).reshape(3, 4)
+
+
+def apply_transformation(transformation, image, mask, rng=None):
+    return Augmenter(image.shape, mask.dtype).apply(transformation, image, mask, rng)
 
 
 def test_no_transformation_changes_nothing():
@@ -58,6 +66,26 @@ def test_scale_magnifies_about_the_centre():
     assert np.flatnonzero(result[20, :, 0] > 0.5)[[0, -1]].tolist() == pytest.approx([20 - 4.5, 20 + 4.5], abs=1)
 
 
+@pytest.mark.parametrize("shape", [(80, 96, 3), (300, 250, 1), (16, 512, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_composed_warp_agrees_with_scipy_over_the_whole_image(shape, seed):
+    """Over several blocks of rows, and beyond the border where both reflect."""
+    image, mask = make_pair(seed, shape, "float32", classes=5)
+    t = sample_transformation(np.random.default_rng(seed), *shape[:2], **GEOMETRY)
+    matrix, offset = inverse_affine(t, *shape[:2])
+    got_image, got_mask = apply_transformation(t, image, mask)
+    for channel in range(shape[2]):
+        expected = ndimage.affine_transform(
+            image[..., channel].astype(np.float64), matrix, offset, order=1, mode="mirror", prefilter=False
+        )
+        np.testing.assert_allclose(got_image[..., channel], expected, atol=2e-6 * np.ptp(image) + 1e-6 * image.max())
+    expected_mask = ndimage.affine_transform(mask, matrix, offset, order=0, mode="mirror", prefilter=False)
+    source = np.tensordot(matrix, np.mgrid[: shape[0], : shape[1]], 1) + offset[:, None, None]
+    decided = (np.abs(source % 1 - 0.5) > 1e-5).all(0)  # elsewhere two pixels are equally near, but for rounding
+    assert decided.mean() > 0.999
+    np.testing.assert_array_equal(got_mask[decided], expected_mask[decided])
+
+
 def test_the_composed_warp_agrees_with_skimage_inside_the_border():
     image, mask = make_pair(0, (80, 96, 3), "float32")
     t = Transformation(True, False, 0.7, 3.3, -5.1, 1.07, 0.93)
@@ -71,9 +99,29 @@ def test_the_composed_warp_agrees_with_skimage_inside_the_border():
     source = np.tensordot(matrix, np.stack([rows, columns]), 1) + offset[:, None, None]
     inside = (source[0] > 1) & (source[0] < 78) & (source[1] > 1) & (source[1] < 94)
     assert inside.mean() > 0.5
-    np.testing.assert_allclose(got_image[inside], expected[inside], atol=2e-3)
+    np.testing.assert_allclose(got_image[inside], expected[inside], atol=2e-4)
     nearest = np.rint(source).astype(int)
     np.testing.assert_array_equal(got_mask[inside], mask[nearest[0][inside], nearest[1][inside]])
+
+
+def test_a_shift_by_several_images_is_still_reflected():
+    far = Transformation(jitter_rows=3 * 2 * (IMAGE.shape[0] - 1) + 1)  # a reflected image repeats after 2 (size - 1)
+    near = Transformation(jitter_rows=1)
+    np.testing.assert_allclose(apply_transformation(far, IMAGE, MASK)[0], apply_transformation(near, IMAGE, MASK)[0])
+    np.testing.assert_array_equal(apply_transformation(far, IMAGE, MASK)[1], apply_transformation(near, IMAGE, MASK)[1])
+
+
+def test_an_augmenter_forgets_the_image_before():
+    augmenter, rng = Augmenter((64, 80, 2), np.uint8), np.random.default_rng(0)
+    for seed in range(6):
+        image, mask = make_pair(seed, (64, 80, 2))
+        t = sample_transformation(rng, 64, 80, **LIMITS)
+        results = [
+            each.apply(t, image, mask, np.random.default_rng(seed))
+            for each in (augmenter, Augmenter((64, 80, 2), "u1"))
+        ]
+        for one, other in zip(*results):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_class_id_is_never_mixed_from_others():
@@ -84,24 +132,62 @@ def test_a_class_id_is_never_mixed_from_others():
         assert set(np.unique(warped)) <= {3, 200} and warped.dtype == np.uint8
 
 
-def test_blur_is_that_of_scipy_in_each_channel_alone():
-    image, mask = make_pair(2, (64, 64, 2), "float32")
-    result, _ = apply_transformation(Transformation(blur_sigma=1.5), image, mask)
-    for channel in range(2):
-        expected = ndimage.gaussian_filter(image[..., channel].astype(np.float64), 1.5, mode="mirror")
+@pytest.mark.parametrize("shape", [(64, 64, 2), (100, 75, 1), (16, 33, 1), (5, 200, 1)])
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.5, 2.0, 9.0])
+def test_blur_is_that_of_scipy_in_each_channel_alone(shape, sigma):
+    image, mask = make_pair(2, shape, "float32")
+    result, same = apply_transformation(Transformation(blur_sigma=sigma), image, mask)
+    for channel in range(shape[2]):
+        expected = ndimage.gaussian_filter(image[..., channel].astype(np.float64), sigma, mode="mirror")
         np.testing.assert_allclose(result[..., channel], expected, rtol=1e-5)
+    np.testing.assert_array_equal(same, mask)
+
+
+def test_the_blur_of_a_point_is_the_kernel_written_out():
+    image = np.zeros((9, 9, 1), np.float32)
+    image[4, 4] = 1
+    result, _ = apply_transformation(Transformation(blur_sigma=0.5), image, np.zeros((9, 9), np.uint8))
+    weights = np.array([np.exp(-8.0), np.exp(-2.0), 1, np.exp(-2.0), np.exp(-8.0)])
+    weights /= weights.sum()
+    np.testing.assert_allclose(gaussian_kernel(0.5), weights)
+    np.testing.assert_allclose(result[2:7, 2:7, 0], np.outer(weights, weights), rtol=1e-6)
+
+
+def draw_noise(seed, shape=(512, 512, 2)):
+    """Noise that an image of range 1000 gets at 2 % of its range."""
+    image = np.zeros(shape, np.float32)
+    image[0, 0] = 1000
+    result, _ = apply_transformation(
+        Transformation(noise_sigma=0.02), image, np.zeros(shape[:2], np.uint8), np.random.default_rng(seed)
+    )
+    return (result - image).astype(np.float64)
 
 
 def test_noise_is_gaussian_with_the_asked_deviation_of_the_range():
-    image = np.zeros((256, 256, 1), np.float32)
-    image[0, 0] = 1000
-    result, _ = apply_transformation(
-        Transformation(noise_sigma=0.02), image, np.zeros((256, 256), np.uint8), np.random.default_rng(1)
-    )
-    noise = (result - image).astype(np.float64).ravel()
-    assert abs(noise.mean()) < 5 * 20 / 256
-    assert noise.std() == pytest.approx(20, rel=0.02)
-    assert np.mean((noise / noise.std()) ** 4) == pytest.approx(3, abs=0.15)
+    noise = draw_noise(1).ravel()
+    sample_error = 1 / np.sqrt(noise.size)
+    assert abs(noise.mean()) < 5 * 20 * sample_error
+    assert noise.std() == pytest.approx(20, rel=5 * sample_error)
+    standard = noise / noise.std()
+    assert np.mean(standard**3) == pytest.approx(0, abs=5 * np.sqrt(6) * sample_error)
+    assert np.mean(standard**4) == pytest.approx(3, abs=5 * np.sqrt(24) * sample_error)
+    assert stats.kstest(noise, "norm", (0, 20)).pvalue > 1e-3
+    assert np.abs(standard).max() > 4
+
+
+def test_noise_differs_between_pixels_channels_and_images():
+    noise = draw_noise(1)
+    size = noise[..., 0].size
+    others = [noise[..., 1], draw_noise(2)[..., 0]]
+    others += [np.roll(noise[..., 0], shift, axis) for shift in (1, 7, 128, 256) for axis in (0, 1)]
+    for other in others:
+        assert abs(np.corrcoef(noise[..., 0].ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(size)
+    np.testing.assert_array_equal(draw_noise(1), noise)
+
+
+def test_noise_without_random_numbers_is_an_error():
+    with pytest.raises(ValueError, match="random generator"):
+        apply_transformation(Transformation(noise_sigma=0.1), IMAGE, MASK)
 
 
 def test_intensity_shifts_by_a_fraction_of_the_range():

@@ -1,0 +1,93 @@
+"""Images per second that readers deliver, for each kind of image, with and without augmentation.
+
+    python tests/benchmarks/reader_throughput.py --peer "/path/to/its/python peer.py"
+
+The peer, if there is one, is called in turn with the readers, as
+``COMMAND synthetic:SIZE:CHANNELS:DTYPE WORKERS BATCHES BATCH_SIZE AUGMENT``,
+and must end its output with its images per second, followed by ``img/s``.
+Nothing else should run on the machine meanwhile.
+"""
+
+import itertools
+import re
+import shlex
+import subprocess
+import time
+
+from common import CASES, finish, machine, make_parser, summarize, synthetic_database
+
+from imagereader import ImageReader
+from lmdb_utils import positive_int
+
+
+def measure_reader(database, readers, augmentation, batches, batch_size):
+    """Return images per second taken from a reader by a consumer that does nothing else."""
+    options = {"use_augmentation": augmentation, "num_workers": readers, "batch_size": batch_size}
+    with ImageReader(database, **options) as reader:
+        stream = reader.generator()
+        # The batches that were ready before the clock started are not counted.
+        for _ in itertools.islice(stream, reader.get_queue_capacity() + 2 * readers):
+            pass
+        start = time.perf_counter()
+        for _ in itertools.islice(stream, batches):
+            pass
+        return batches * batch_size / (time.perf_counter() - start)
+
+
+def measure_peer(command, case, readers, augmentation, batches, batch_size):
+    """Return images per second as the peer prints them."""
+    arguments = [f"synthetic:{case}", readers, batches, batch_size, int(augmentation)]
+    done = subprocess.run([*shlex.split(command), *map(str, arguments)], capture_output=True, text=True, check=True)
+    return float(re.findall(r"([\d.]+) img/s", done.stdout)[-1])
+
+
+def measure_case(args, case, augmentation, readers):
+    """Measure one line of the table, peer and readers in turn."""
+    ours, peers = [], []
+    work = (readers, augmentation, args.batches, args.batch_size)
+    with synthetic_database(case) as database:
+        for _ in range(args.runs):
+            ours.append(measure_reader(database, *work))
+            if args.peer:
+                peers.append(measure_peer(args.peer, case, *work))
+    line = {"case": case, "augmentation": augmentation, "readers": readers, "images_per_second": summarize(ours)}
+    if peers:
+        line["peer"] = summarize(peers)
+        line["ratio"] = line["images_per_second"]["median"] / line["peer"]["median"]
+    return line
+
+
+def show(line):
+    """Print one line of the table."""
+    ours = line["images_per_second"]
+    text = f"{line['case']:13} {'augmented' if line['augmentation'] else 'plain':10} {line['readers']} reader(s) "
+    text += f"{ours['median']:7.0f} images/s ({ours['least']:.0f} to {ours['greatest']:.0f})"
+    if "peer" in line:
+        peer = line["peer"]
+        text += f"   peer {peer['median']:6.0f} ({peer['least']:.0f} to {peer['greatest']:.0f})   {line['ratio']:.2f}x"
+    print(text, flush=True)
+
+
+def main():
+    """Measure every combination and print the table."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=CASES, help="SIZE:CHANNELS:DTYPE of the images")
+    parser.add_argument("--augmentation", nargs="+", type=int, choices=(0, 1), default=(1, 0), help="with, without")
+    parser.add_argument("--readers", nargs="+", type=positive_int, default=(1, 2), help="numbers of readers")
+    parser.add_argument("--batches", type=positive_int, default=100, help="batches in a measurement")
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="images in a batch")
+    parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
+    parser.add_argument("--peer", metavar="COMMAND", help="another loader to compare with, see above")
+    args = parser.parse_args()
+    lines = []
+    if not args.json:
+        print(machine())
+    for case, augmentation, readers in itertools.product(args.cases, args.augmentation, args.readers):
+        lines.append(measure_case(args, case, bool(augmentation), readers))
+        if not args.json:
+            show(lines[-1])
+    finish({"lines": lines}, args.json)
+
+
+if __name__ == "__main__":
+    main()
