@@ -6,7 +6,7 @@ bilinear in the image, nearest neighbour in the mask (a class id is never a mean
 is filled by reflection about the border pixels.
 """
 
-import statistics
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 BLOCK_PIXELS = 2**16  # worked on together: a few buffers of so many float32 stay in the processor's cache
 BLUR_BLOCK = 32  # rows or columns that one matrix product blurs
 BLUR_TRUNCATE = 4.0  # the blur's kernel ends at so many sigma, as in scipy.ndimage.gaussian_filter
-NOISE_BITS = 16  # random bits per pixel of noise
+NOISE_STRETCHES = 2**20  # stretches of a noise pool that an image may get
 
 
 @dataclass(frozen=True)
@@ -100,24 +100,20 @@ def sample_transformation(
         The same number of draws is made whatever the limits are, so that switching one transformation off leaves
         the others as they were.
     """
-    reflect = rng.random(2) < 0.5
-    turn = rng.random()
-    jitter = rng.uniform(-1, 1, 2) * jitter_augmentation_severity * (height, width)
-    scale = 1 + rng.uniform(-1, 1, 2) * scale_augmentation_severity
-    noise_sigma = rng.random() * noise_augmentation_severity
-    blur_sigma = rng.uniform(-1, 1) * blur_max_sigma
-    intensity_shift = rng.uniform(-1, 1) * intensity_augmentation_severity
+    draws = rng.random(10).tolist()
+    reflect_rows, reflect_columns, turn, noise = draws[:4]
+    jitter_rows, jitter_columns, scale_rows, scale_columns, blur, shift = (2 * draw - 1 for draw in draws[4:])
     return Transformation(
-        reflect_rows=bool(reflection_flag and reflect[0]),
-        reflect_columns=bool(reflection_flag and reflect[1]),
-        rotation=2 * np.pi * turn if rotation_flag else 0.0,
-        jitter_rows=float(jitter[0]),
-        jitter_columns=float(jitter[1]),
-        scale_rows=float(scale[0]),
-        scale_columns=float(scale[1]),
-        blur_sigma=max(blur_sigma, 0.0),
-        noise_sigma=noise_sigma,
-        intensity_shift=intensity_shift,
+        reflect_rows=reflection_flag and reflect_rows < 0.5,
+        reflect_columns=reflection_flag and reflect_columns < 0.5,
+        rotation=2 * math.pi * turn if rotation_flag else 0.0,
+        jitter_rows=jitter_rows * jitter_augmentation_severity * height,
+        jitter_columns=jitter_columns * jitter_augmentation_severity * width,
+        scale_rows=1 + scale_rows * scale_augmentation_severity,
+        scale_columns=1 + scale_columns * scale_augmentation_severity,
+        blur_sigma=max(blur * blur_max_sigma, 0.0),
+        noise_sigma=noise * noise_augmentation_severity,
+        intensity_shift=shift * intensity_augmentation_severity,
     )
 
 
@@ -138,11 +134,14 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
         about its centre, then shifted.
     """
     t = transformation
-    cosine, sine = np.cos(t.rotation), np.sin(t.rotation)
-    magnify = np.array([t.scale_rows, t.scale_columns]) * np.where([t.reflect_rows, t.reflect_columns], -1, 1)
-    rotate_back = np.array([[cosine, -sine], [sine, cosine]])  # inverse of [[cosine, sine], [-sine, cosine]]
-    matrix = rotate_back / magnify[:, None]
-    centre = (np.array([height, width]) - 1) / 2
+    cosine, sine = math.cos(t.rotation), math.sin(t.rotation)
+    magnify_rows = -t.scale_rows if t.reflect_rows else t.scale_rows
+    magnify_columns = -t.scale_columns if t.reflect_columns else t.scale_columns
+    # The inverse of the rotation [[cosine, sine], [-sine, cosine]], then of the magnification.
+    matrix = np.array(
+        [[cosine / magnify_rows, -sine / magnify_rows], [sine / magnify_columns, cosine / magnify_columns]]
+    )
+    centre = np.array([(height - 1) / 2, (width - 1) / 2])
     return matrix, centre - matrix @ (centre + (t.jitter_rows, t.jitter_columns))
 
 
@@ -197,9 +196,10 @@ class Augmenter:
         self._integers = np.empty((2, self._block_rows, width), np.int32)
         self._fraction = np.empty((2, self._block_rows, width), np.float32)
         self._index = np.empty(block, np.intp)
-        self._values = np.empty((4, block), np.float32)
-        self._normal_quantiles = normal_quantiles(2**NOISE_BITS)
-        self._noise_levels = np.empty_like(self._normal_quantiles)
+        self._values = np.empty((3, block), np.float32)
+        # Two pools of normal numbers; each channel gets the sum of a stretch of one and a stretch of the other.
+        self._noise = np.random.default_rng(0).standard_normal((2, height * width + NOISE_STRETCHES), np.float32)
+        self._noise *= np.float32(0.5**0.5)
 
     def apply(
         self,
@@ -235,7 +235,7 @@ class Augmenter:
         t = transformation
         np.copyto(self._source, np.moveaxis(image, 2, 0), casting="unsafe")
         np.copyto(self._source_mask, mask, casting="unsafe")
-        value_range = float(self._source.max() - self._source.min()) if t.noise_sigma > 0 or t.intensity_shift else 0.0
+        value_range = float(image.max()) - float(image.min()) if t.noise_sigma > 0 or t.intensity_shift else 0.0
         if t.is_mirror:
             mirrored = np.s_[..., :: -1 if t.reflect_rows else 1, :: -1 if t.reflect_columns else 1]
             np.copyto(self._result, self._source[mirrored])
@@ -323,15 +323,15 @@ class Augmenter:
         np.right_shift(position, affine.bits, out=position)  # in place costs half; nobody needs it any more
         index = self._flat_index(position)
         down, right = fraction.reshape(2, -1)
-        here, at_right, below, below_right = self._values[:, : index.size]
+        here, below, other = self._values[:, : index.size]
         for plane, result in zip(self._padded_source, self._result):
             source, lower = plane.reshape(-1), plane[1:].reshape(-1)
             np.take(source, index, out=here, mode="wrap")
-            np.take(source[1:], index, out=at_right, mode="wrap")
+            np.take(source[1:], index, out=other, mode="wrap")
+            _blend(here, other, right, out=here)
             np.take(lower, index, out=below, mode="wrap")
-            np.take(lower[1:], index, out=below_right, mode="wrap")
-            _blend(here, at_right, right, out=here)
-            _blend(below, below_right, right, out=below)
+            np.take(lower[1:], index, out=other, mode="wrap")
+            _blend(below, other, right, out=below)
             _blend(here, below, down, out=result[rows].reshape(-1))
 
     # ------------------------------------------------------------------ blur and noise
@@ -348,16 +348,23 @@ class Augmenter:
                 np.matmul(self._half_blurred[:, source], weights.T, out=plane[:, target])
 
     def _add_noise(self, sigma: float, rng: np.random.Generator) -> None:
-        """Add Gaussian noise; drawing from equally likely quantiles takes a fifth of `standard_normal`'s time."""
-        np.multiply(self._normal_quantiles, np.float32(sigma), out=self._noise_levels)
-        image, per_word = self._result.reshape(-1), 64 // NOISE_BITS
-        for first in range(0, image.size, self._index.size):
-            part = image[first : first + self._index.size]
-            words = rng.bit_generator.random_raw(-(-part.size // per_word))
-            index, noise = self._index[: part.size], self._values[0, : part.size]
-            np.copyto(index, words.view(np.uint16)[: part.size])
-            np.take(self._noise_levels, index, out=noise, mode="wrap")
-            np.add(part, noise, out=part)
+        """Add white Gaussian noise.
+
+        New normal numbers for each pixel would take longer than everything else together. The sum of two stretches of
+        such numbers is as Gaussian; within a channel no number occurs twice, and a million million pairs of stretches
+        make it unlikely that two images get the same.
+        """
+        pixels, block = self._height * self._width, self._index.size
+        for plane in self._result.reshape(-1, pixels):
+            one, other = (
+                pool[start : start + pixels] for pool, start in zip(self._noise, rng.integers(0, NOISE_STRETCHES, 2))
+            )
+            for first in range(0, pixels, block):
+                part = slice(first, min(first + block, pixels))
+                noise = self._values[0, : part.stop - first]
+                np.add(one[part], other[part], out=noise)
+                np.multiply(noise, np.float32(sigma), out=noise)
+                np.add(plane[part], noise, out=plane[part])
 
 
 def _blend(start: np.ndarray, end: np.ndarray, fraction: np.ndarray, out: np.ndarray) -> None:
@@ -389,6 +396,8 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
         For each block of pixels: which it depends on, which it is, and the weights, of shape (outputs, inputs).
     """
     radius = len(kernel) // 2
+    inputs = np.arange(-radius, size + radius) % max(2 * (size - 1), 1)
+    inputs = np.minimum(inputs, 2 * (size - 1) - inputs)  # of an output and each weight: inputs[output + weight]
     blocks = []
     matrices: dict[tuple[int, int, int], np.ndarray] = {}  # all blocks away from the borders share one
     for first in range(0, size, BLUR_BLOCK):
@@ -396,19 +405,11 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
         low, high = max(first - radius, 0), min(stop + radius, size)
         key = (stop - first, first - low, high - stop)
         if key not in matrices:
-            inputs = np.arange(first, stop)[:, None] + np.arange(-radius, radius + 1)
-            inputs = np.abs(inputs % max(2 * (size - 1), 1))
-            inputs = np.where(inputs < size, inputs, 2 * (size - 1) - inputs)
-            flat = np.arange(stop - first)[:, None] * (high - low) + inputs - low
-            weights = np.broadcast_to(kernel, flat.shape)
-            matrix = np.bincount(flat.ravel(), weights.ravel(), (stop - first) * (high - low))
-            matrices[key] = matrix.reshape(stop - first, high - low).astype(np.float32)
+            shape = (stop - first, high - low)
+            outputs = np.arange(stop - first)[:, None]
+            flat = outputs * shape[1] + inputs[first + outputs + np.arange(len(kernel))] - low
+            weights = np.broadcast_to(kernel, flat.shape)  # where reflection meets itself, weights add up
+            matrix = np.bincount(flat.ravel(), weights.ravel(), shape[0] * shape[1])
+            matrices[key] = matrix.reshape(shape).astype(np.float32)
         blocks.append((slice(low, high), slice(first, stop), matrices[key]))
     return blocks
-
-
-def normal_quantiles(count: int) -> np.ndarray:
-    """Return the standard normal's quantiles at the centres of `count` (even) equally likely intervals, as float32."""
-    normal = statistics.NormalDist()
-    lower = [normal.inv_cdf((index + 0.5) / count) for index in range(count // 2)]
-    return np.array(lower + [-value for value in reversed(lower)], np.float32)

@@ -28,7 +28,7 @@ from lmdb_utils import Database, InputError, Metadata, PathLike
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
-SUM_ROWS = 128  # rows that are added up in float32
+SUM_VALUES = 2**16  # squares that are added up in float32
 MEAN_TOLERANCE = 1e-6  # of a normalised channel's mean
 
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
@@ -156,7 +156,7 @@ def _channels_last(
     return np.moveaxis(array, channel_axis, 2)
 
 
-def z_score(image: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
+def z_score(image: np.ndarray, out: Optional[np.ndarray] = None, overwrite: bool = False) -> np.ndarray:
     """Normalise each channel of an image to mean 0 and standard deviation 1.
 
     Parameters
@@ -164,7 +164,9 @@ def z_score(image: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
     image : ndarray, shape (H, W, C)
         Any real dtype.
     out : ndarray of float32, shape (H, W, C), optional
-        Where to put the result; C-contiguous.
+        Where to put the result.
+    overwrite : bool
+        Compute in the image's own memory, which loses its content; for float32 only.
 
     Returns
     -------
@@ -174,35 +176,41 @@ def z_score(image: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
 
     Notes
     -----
-    Works in place in the result, whose rows are long enough to be added up as vectors, `SUM_ROWS` in float32 and their
-    sums in float64. What rounding leaves of the mean is measured, taken off the variance, and where it could be seen
-    off the image (the corrected two-pass algorithm of Chan, Golub and LeVeque, 1983).
+    One channel at a time goes through a plane that stays in the cache, and into `out` once. The corrected two-pass
+    algorithm (Chan, Golub and LeVeque, 1983) makes float32 sums safe: what rounding left of the mean is measured, taken
+    off the variance, and off the image where it could be seen.
     """
-    height, width, channels = image.shape
     out = np.empty(image.shape, np.float32) if out is None else out
-    if not out.flags.c_contiguous:
-        raise ValueError("the result must be C-contiguous")
-    values = out.reshape(height, width * channels)
-    blocks = [values[first : first + SUM_ROWS] for first in range(0, height, SUM_ROWS)]
-
-    def channel_means(block_sums: list[np.ndarray]) -> np.ndarray:
-        return np.sum(block_sums, axis=0, dtype=np.float64).reshape(width, channels).sum(axis=0) / (height * width)
-
-    def for_each_pixel(channel_values: np.ndarray) -> np.ndarray:
-        return np.tile(channel_values.astype(np.float32), width)
-
-    if image.dtype.kind in "iu" and image.dtype.itemsize > 2:  # float32 rounds large whole numbers, not differences
-        np.subtract(image, image[0, 0].astype(np.float64), out=out, dtype=np.float64, casting="unsafe")
-    else:
-        np.copyto(out, image)
-    values -= for_each_pixel(channel_means([block.sum(axis=0) for block in blocks]))
-    rest = channel_means([block.sum(axis=0) for block in blocks])
-    variance = channel_means([np.einsum("ij,ij->j", block, block) for block in blocks]) - rest**2
-    factor = 1 / np.sqrt(np.maximum(variance, 1))
-    if (np.abs(rest) * factor > MEAN_TOLERANCE).any():
-        values -= for_each_pixel(rest)
-    values *= for_each_pixel(factor)
+    scratch = np.empty(0 if overwrite else image.shape[:2], np.float32)
+    for channel in range(image.shape[2]):
+        source = image[..., channel]
+        if overwrite:
+            scratch = source
+        elif image.dtype.kind in "iu" and image.dtype.itemsize > 2:
+            # float32 would round large whole numbers, but not their differences.
+            np.subtract(source, float(source[0, 0]), out=scratch, dtype=np.float64, casting="unsafe")
+        else:
+            np.copyto(scratch, source)
+        _normalize(scratch, out[..., channel])
     return out
+
+
+def _normalize(plane: np.ndarray, out: np.ndarray) -> None:
+    """Write the z-score of a float32 plane (H, W) into `out`; `plane` is overwritten."""
+    ones = np.ones(len(plane), np.float32)
+
+    def mean() -> float:
+        return float((ones @ plane).sum(dtype=np.float64)) / plane.size
+
+    np.subtract(plane, np.float32(mean()), out=plane)
+    rest = mean()
+    rows = max(1, SUM_VALUES // plane.shape[1])
+    blocks = (plane[first : first + rows].reshape(-1) for first in range(0, len(plane), rows))
+    variance = sum(float(np.dot(block, block)) for block in blocks) / plane.size - rest**2
+    factor = 1 / max(variance, 1.0) ** 0.5
+    if abs(rest) * factor > MEAN_TOLERANCE:
+        np.subtract(plane, np.float32(rest), out=plane)
+    np.multiply(plane, np.float32(factor), out=out)
 
 
 # ---------------------------------------------------------------------------------------------- the ring
@@ -386,7 +394,7 @@ class SampleSource:
         if self._augmentation is not None:
             transformation = augment.sample_transformation(rng, *mask.shape, **self._augmentation)
             image, mask = self._augmenter.apply(transformation, image, mask, rng)
-        z_score(image, out=batch.images[index])
+        z_score(image, out=batch.images[index], overwrite=self._augmentation is not None)
         batch.masks[index] = mask
 
 
