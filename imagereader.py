@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import traceback
+import weakref
 from dataclasses import dataclass
 from multiprocessing import connection, shared_memory
 from pathlib import Path
@@ -273,10 +274,12 @@ class RingLayout:
         """Batches that fit in the ring."""
         return self.num_workers * self.slots_per_worker
 
-    def slot(self, memory: Any, worker: int, turn: int) -> Batch:
-        """Return views of the slot that takes worker `worker`'s batch number `turn` (counted from 0)."""
-        index = worker * self.slots_per_worker + turn % self.slots_per_worker
-        offset = self.COUNTER_BYTES + index * self.slot_bytes
+    def slot_offset(self, worker: int, turn: int) -> int:
+        """Return where the slot begins that takes worker `worker`'s batch number `turn` (counted from 0), in bytes."""
+        return self.COUNTER_BYTES + (worker * self.slots_per_worker + turn % self.slots_per_worker) * self.slot_bytes
+
+    def batch(self, memory: Any, offset: int) -> Batch:
+        """Return views of the batch that begins at `offset` in `memory`, an object with a buffer."""
         image_bytes, mask_bytes, _ = self._part_bytes
         shape = (self.batch_size, *self.image_shape)
         return Batch(
@@ -333,6 +336,27 @@ def _shared_memory_error(layout: RingLayout) -> InputError:
         f"{free_shared_memory() / 2**20:.0f} MiB free; lower --batch_size or --reader_count, or enlarge it "
         "(docker run --shm-size)"
     )
+
+
+class MemoryRecycler:
+    """Hands out blocks of memory, and takes each back when no array refers to it any more.
+
+    New memory for each batch would cost more than the copy into it, because the system clears every page first.
+    """
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._idle: list[bytearray] = []
+
+    def take(self) -> np.ndarray:
+        """Return a block (uint8) that begins at a multiple of `ALIGNMENT`; its content is arbitrary."""
+        memory = self._idle.pop() if self._idle else bytearray(self._block_bytes + ALIGNMENT)
+        address = np.ndarray(1, np.uint8, memory).ctypes.data
+        block = np.ndarray(self._block_bytes, np.uint8, memory, -address % ALIGNMENT)
+        # An array keeps its base alive. For views of the block, and views of these, numpy makes that the block itself,
+        # because what lies below it is no array.
+        weakref.finalize(block, self._idle.append, memory).atexit = False
+        return block
 
 
 # ---------------------------------------------------------------------------------------------- the sample stream
@@ -422,25 +446,24 @@ def run_worker(task: WorkerTask) -> None:
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    where = "start-up"
+    record: Optional[int] = None
     try:
         memory = shared_memory.SharedMemory(task.memory_name)
         with Database(task.database) as database:
             source = SampleSource(database, task.stream, task.augmentation)
             turn = 0
             while _wait_for_slot(task, memory, turn):
-                batch = task.layout.slot(memory.buf, task.worker, turn)
+                batch = task.layout.batch(memory.buf, task.layout.slot_offset(task.worker, turn))
                 first = (turn * task.layout.num_workers + task.worker) * task.layout.batch_size
                 for index in range(task.layout.batch_size):
-                    where = f"sample {first + index}"
                     rng = task.stream.generator(first + index)
                     record = source.pick(first + index, rng)
-                    where = database.metadata.describe_record(record) if record >= 0 else "padding"
                     source.place(record, rng, batch, index)
                 turn += 1
                 task.layout.counters(memory.buf)[1 + task.worker] = turn
                 task.filled.release()
     except BaseException as error:
+        where = "start-up" if record is None else database.metadata.describe_record(record)
         task.failures.send((where, f"{type(error).__name__}: {error}", traceback.format_exc()))
         os._exit(1)  # the message is out; a tidy exit could hang on what has just failed
     os._exit(0)  # nothing to tidy up: the parent owns the shared memory, and views of it would make close() fail
@@ -540,6 +563,7 @@ class ImageReader:
         pass_length = -(-self.metadata.count // multiple) * multiple
         self._stream = Stream(seed, shuffle, balance_classes, pass_length)
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
+        self._recycler = MemoryRecycler(self._layout.slot_bytes)
         self._memory: Optional[shared_memory.SharedMemory] = None
         self._processes: list[Any] = []
         self._watcher: Optional[threading.Thread] = None
@@ -695,7 +719,7 @@ class ImageReader:
         Yields
         ------
         Batch
-            Arrays of their own (one copy out of the slot, aligned so that TensorFlow needs no second one).
+            Arrays of their own: one copy out of the slot, aligned so that TensorFlow needs no second one.
 
         Raises
         ------
@@ -720,10 +744,12 @@ class ImageReader:
                 with self._taking:
                     if self._stopping.is_set():
                         return None
-                    batch = Batch(*map(aligned_copy, self._layout.slot(self._memory.buf, worker, turn)))
+                    start = self._layout.slot_offset(worker, turn)
+                    memory = self._recycler.take()
+                    np.copyto(memory, np.ndarray(memory.shape, np.uint8, self._memory.buf, start))
                     self._taken += 1
                     self._free[worker][turn % self._layout.slots_per_worker].release()
-                return batch
+                return self._layout.batch(memory, 0)
         return None
 
     def _report_starvation(self) -> None:
@@ -793,15 +819,6 @@ def describe_failure(process: Any, pipe: Any) -> str:
     if process.exitcode is not None and process.exitcode < 0:
         how = f"killed by {signal.Signals(-process.exitcode).name}, {how}"
     return f"{who} died without a word ({how}); was it killed by hand, by Slurm or for want of memory?"
-
-
-def aligned_copy(array: np.ndarray) -> np.ndarray:
-    """Return a copy whose data starts at a multiple of `ALIGNMENT` bytes."""
-    buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    np.copyto(copy, array)
-    return copy
 
 
 @contextlib.contextmanager
