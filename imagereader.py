@@ -566,6 +566,9 @@ class ImageReader:
         self._recycler = MemoryRecycler(self._layout.slot_bytes)
         self._memory: Optional[shared_memory.SharedMemory] = None
         self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+        self._free: list[list[Any]] = []  # of each worker and slot: whether the worker may fill it
+        self._filled: list[Any] = []  # of each worker: how many batches wait
         self._watcher: Optional[threading.Thread] = None
         self._failure: Optional[ReaderError] = None
         self._stopping = threading.Event()
@@ -587,39 +590,42 @@ class ImageReader:
             return
         self._failure, self._taken, self._starving = None, 0, False
         self._stopping.clear()
-        context = multiprocessing.get_context("spawn")
         self._memory = allocate_shared_memory(self._layout)
         # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
         atexit.register(self.shutdown)
-        self._free = [
-            [context.Semaphore(1) for _ in range(self._layout.slots_per_worker)]
-            for _ in range(self._layout.num_workers)
-        ]
-        self._filled = [context.Semaphore(0) for _ in range(self._layout.num_workers)]
-        self._pipes = []
+        logging.info(
+            "%s: %d process%s, room for %d batches in %.0f MiB of shared memory",
+            self._name, self._layout.num_workers, "es" * (self._layout.num_workers > 1), self._layout.total_slots,
+            self._layout.total_bytes / 2**20,
+        )  # fmt: skip
+        self._free, self._filled, self._pipes = [], [], []
         with _environment({name: "1" for name in READER_THREAD_VARIABLES}):
             for worker in range(self._layout.num_workers):
-                receiver, sender = context.Pipe(duplex=False)
-                task = WorkerTask(
-                    worker,
-                    self._database,
-                    self._stream,
-                    self._augmentation_limits() if self._use_augmentation else None,
-                    self._layout,
-                    self._memory.name,
-                    self._free[worker],
-                    self._filled[worker],
-                    sender,
-                )
-                process = context.Process(
-                    target=run_worker, args=(task,), name=f"{self._name} worker {worker}", daemon=True
-                )
-                process.start()
-                sender.close()
-                self._pipes.append(receiver)
-                self._processes.append(process)
+                self._start_worker(worker, self._memory.name)
         self._watcher = threading.Thread(target=self._watch, name=f"{self._name} watcher", daemon=True)
         self._watcher.start()
+
+    def _start_worker(self, worker: int, memory_name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._free.append([context.Semaphore(1) for _ in range(self._layout.slots_per_worker)])
+        self._filled.append(context.Semaphore(0))
+        receiver, sender = context.Pipe(duplex=False)
+        self._pipes.append(receiver)
+        task = WorkerTask(
+            worker,
+            self._database,
+            self._stream,
+            self._augmentation_limits() if self._use_augmentation else None,
+            self._layout,
+            memory_name,
+            self._free[worker],
+            self._filled[worker],
+            sender,
+        )
+        process = context.Process(target=run_worker, args=(task,), name=f"{self._name} worker {worker}", daemon=True)
+        process.start()
+        sender.close()
+        self._processes.append(process)
 
     def shutdown(self) -> None:
         """Stop the workers and remove the shared memory; does nothing where nothing runs."""
@@ -780,11 +786,12 @@ class ImageReader:
 def make_layout(
     num_workers: int, batch_size: int, image_shape: tuple[int, int, int], number_classes: int
 ) -> RingLayout:
-    """Return a ring as deep as `RING_BYTES` and `SLOTS_PER_WORKER` allow."""
+    """Return a ring as deep as `RING_BYTES`, half of the free shared memory and `SLOTS_PER_WORKER` allow."""
     mask_dtype = "uint8" if number_classes <= 256 else "int32"
     least, most = SLOTS_PER_WORKER
     one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
-    slots = min(max(RING_BYTES // (one.slot_bytes * num_workers), least), most)
+    budget = min(RING_BYTES, free_shared_memory() / 2)  # the other half is for the other reader: train and test
+    slots = min(max(int(budget // (one.slot_bytes * num_workers)), least), most)
     return RingLayout(num_workers, slots, batch_size, image_shape, mask_dtype)
 
 

@@ -43,6 +43,7 @@ WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
 WARM_UP_STEPS = 1000  # at most
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
+ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
 EXIT_FAILURE = 1
 
 
@@ -372,7 +373,7 @@ def open_batches(trainer: "UNetTrainer", reader: "ImageReader") -> Iterator[Any]
 def train_one_epoch(
     args: argparse.Namespace, trainer: "UNetTrainer", reader: "ImageReader", batches: Any, epoch: int, first_step: int
 ) -> dict[str, float]:
-    """Take `test_every_n_steps` steps; return mean loss, images/s, share of the time spent waiting, learning rate.
+    """Take `test_every_n_steps` steps; return mean loss, images/s, learning rate, and the figures of `Supply`.
 
     Raises
     ------
@@ -381,30 +382,67 @@ def train_one_epoch(
     """
     images_per_step = args.batch_size * trainer.num_replicas
     progress = Progress(f"epoch {epoch} step", args.test_every_n_steps, "", images_per_step, "images")
-    losses, waited, start = [], 0.0, time.monotonic()
+    supply = Supply(batches, reader)
+    losses, start = [], time.monotonic()
     for step in range(args.test_every_n_steps):
         learning_rate = learning_rate_at(first_step + step, args)
         trainer.optimizer.learning_rate = learning_rate
-        asked = time.monotonic()
-        batch = take(batches, reader)
-        waited += time.monotonic() - asked
-        losses.append(float(trainer.train_step(batch)))
+        losses.append(float(trainer.train_step(supply.take())))
         if not math.isfinite(losses[-1]):
             raise TrainingError(
                 f"the loss became {losses[-1]} at step {first_step + step + 1} (learning rate {learning_rate:g}); "
                 "what was saved before is kept. Lower --learning_rate and look for broken images"
             )
-        share = waited / max(time.monotonic() - start, 1e-9)
-        progress.update(step + 1, f"loss {losses[-1]:.4f}, waited for data {share:.0%},")
+        progress.update(step + 1, f"loss {losses[-1]:.4f}, {supply},")
     progress.close()
-    seconds = time.monotonic() - start
+    supply.advise(args.reader_count)
     return {
         "loss": float(np.mean(losses)),
-        "images_per_second": args.test_every_n_steps * images_per_step / seconds,
-        "waited": waited / seconds,
-        "queue_size": reader.get_queue_size(),
+        "images_per_second": args.test_every_n_steps * images_per_step / (time.monotonic() - start),
         "learning_rate": learning_rate,
+        **supply.figures(),
     }
+
+
+class Supply:
+    """Takes global batches from the readers, and measures how well these keep up."""
+
+    def __init__(self, batches: Any, reader: "ImageReader") -> None:
+        self._batches, self._reader = batches, reader
+        self._start = time.monotonic()
+        self._waited = self._fill = 0.0
+        self._taken = 0
+
+    def take(self) -> Any:
+        """Return the next global batch."""
+        self._fill += self._reader.get_queue_size() / self._reader.get_queue_capacity()
+        self._taken += 1
+        asked = time.monotonic()
+        batch = take(self._batches, self._reader)
+        self._waited += time.monotonic() - asked
+        return batch
+
+    def figures(self) -> dict[str, float]:
+        """Return mean fill of the queue (0 to 1), mean wait for a batch, and the share of the time spent waiting."""
+        return {
+            "reader/queue_fill": self._fill / max(self._taken, 1),
+            "reader/wait_milliseconds": 1000 * self._waited / max(self._taken, 1),
+            "reader/wait_share": self._waited / max(time.monotonic() - self._start, 1e-9),
+        }
+
+    def __str__(self) -> str:
+        """Return the figures in words."""
+        figures = self.figures()
+        return f"queue {figures['reader/queue_fill']:.0%} full, waited for data {figures['reader/wait_share']:.0%}"
+
+    def advise(self, reader_count: int) -> None:
+        """Log what to do where training waited because the queue ran empty."""
+        figures = self.figures()
+        if figures["reader/wait_share"] > ADVISE_WAIT_SHARE and figures["reader/queue_fill"] < ADVISE_QUEUE_FILL:
+            logging.warning(
+                "training waited for data %.0f %% of the time: raise --reader_count (now %d) if there are free cores",
+                100 * figures["reader/wait_share"], reader_count,
+            )  # fmt: skip
 
 
 def learning_rate_at(step: int, args: argparse.Namespace) -> float:
@@ -472,9 +510,9 @@ class Report:
         dice = ", ".join("absent" if math.isnan(score) else f"{score:.3f}" for score in test["dice"])
         logging.info(
             "epoch %d step %d: train loss %.4f, test loss %.4f%s, accuracy %.4f, Dice of each class %s; "
-            "%.1f images/s, waited for data %.0f %%",
+            "%.1f images/s, queue %.0f %% full, waited for data %.0f %%",
             epoch, step, train["loss"], test["loss"], " (best)" if is_best else "", test["accuracy"], dice,
-            train["images_per_second"], 100 * train["waited"],
+            train["images_per_second"], 100 * train["reader/queue_fill"], 100 * train["reader/wait_share"],
         )  # fmt: skip
 
     def _write_scalars(self, step: int, train: dict[str, float], test: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import skimage.io
 import tifffile
 from conftest import ROOT, build, make_pair
 
-from imagereader import ImageReader, ReaderError, read_image, z_score
+from imagereader import ImageReader, MemoryRecycler, ReaderError, RingLayout, read_image, z_score
 from lmdb_utils import Database, InputError
 
 
@@ -205,6 +205,74 @@ def test_the_tensorflow_dataset_holds_the_batches_of_the_generator(databases):
     assert_same(got, expected)
 
 
+def checksum(batch):
+    """Depends on every bit of a batch and where it stands."""
+    parts = (np.asarray(part).view(np.int32 if part.dtype == np.float32 else part.dtype) for part in batch)
+    return sum(int(np.sum(part.ravel().astype(np.int64) * np.arange(1, 2 * part.size, 2))) for part in parts)
+
+
+def tensorflow_checksum(*batch):
+    """The same, computed where TensorFlow reads the batch."""
+    import tensorflow as tf
+
+    total = tf.constant(0, tf.int64)
+    for part in batch:
+        words = tf.reshape(tf.bitcast(part, tf.int32) if part.dtype == tf.float32 else part, [-1])
+        total += tf.reduce_sum(tf.cast(words, tf.int64) * tf.range(1, 2 * tf.size(words, tf.int64), 2))
+    return total, batch[0]
+
+
+def test_no_batch_changes_while_tensorflow_or_its_user_holds_it(databases):
+    """Thousands of batches to a fast consumer and to a slow one, which keeps some of them for a while."""
+    count = 2000
+    options = {"batch_size": 2, "num_workers": 2}
+    with ImageReader(databases[0], **options) as reader:
+        expected = [checksum(batch) for batch in itertools.islice(reader.generator(), 2 * count)]
+    assert len(set(expected)) > 100
+    with ImageReader(databases[0], **options) as reader:
+        checksums = iter(reader.get_tf_dataset().map(tensorflow_checksum))
+        assert [int(next(checksums)[0]) for _ in range(count)] == expected[:count]
+        held = []
+        for index in range(count, 2 * count):
+            value, images = next(checksums)
+            assert int(value) == expected[index]
+            held.append((images, images.numpy().copy()))
+            if index % 50 == 0:
+                time.sleep(0.02)  # the ring and TensorFlow's queue fill up
+                for images, copy in held:
+                    np.testing.assert_array_equal(images, copy)
+                held.clear()
+
+
+def test_tensorflow_takes_a_batch_over_without_a_second_copy(databases, monkeypatch):
+    with ImageReader(databases[0], batch_size=2) as reader:
+        blocks, take_block = [], reader._recycler.take
+
+        def take_and_note():
+            block = take_block()
+            blocks.append(block.ctypes.data)
+            return block
+
+        monkeypatch.setattr(reader._recycler, "take", take_and_note)
+        batches = iter(reader.get_tf_dataset())
+        for _ in range(100):
+            assert np.asarray(memoryview(next(batches)[0])).ctypes.data in blocks
+    assert len(set(blocks)) < 20  # and its memory serves again
+
+
+def test_memory_is_not_recycled_while_a_view_of_a_view_lives():
+    recycler = MemoryRecycler(1000)
+    layout = RingLayout(1, 1, 1, (4, 4, 1), "uint8")
+    view = layout.batch(recycler.take(), 0).masks[0][1:, 1:].T
+    address = view.ctypes.data
+    others = [recycler.take() for _ in range(3)]
+    assert all(not other.ctypes.data <= address < other.ctypes.data + 1000 for other in others)
+    del view
+    again = recycler.take()
+    assert again.ctypes.data <= address < again.ctypes.data + 1000
+    assert again.ctypes.data % 64 == 0
+
+
 # ---------------------------------------------------------------------------------------------- processes
 
 
@@ -312,22 +380,30 @@ def test_starvation_is_reported_once_and_so_is_its_end(databases, caplog, monkey
     assert messages == ["Input Queue Starvation !!!!", "Input Queue Starvation Over"] * 2
 
 
-@pytest.mark.parametrize("asked_beforehand", [True, False])
-def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, asked_beforehand, tmp_path):
-    """In a mount namespace of its own, where /dev/shm has 1 MiB; without the first check the reservation answers."""
-    script = tmp_path / "small.py"
-    script.write_text(SMALL_SHARED_MEMORY.format(root=str(ROOT), database=str(databases[0]), lie=not asked_beforehand))
-    mount = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec '{sys.executable}' '{script}'"
+def run_with_shared_memory(size, script, tmp_path, **values):
+    """Run a script in a mount namespace of its own, where /dev/shm has a given size; return what it prints."""
     if subprocess.run(
         ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"], capture_output=True
     ).returncode:
         pytest.skip("a mount namespace needs root")
+    path = tmp_path / "script.py"
+    path.write_text(script.format(root=str(ROOT), **values))
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec '{sys.executable}' '{path}'"
     done = subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"need 4\d\d MiB of shared memory, /dev/shm has [01] MiB free; lower --batch_size", done.stdout)
+    return done.stdout
 
 
-SMALL_SHARED_MEMORY = """
+@pytest.mark.parametrize("asked_beforehand", [True, False])
+def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, asked_beforehand, tmp_path):
+    """Without the first check the reservation answers."""
+    printed = run_with_shared_memory(
+        "1m", TOO_LITTLE_SHARED_MEMORY, tmp_path, database=str(databases[0]), lie=not asked_beforehand
+    )
+    assert re.search(r"need 1\d\d MiB of shared memory, /dev/shm has [01] MiB free; lower --batch_size", printed)
+
+
+TOO_LITTLE_SHARED_MEMORY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import imagereader
@@ -342,4 +418,26 @@ if __name__ == "__main__":
     except imagereader.InputError as error:
         print(error)
     assert not os.listdir("/dev/shm")
+"""
+
+
+def test_a_small_shared_memory_makes_a_shorter_queue_for_both_readers(databases, tmp_path):
+    """The 64 MB that a container gets unless told otherwise."""
+    printed = run_with_shared_memory(
+        "64m", LITTLE_SHARED_MEMORY, tmp_path, train_database=str(databases[0]), test_database=str(databases[1])
+    )
+    assert printed == "5 batches of (300, 64, 64, 1) in each of two readers\n"
+
+
+LITTLE_SHARED_MEMORY = """
+import itertools, sys
+sys.path.insert(0, {root!r})
+from imagereader import ImageReader
+if __name__ == "__main__":
+    train, test = (ImageReader(path, batch_size=300) for path in ({train_database!r}, {test_database!r}))
+    with train, test:
+        for reader in (train, test):
+            shapes = {{batch.images.shape for batch in itertools.islice(reader.generator(), 12)}}
+        print(reader.get_queue_capacity(), "batches of", *shapes, "in each of two readers")
+    assert train.get_queue_capacity() == test.get_queue_capacity()
 """
