@@ -615,7 +615,7 @@ class ImageReader:
             worker,
             self._database,
             self._stream,
-            self._augmentation_limits() if self._use_augmentation else None,
+            self.augmentation_limits() if self._use_augmentation else None,
             self._layout,
             memory_name,
             self._free[worker],
@@ -663,7 +663,7 @@ class ImageReader:
         """Stop the workers."""
         self.shutdown()
 
-    def _augmentation_limits(self) -> dict[str, Any]:
+    def augmentation_limits(self) -> dict[str, Any]:
         """Return the limits set in ``__init__`` by the names that `augment.sample_transformation` gives them."""
         names = (
             "reflection_flag",

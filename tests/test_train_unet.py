@@ -126,8 +126,8 @@ def test_tensorboard_gets_a_point_for_each_test_epoch(run):
     for tag in (
         "train/loss",
         "train/images_per_second",
-        "train/waited",
-        "train/queue_size",
+        "train/reader/wait_share",
+        "train/reader/queue_fill",
         "test/loss",
         "test/dice/class_1",
     ):

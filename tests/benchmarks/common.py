@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import platform
 import statistics
@@ -12,10 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"  # as in a reader; numpy's libraries look when they are loaded
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from lmdb_utils import new_databases  # noqa: E402
+from lmdb_utils import new_databases
+
+logging.getLogger().addHandler(logging.NullHandler())  # starvation is what a consumer that never waits should cause
 
 CASES = ("256:1:uint16", "512:1:uint8", "256:3:uint8")
 
@@ -64,7 +69,7 @@ def machine():
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith(("model name", "cpu\t"))), model)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, numpy {np.__version__}"
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
 
 
 def finish(results, as_json):

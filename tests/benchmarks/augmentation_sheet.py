@@ -1,0 +1,70 @@
+"""Draw what the augmentation does to the images of a database, to judge the limits set in `ImageReader.__init__`.
+
+    python tests/benchmarks/augmentation_sheet.py data/train-cells.lmdb sheet.png
+
+Each of 16 images stands as it is in the database, then augmented, then its augmented mask.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from imagereader import ImageReader
+from lmdb_utils import Database, configure_logging, run_script, seed_int
+
+COLUMNS, ROWS = 4, 4
+
+
+def displayable(image):
+    """Return a z-scored image (H, W, C) as gray (H, W) or RGB (H, W, 3) values between 0 and 1."""
+    image = image[..., :3] if image.shape[2] >= 3 else image[..., 0]
+    return np.clip(image / 5 + 0.5, 0, 1)
+
+
+def take_batch(database, use_augmentation, seed):
+    """Return one batch of `ROWS` * `COLUMNS` images; the same ones, with and without augmentation."""
+    with Database(database) as opened:
+        number_classes = int(opened.metadata.classes.max()) + 1
+    options = {"number_classes": number_classes, "batch_size": ROWS * COLUMNS, "seed": seed}
+    with ImageReader(database, use_augmentation=use_augmentation, **options) as reader:
+        return next(reader.generator()), number_classes
+
+
+def draw(database, filepath, seed):
+    """Write the contact sheet."""
+    plain, number_classes = take_batch(database, False, seed)
+    augmented, _ = take_batch(database, True, seed)
+    figure, axes = pyplot.subplots(ROWS, 3 * COLUMNS, figsize=(3 * COLUMNS * 1.6, ROWS * 1.7))
+    for index, panels in enumerate(axes.reshape(ROWS * COLUMNS, 3)):
+        panels[0].imshow(displayable(plain.images[index]), cmap="gray", vmin=0, vmax=1)
+        panels[1].imshow(displayable(augmented.images[index]), cmap="gray", vmin=0, vmax=1)
+        panels[2].imshow(augmented.masks[index], cmap="viridis", vmin=0, vmax=number_classes - 1)
+        for panel, title in zip(panels, ("image", "augmented", "mask")):
+            panel.set_axis_off()
+            if index < COLUMNS:
+                panel.set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(filepath, dpi=110)
+
+
+def main():
+    """Run the script; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("database", help="train database that build_lmdb.py made")
+    parser.add_argument("output", help="PNG file to write")
+    parser.add_argument("--seed", type=seed_int, default=0, help="another seed shows other images")
+    args = parser.parse_args()
+    configure_logging()
+    return run_script(lambda: draw(args.database, args.output, args.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
