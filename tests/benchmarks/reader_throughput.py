@@ -11,13 +11,15 @@ Nothing else should run on the machine meanwhile.
 import itertools
 import re
 import shlex
+import statistics
 import subprocess
 import time
 
 from common import CASES, finish, machine, make_parser, summarize, synthetic_database
 
+import imagereader
 from imagereader import ImageReader
-from lmdb_utils import positive_int
+from lmdb_utils import add_flag, positive_int
 
 
 def measure_reader(database, readers, augmentation, batches, batch_size):
@@ -34,6 +36,30 @@ def measure_reader(database, readers, augmentation, batches, batch_size):
         return batches * batch_size / (time.perf_counter() - start)
 
 
+def measure_filling(database, readers, augmentation, batches, batch_size):
+    """Return images per second at which readers refill an emptied queue, while nobody takes a batch.
+
+    In a queue of `batches` small ones for each reader, and not to the end: one that is ahead would have to stop there.
+    """
+    imagereader.SLOTS_PER_WORKER = (batches, batches)
+    options = {"use_augmentation": augmentation, "num_workers": readers, "batch_size": batch_size}
+    with ImageReader(database, **options) as reader:
+        stream, capacity = reader.generator(), reader.get_queue_capacity()
+        wait_for_queue(reader, capacity)  # the first time round costs the system's clearing of memory
+        for _ in itertools.islice(stream, capacity):
+            pass
+        wait_for_queue(reader, capacity // 4)
+        start, ready = time.perf_counter(), reader.get_queue_size()
+        wait_for_queue(reader, capacity * 3 // 4)
+        return (reader.get_queue_size() - ready) * batch_size / (time.perf_counter() - start)
+
+
+def wait_for_queue(reader, size):
+    """Return when so many batches wait in the queue."""
+    while reader.get_queue_size() < size:
+        time.sleep(0.002)
+
+
 def measure_peer(command, case, readers, augmentation, batches, batch_size):
     """Return images per second as the peer prints them."""
     arguments = [f"synthetic:{case}", readers, batches, batch_size, int(augmentation)]
@@ -41,30 +67,38 @@ def measure_peer(command, case, readers, augmentation, batches, batch_size):
     return float(re.findall(r"([\d.]+) img/s", done.stdout)[-1])
 
 
-def measure_case(args, case, augmentation, readers):
-    """Measure one line of the table, peer and readers in turn."""
-    ours, peers = [], []
-    work = (readers, augmentation, args.batches, args.batch_size)
+def measure_case(args, case, augmentation):
+    """Measure one kind of image; numbers of readers and the peer take turns, so that all meet the same machine."""
+    measure = measure_filling if args.idle_consumer else measure_reader
+    ours, peers = ({readers: [] for readers in args.readers} for _ in range(2))
     with synthetic_database(case) as database:
-        for _ in range(args.runs):
-            ours.append(measure_reader(database, *work))
+        for _, readers in itertools.product(range(args.runs), args.readers):
+            work = (readers, augmentation, args.batches, args.batch_size)
+            ours[readers].append(measure(database, *work))
             if args.peer:
-                peers.append(measure_peer(args.peer, case, *work))
-    line = {"case": case, "augmentation": augmentation, "readers": readers, "images_per_second": summarize(ours)}
-    if peers:
-        line["peer"] = summarize(peers)
-        line["ratio"] = line["images_per_second"]["median"] / line["peer"]["median"]
-    return line
+                peers[readers].append(measure_peer(args.peer, case, *work))
+    lines = []
+    for readers in args.readers:
+        line = {"case": case, "augmentation": augmentation, "readers": readers}
+        line["images_per_second"] = summarize(ours[readers])
+        line["over_first"] = statistics.median(ours[readers]) / statistics.median(ours[args.readers[0]])
+        if args.peer:
+            line["peer"] = summarize(peers[readers])
+            line["over_peer"] = statistics.median(ours[readers]) / statistics.median(peers[readers])
+        lines.append(line)
+    return lines
 
 
 def show(line):
     """Print one line of the table."""
     ours = line["images_per_second"]
     text = f"{line['case']:13} {'augmented' if line['augmentation'] else 'plain':10} {line['readers']} reader(s) "
-    text += f"{ours['median']:7.0f} images/s ({ours['least']:.0f} to {ours['greatest']:.0f})"
+    text += f"{ours['median']:7.0f} images/s ({ours['least']:.0f} to {ours['greatest']:.0f}) {line['over_first']:5.2f}x"
     if "peer" in line:
         peer = line["peer"]
-        text += f"   peer {peer['median']:6.0f} ({peer['least']:.0f} to {peer['greatest']:.0f})   {line['ratio']:.2f}x"
+        text += (
+            f"   peer {peer['median']:6.0f} ({peer['least']:.0f} to {peer['greatest']:.0f}) {line['over_peer']:5.2f}x"
+        )
     print(text, flush=True)
 
 
@@ -77,15 +111,18 @@ def main():
     parser.add_argument("--batches", type=positive_int, default=100, help="batches in a measurement")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="images in a batch")
     parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
+    text = "measure how fast readers refill the queue while nobody takes a batch [0 = false, 1 = true]"
+    add_flag(parser, "--idle_consumer", 0, text)
     parser.add_argument("--peer", metavar="COMMAND", help="another loader to compare with, see above")
     args = parser.parse_args()
     lines = []
     if not args.json:
         print(machine())
-    for case, augmentation, readers in itertools.product(args.cases, args.augmentation, args.readers):
-        lines.append(measure_case(args, case, bool(augmentation), readers))
+    for case, augmentation in itertools.product(args.cases, args.augmentation):
+        lines += measure_case(args, case, bool(augmentation))
         if not args.json:
-            show(lines[-1])
+            for line in lines[-len(args.readers) :]:
+                show(line)
     finish({"lines": lines}, args.json)
 
 
