@@ -1,0 +1,64 @@
+"""The benchmarks run and print figures; what these are is for people to judge on a quiet machine."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import skimage.io
+from conftest import ROOT
+
+
+def run_benchmark(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "benchmarks" / name, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(value):
+    """All numbers in nested lists and dictionaries."""
+    if isinstance(value, (dict, list)):
+        return [number for item in (value.values() if isinstance(value, dict) else value) for number in numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+SMALL = {
+    "reader_throughput.py": ["--cases", "32:2:uint8", "--batches", 2, "--batch_size", 2, "--runs", 1],
+    "augment_operations.py": ["--cases", "32:2:uint8", "--runs", 1],
+    "reader_startup.py": ["--records", 200, "--runs", 1],
+    "training_step.py": [
+        "--case", "32:1:uint8", "--batch_size", 2, "--baseline_feature_depth", 2, "--steps", 2, "--runs", 1, "--pin", 1,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_prints_one_line_of_finite_figures(name):
+    results = json.loads(run_benchmark(name, *SMALL[name], "--json"))
+    found = numbers(results)
+    assert len(found) > 5 and all(math.isfinite(number) for number in found)
+    assert "numpy" in results["machine"]
+
+
+def test_the_throughput_of_a_peer_is_read_from_its_output(tmp_path):
+    peer = tmp_path / "a peer.py"
+    peer.write_text("import sys; print('n=32 workers=1 of', sys.argv[1:], ': 12.5 img/s')")
+    arguments = [*SMALL["reader_throughput.py"], "--readers", 1, "--augmentation", 0]
+    printed = run_benchmark("reader_throughput.py", *arguments, "--peer", f"'{sys.executable}' '{peer}'")
+    assert "plain" in printed and "peer     12 (12 to 12)" in printed
+
+
+def test_an_idle_consumer_still_gives_figures():
+    arguments = ["--cases", "256:2:uint8", "--augmentation", 1, "--batches", 16, "--batch_size", 4, "--runs", 1]
+    arguments += ["--idle_consumer", 1]
+    lines = json.loads(run_benchmark("reader_throughput.py", *arguments, "--json"))["lines"]
+    assert [line["readers"] for line in lines] == [1, 2] and all(line["over_first"] > 0 for line in lines)
+
+
+def test_the_contact_sheet_shows_the_augmentation(databases, tmp_path):
+    run_benchmark("augmentation_sheet.py", databases[0], tmp_path / "sheet.png")
+    sheet = skimage.io.imread(tmp_path / "sheet.png")
+    assert sheet.shape[0] > 500 and sheet.shape[1] > 1500 and sheet[..., :3].std() > 20
