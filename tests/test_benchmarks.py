@@ -28,6 +28,7 @@ def numbers(value):
 SMALL = {
     "reader_throughput.py": ["--cases", "32:2:uint8", "--batches", 2, "--batch_size", 2, "--runs", 1],
     "augment_operations.py": ["--cases", "32:2:uint8", "--runs", 1],
+    "hand_off.py": ["--case", "32:1:uint8", "--batch_size", 2, "--runs", 1],
     "reader_startup.py": ["--records", 200, "--runs", 1],
     "training_step.py": [
         "--case", "32:1:uint8", "--batch_size", 2, "--baseline_feature_depth", 2, "--steps", 2, "--runs", 1, "--pin", 1,

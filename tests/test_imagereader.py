@@ -104,6 +104,22 @@ def test_z_score_agrees_with_float64(dtype):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, offset, deviation", [("uint16", 60000, 5), ("int32", 10**9, 50), ("float32", 1e7, 30)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_z_score_keeps_its_precision_far_from_zero(dtype, offset, deviation, overwrite):
+    """Also with channels one after another in memory, as the augmentation returns them."""
+    if overwrite and dtype != "float32":
+        pytest.skip("only float32 is overwritten")
+    noise = np.random.default_rng(0).normal(0, deviation, (2, 300, 250)) * [[[1]], [[3]]]
+    image = np.moveaxis((offset + noise).astype(dtype), 0, 2)
+    wide = image.astype(np.float64)
+    expected = (wide - wide.mean((0, 1))) / wide.std((0, 1))
+    out = np.full((300, 250, 2), np.nan, np.float32)
+    assert z_score(image, out, overwrite) is out
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(out.mean((0, 1), dtype=np.float64), 0, atol=2e-6)
+
+
 def test_a_nearly_constant_channel_is_only_centred():
     image = np.full((4, 4, 1), 7.0, np.float32)
     image[0, 0] = 8
