@@ -259,9 +259,9 @@ class Augmenter:
         affine = self._fixed_point_map(*inverse_affine(transformation, self._height, self._width))
         for first in range(0, self._height, self._block_rows):
             rows = slice(first, min(first + self._block_rows, self._height))
-            self._locate(affine, rows)
-            self._take_mask(affine, rows)
-            self._interpolate(affine, rows)
+            position = self._locate(affine, rows)
+            self._take_mask(affine.bits, position, self._result_mask[rows])
+            self._interpolate(affine.bits, position, self._result[:, rows])
 
     def _fixed_point_map(self, matrix: np.ndarray, offset: np.ndarray) -> _Map:
         row_terms = matrix[:, :1] * np.arange(self._height) + offset[:, None]
@@ -280,18 +280,17 @@ class Augmenter:
             far_beyond=bool((reach > 2 * last).any()),
         )
 
-    def _locate(self, affine: _Map, rows: slice) -> None:
-        """Compute the source position of each pixel of some rows, reflected into the image where it lies outside."""
-        position = self._position[:, : rows.stop - rows.start]
+    def _locate(self, affine: _Map, rows: slice) -> np.ndarray:
+        """Return the source position of each pixel of some rows, reflected into the image where it lies outside."""
+        position, mirrored = (buffer[:, : rows.stop - rows.start] for buffer in (self._position, self._integers))
         np.add(affine.row_terms[:, rows, None], affine.column_terms[:, None], out=position)
-        if not affine.beyond:
-            return
         if affine.far_beyond:
             np.remainder(position, np.maximum(2 * affine.last, 1), out=position)
-        np.abs(position, out=position)  # reflects about the first pixel
-        mirrored = self._integers[:, : rows.stop - rows.start]
-        np.subtract(2 * affine.last, position, out=mirrored)
-        np.minimum(position, mirrored, out=position)  # reflects about the last one
+        if affine.beyond:
+            np.abs(position, out=position)  # reflects about the first pixel
+            np.subtract(2 * affine.last, position, out=mirrored)
+            np.minimum(position, mirrored, out=position)  # reflects about the last one
+        return position
 
     def _flat_index(self, integers: np.ndarray) -> np.ndarray:
         """Turn rows and columns, shape (2, rows, W), into indices of a flat padded image; `integers` is overwritten."""
@@ -302,29 +301,25 @@ class Augmenter:
         np.copyto(index.reshape(row.shape), row)  # np.take would make its own copy of any other integer type
         return index
 
-    def _take_mask(self, affine: _Map, rows: slice) -> None:
-        """Fill some rows of the result with the mask's nearest pixels."""
-        position = self._position[:, : rows.stop - rows.start]
-        nearest = self._integers[:, : rows.stop - rows.start]
-        np.add(position, 1 << (affine.bits - 1), out=nearest)
-        np.right_shift(nearest, affine.bits, out=nearest)
-        index = self._flat_index(nearest)
+    def _take_mask(self, bits: int, position: np.ndarray, result: np.ndarray) -> None:
+        """Fill rows of the result with the mask's nearest pixels."""
+        nearest = self._integers[:, : len(result)]
+        np.add(position, 1 << (bits - 1), out=nearest)
+        np.right_shift(nearest, bits, out=nearest)
         # All indices are valid. Modes other than the default write into `out` without a buffer in between.
-        np.take(self._padded_mask.reshape(-1), index, out=self._result_mask[rows].reshape(-1), mode="wrap")
+        np.take(self._padded_mask.reshape(-1), self._flat_index(nearest), out=result.reshape(-1), mode="wrap")
 
-    def _interpolate(self, affine: _Map, rows: slice) -> None:
-        """Fill some rows of the result, in each channel, with the mean of four neighbours weighted by nearness."""
-        position = self._position[:, : rows.stop - rows.start]
-        integers = self._integers[:, : rows.stop - rows.start]
-        fraction = self._fraction[:, : rows.stop - rows.start]
-        np.bitwise_and(position, (1 << affine.bits) - 1, out=integers)
+    def _interpolate(self, bits: int, position: np.ndarray, results: np.ndarray) -> None:
+        """Fill rows of all channels with the mean of four neighbours weighted by nearness; overwrites `position`."""
+        integers, fraction = (buffer[:, : results.shape[1]] for buffer in (self._integers, self._fraction))
+        np.bitwise_and(position, (1 << bits) - 1, out=integers)
         np.copyto(fraction, integers, casting="unsafe")
-        np.multiply(fraction, np.float32(2.0**-affine.bits), out=fraction)
-        np.right_shift(position, affine.bits, out=position)  # in place costs half; nobody needs it any more
+        np.multiply(fraction, np.float32(2.0**-bits), out=fraction)
+        np.right_shift(position, bits, out=position)
         index = self._flat_index(position)
         down, right = fraction.reshape(2, -1)
         here, below, other = self._values[:, : index.size]
-        for plane, result in zip(self._padded_source, self._result):
+        for plane, result in zip(self._padded_source, results):
             source, lower = plane.reshape(-1), plane[1:].reshape(-1)
             np.take(source, index, out=here, mode="wrap")
             np.take(source[1:], index, out=other, mode="wrap")
@@ -332,7 +327,7 @@ class Augmenter:
             np.take(lower, index, out=below, mode="wrap")
             np.take(lower[1:], index, out=other, mode="wrap")
             _blend(below, other, right, out=below)
-            _blend(here, below, down, out=result[rows].reshape(-1))
+            _blend(here, below, down, out=result.reshape(-1))
 
     # ------------------------------------------------------------------ blur and noise
 

@@ -104,7 +104,9 @@ def test_z_score_agrees_with_float64(dtype):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, offset, deviation", [("uint16", 60000, 5), ("int32", 10**9, 50), ("float32", 1e7 + 0.4, 30)])
+@pytest.mark.parametrize(
+    "dtype, offset, deviation", [("uint16", 60000, 5), ("int32", 10**9, 50), ("float32", 1e7 + 0.4, 30)]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_z_score_keeps_its_precision_far_from_zero(dtype, offset, deviation, overwrite):
     """Also with channels one after another in memory, as the augmentation returns them."""
