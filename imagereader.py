@@ -29,6 +29,9 @@ from lmdb_utils import Database, InputError, Metadata, PathLike
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
+LARGE_IMAGE_BYTES = 2**30  # from which on it is worth a note that a file must be read whole
+JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
+MEASURED_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
 SUM_VALUES = 2**16  # squares that are added up in float32
 MEAN_TOLERANCE = 1e-6  # of a normalised channel's mean
 
@@ -78,7 +81,19 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
 def read_image(
     filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None
 ) -> np.ndarray:
-    """Read an image file.
+    """Read an image file; parameters and errors are those of `ImageFile`.
+
+    Returns
+    -------
+    ndarray, shape (H, W, C)
+        In the file's own pixel type.
+    """
+    with ImageFile(filepath, size, channels) as image:
+        return image.read(0, image.shape[0])
+
+
+class ImageFile:
+    """An image file that is decoded a few rows at a time, so that it may be larger than memory; a context manager.
 
     Parameters
     ----------
@@ -90,71 +105,260 @@ def read_image(
     channels : int, optional
         Number of channels, where it is known (from the network).
 
-    Returns
-    -------
-    ndarray, shape (H, W, C)
-        In the file's own pixel type.
+    Attributes
+    ----------
+    path : Path
+    shape : (int, int, int)
+        Height, width, channels.
+    dtype : dtype
+        The file's own pixel type, in native byte order.
+    segment_rows : int
+        Rows that are decoded together: those of a strip or tile, all of them where the file can only be read whole.
+    resolution : (float, float, int), optional
+        A TIFF's pixels per unit along a row and along a column, and its code for the unit.
 
     Raises
     ------
     InputError
         If the file cannot be decoded or is no 2-D image with channels.
     """
-    path = Path(filepath)
-    try:
-        array, axes = _decode(path)
-    except Exception as error:  # every codec has its own exceptions, and a damaged file may raise any of them
-        raise InputError(
-            f"cannot read {path}: {error or type(error).__name__}; is it damaged or another format?"
-        ) from error
-    if array.size == 0 or array.ndim < 2:
-        raise InputError(f"expected an image in {path}, found an array of shape {array.shape}; is the file damaged?")
-    return _channels_last(array, axes, path, size, channels)
 
+    def __init__(
+        self, filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None
+    ) -> None:
+        self.path = Path(filepath)
+        self.resolution: Optional[tuple[float, float, int]] = None
+        self._open_file: Any = None  # a TiffFile
+        with self._readable_errors():
+            self._source = self._open(size, channels)
+        self.shape, self.dtype, self.segment_rows = self._source.shape, self._source.dtype, self._source.segment_rows
+        self._first = self._stop = 0
+        self._rows = np.empty((0, *self.shape[1:]), self.dtype)
+        if self.segment_rows == self.shape[0] and self.nbytes > LARGE_IMAGE_BYTES:
+            logging.info(
+                "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
+                self.path, self.nbytes / 2**30,
+            )  # fmt: skip
 
-def _decode(path: Path) -> tuple[np.ndarray, str]:
-    """Return the pixels and their axes in tifffile's letters (Y row, X column, S and C channels, others unknown)."""
-    if path.suffix.lower() in IMAGE_FORMATS["tif"]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded image."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Return rows `first` to `stop` (exclusive), of shape (rows, W, C); not to be changed.
+
+        Rows that were decoded before and are not above `first` are kept, so that reading on in overlapping steps
+        decodes every part of the file once.
+        """
+        if not self._first <= first <= self._stop:
+            self._first = self._stop = first - first % self.segment_rows
+            self._rows = self._rows[:0]
+        if stop > self._stop:
+            end = min(-(-stop // self.segment_rows) * self.segment_rows, self.shape[0])
+            keep = max(min(first, self._stop) - self._first, 0)
+            rows = np.empty((end - self._first - keep, *self.shape[1:]), self.dtype)
+            kept = len(self._rows) - keep
+            rows[:kept] = self._rows[keep:]
+            self._rows = rows  # the old ones are let go before new ones are decoded
+            with self._readable_errors():
+                self._source.read_into(rows[kept:], self._stop, end)
+            self._first, self._stop = self._first + keep, end
+        return self._rows[first - self._first : stop - self._first]
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._open_file is not None:
+            self._open_file.close()
+
+    def __enter__(self) -> "ImageFile":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file."""
+        self.close()
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn whatever a decoder raises into one line that names the file."""
+        try:
+            yield
+        except InputError:
+            self.close()
+            raise
+        except Exception as error:  # every codec has its own exceptions, and a damaged file may raise any of them
+            self.close()
+            raise InputError(
+                f"cannot read {self.path}: {error or type(error).__name__}; is it damaged or another format?"
+            ) from error
+
+    def _open(self, size: Optional[tuple[int, int]], channels: Optional[int]) -> Any:
+        """Return the object that decodes rows of this file: one of the classes below."""
+        if self.path.suffix.lower() not in IMAGE_FORMATS["tif"]:
+            array = _decode_png_or_jpeg(self.path)
+            return _WholeImage(array, Layout.find(array.shape, "YXS"[: array.ndim], self.path, size, channels))
         import tifffile
 
-        with tifffile.TiffFile(path) as tif:
-            return tif.series[0].asarray(), tif.series[0].axes
+        self._open_file = tifffile.TiffFile(self.path)
+        series = self._open_file.series[0]
+        layout = Layout.find(series.shape, series.axes, self.path, size, channels)
+        if "XResolution" in series.keyframe.tags:
+            self.resolution = (*series.keyframe.resolution, int(series.keyframe.resolutionunit))
+        if series.dataoffset is not None:
+            return _ContiguousTiff(self.path, series, layout)
+        if _SegmentedTiff.suits(series, layout):
+            return _SegmentedTiff(series, layout)
+        return _WholeImage(series.asarray(), layout)
+
+
+class Layout(NamedTuple):
+    """How the array in a file becomes (H, W, C): its shape without axes of length 1, and the axis of the channels."""
+
+    squeezed: tuple[int, ...]
+    channel_axis: Optional[int]
+
+    @classmethod
+    def find(
+        cls,
+        shape: tuple[int, ...],
+        axes: str,
+        path: Path,
+        size: Optional[tuple[int, int]],
+        channels: Optional[int],
+    ) -> "Layout":
+        """Find the channels by the axes (tifffile's letters), or where these do not tell, by known size or channels."""
+        if 0 in shape or len(shape) < 2:
+            raise InputError(f"expected an image in {path}, found an array of shape {shape}; is the file damaged?")
+        keep = [axis for axis, length in enumerate(shape) if length > 1 or axes[axis] in "YX"]
+        axes, squeezed = "".join(axes[axis] for axis in keep), tuple(shape[axis] for axis in keep)
+        if len(squeezed) == 2:
+            return cls(squeezed, None)
+        if len(squeezed) != 3 or any(axis in "ZT" for axis in axes):
+            raise InputError(
+                f"expected a 2-D image with channels in {path}, found axes {axes} of shape {squeezed}; "
+                "save each plane as a file of its own"
+            )
+        channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
+        if channel_axis is None and size is not None:
+            channel_axis = {size == squeezed[:2]: 2, size == squeezed[1:]: 0}.get(True)
+        elif channel_axis is None and channels is not None and squeezed.count(channels) == 1:
+            channel_axis = squeezed.index(channels)
+        if channel_axis is None:  # the file names no axis, and nothing else tells: the shortest is the channels
+            channel_axis = int(np.argmin(squeezed))
+        return cls(squeezed, channel_axis)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        height, width, channels = self.channels_last(np.broadcast_to(np.uint8(0), self.squeezed)).shape
+        return height, width, channels
+
+    def channels_last(self, array: np.ndarray) -> np.ndarray:
+        """Return a view of the file's array as (H, W, C)."""
+        array = array.reshape(self.squeezed)
+        return array[..., None] if self.channel_axis is None else np.moveaxis(array, self.channel_axis, 2)
+
+
+class _WholeImage:
+    """An image in memory."""
+
+    def __init__(self, array: np.ndarray, layout: Layout) -> None:
+        self._array = layout.channels_last(array)
+        self.shape, self.dtype = layout.image_shape, array.dtype.newbyteorder("=")
+        self.segment_rows = self.shape[0]
+
+    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
+        rows[...] = self._array[first:stop]
+
+
+class _ContiguousTiff:
+    """Pixels that lie in the file one after another, as they are."""
+
+    segment_rows = 1
+
+    def __init__(self, path: Path, series: Any, layout: Layout) -> None:
+        self._path, self._offset, self._layout = path, series.dataoffset, layout
+        self._file_dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
+        self._file_shape = series.shape
+        self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
+        self._map()  # raises where the file is too short
+
+    def _map(self) -> np.ndarray:
+        memory = np.memmap(self._path, self._file_dtype, "r", self._offset, self._file_shape)
+        return self._layout.channels_last(memory)
+
+    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
+        rows[...] = self._map()[first:stop]  # mapped anew each time: pages of a lasting map would count as our memory
+
+
+class _SegmentedTiff:
+    """Strips or tiles, in one page with any number of samples, or in one page for each channel."""
+
+    def __init__(self, series: Any, layout: Layout) -> None:
+        self._pages, self._keyframe = list(series.pages), series.keyframe
+        self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
+        page = self._keyframe
+        self.segment_rows = min(page.tilelength if page.is_tiled else page.rowsperstrip, self.shape[0])
+
+    @staticmethod
+    def suits(series: Any, layout: Layout) -> bool:
+        """Whether the channels are the samples of one page, or the pages."""
+        page = series.keyframe
+        if page.imagedepth != 1 or len(page.dataoffsets) < 2 or any(each is None for each in series.pages):
+            return False
+        if len(series.pages) == 1:
+            return layout.channel_axis is None or page.samplesperpixel > 1
+        return layout.channel_axis == 0 and layout.squeezed[0] == len(series.pages) and page.samplesperpixel == 1
+
+    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
+        for number, page in enumerate(self._pages):
+            for index in self._segments(page, first, stop):
+                self._place(page, number, index, rows, first)
+
+    def _segments(self, page: Any, first: int, stop: int) -> Iterator[int]:
+        """Yield the indices of the segments of a page that hold some rows."""
+        height, width, _ = self.shape
+        down = -(-height // self.segment_rows)
+        across = -(-width // self._keyframe.tilewidth) if self._keyframe.is_tiled else 1
+        for plane in range(len(page.dataoffsets) // (down * across)):
+            for row in range(first // self.segment_rows, -(-stop // self.segment_rows)):
+                start = (plane * down + row) * across
+                yield from range(start, start + across)
+
+    def _place(self, page: Any, number: int, index: int, rows: np.ndarray, first: int) -> None:
+        """Decode one segment into its place."""
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        data = None
+        if count:
+            handle = page.parent.filehandle
+            handle.seek(offset)
+            data = handle.read(count)
+            if len(data) < count:
+                raise ValueError(f"segment {index} ends beyond the end of the file")
+        options = {}
+        if self._keyframe.compression in JPEG_COMPRESSIONS:
+            options = {"jpegtables": page.jpegtables, "jpegheader": self._keyframe.jpegheader}
+        segment, (sample, _, row, column, _), shape = self._keyframe.decode(data, index, **options)
+        height, width = (min(shape[1], self.shape[0] - row), min(shape[2], self.shape[1] - column))
+        target = rows[row - first : row - first + height, column : column + width]
+        channel = number + sample
+        if segment is None:  # left out of the file
+            target[..., channel : channel + shape[3]] = self._keyframe.nodata
+        else:
+            target[..., channel : channel + shape[3]] = segment[0, :height, :width]
+
+
+def _decode_png_or_jpeg(path: Path) -> np.ndarray:
+    """Return the pixels, (H, W) or (H, W, samples)."""
     from skimage.io import imread
 
     content = path.read_bytes()  # handed over in memory: imageio leaves a damaged file open
     if content[1:4] == b"PNG" and content[24] == 16:  # bits per channel; Pillow would narrow RGB to 8 of them
         import imagecodecs
 
-        array = imagecodecs.png_decode(content)
-    else:
-        array = imread(io.BytesIO(content))
-    return array, "YXS"[: array.ndim]
-
-
-def _channels_last(
-    array: np.ndarray, axes: str, path: Path, size: Optional[tuple[int, int]], channels: Optional[int]
-) -> np.ndarray:
-    """Return the array as (H, W, C), by its axes, or where these are not named by the known size or channels."""
-    keep = [axis for axis, length in enumerate(array.shape) if length > 1 or axes[axis] in "YX"]
-    axes, array = "".join(axes[axis] for axis in keep), array.reshape([array.shape[axis] for axis in keep])
-    if array.ndim == 2:
-        return array[..., None]
-    if array.ndim != 3 or any(axis in "ZT" for axis in axes):
-        raise InputError(
-            f"expected a 2-D image with channels in {path}, found axes {axes} of shape {array.shape}; "
-            "save each plane as a file of its own"
-        )
-    channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
-    if channel_axis is None and size is not None:
-        if array.shape[:2] == size:
-            channel_axis = 2
-        elif array.shape[1:] == size:
-            channel_axis = 0
-    elif channel_axis is None and channels is not None and array.shape.count(channels) == 1:
-        channel_axis = array.shape.index(channels)
-    if channel_axis is None:  # the file names no axis, and nothing else tells: the shortest is the channels
-        channel_axis = int(np.argmin(array.shape))
-    return np.moveaxis(array, channel_axis, 2)
+        return imagecodecs.png_decode(content)
+    return imread(io.BytesIO(content))
 
 
 def z_score(image: np.ndarray, out: Optional[np.ndarray] = None, overwrite: bool = False) -> np.ndarray:
@@ -212,6 +416,57 @@ def _normalize(plane: np.ndarray, out: np.ndarray) -> None:
     if abs(rest) * factor > MEAN_TOLERANCE:
         np.subtract(plane, np.float32(rest), out=plane)
     np.multiply(plane, np.float32(factor), out=out)
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of an image; both float64 of shape (C,)."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def measure(cls, image: ImageFile) -> "ChannelStatistics":
+        """Read an image once, a few rows at a time, and return its statistics.
+
+        Raises
+        ------
+        InputError
+            If a pixel is NaN or infinite.
+
+        Notes
+        -----
+        Count, mean and sum of squared deviations of the parts are combined (Chan, Golub and LeVeque, 1983), all in
+        float64.
+        """
+        height, width, channels = image.shape
+        count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
+        step = max(1, MEASURED_VALUES // (width * image.segment_rows * channels)) * image.segment_rows
+        for first in range(0, height, step):
+            rows = image.read(first, min(first + step, height))
+            parts = range(0, len(rows), max(1, MEASURED_VALUES // (width * channels)))
+            for start, stop in zip(parts, [*parts[1:], len(rows)]):
+                part = rows[start:stop].astype(np.float64).reshape(-1, channels)
+                part_mean = part.mean(axis=0)
+                part_squares = np.square(part - part_mean).sum(axis=0)
+                total = count + len(part)
+                squares += part_squares + np.square(part_mean - mean) * count * len(part) / total
+                mean += (part_mean - mean) * len(part) / total
+                count = total
+        if not np.isfinite(squares).all():
+            raise InputError(
+                f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0"
+            )
+        return cls(mean, np.sqrt(squares / count))
+
+    def z_score(self, window: np.ndarray) -> np.ndarray:
+        """Return a window (H, W, C) of the image as float32, normalised as `z_score` normalises a whole image."""
+        result = np.empty(window.shape, np.float32)
+        for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation)):
+            # The difference in float64: float32 would round large numbers before it is taken.
+            np.subtract(window[..., channel], mean, out=result[..., channel], dtype=np.float64, casting="unsafe")
+            if deviation > 1:
+                result[..., channel] *= np.float32(1 / deviation)
+        return result
 
 
 # ---------------------------------------------------------------------------------------------- the ring

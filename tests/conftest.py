@@ -43,6 +43,35 @@ def write_tiff(path, image):
     tifffile.imwrite(path, np.squeeze(image), photometric="minisblack", **layout)
 
 
+CHANNELS_FIRST = {"metadata": {"axes": "CYX"}}
+# Ways to store an image of several channels, as options of tifffile.
+STORED = {
+    "contiguous": {},
+    "strips": {"rowsperstrip": 7, "compression": "zlib"},
+    "uncompressed tiles": {"tile": (32, 48)},
+    "LZW tiles": {"tile": (32, 48), "compression": "lzw"},
+    "planar tiles": {"tile": (32, 48), "compression": "zstd", "planarconfig": "separate", "photometric": "rgb"},
+    "planar": {"planarconfig": "separate", "photometric": "rgb"},
+    "big-endian BigTIFF": {"bigtiff": True, "byteorder": ">"},
+    "big-endian strips": {"byteorder": ">", "rowsperstrip": 10, "compression": "zlib"},
+    "predictor": {"rowsperstrip": 20, "compression": "zlib", "predictor": True},
+    "ImageJ": {"imagej": True, **CHANNELS_FIRST},
+    "OME": {"ome": True, "compression": "zlib", "rowsperstrip": 16, **CHANNELS_FIRST},
+    "one compressed strip": {"compression": "zlib", "rowsperstrip": 1000},
+}
+
+
+def write_stored(path, image, kind):
+    """Write an image (H, W, C) in one of the ways above."""
+    options = {"photometric": "minisblack", **STORED[kind]}
+    channels_first = "metadata" in options or options.get("planarconfig") == "separate"
+    if not channels_first:
+        options["planarconfig"] = "contig"
+    if options.get("imagej"):
+        del options["photometric"]
+    tifffile.imwrite(path, np.moveaxis(image, 2, 0) if channels_first else image, **options)
+
+
 def write_folders(folder, count=6, shape=(64, 64, 1), **options):
     """Write `count` pairs of TIFFs below `folder`; return the image folder and the mask folder."""
     for name in ("images", "masks"):

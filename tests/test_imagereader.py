@@ -11,9 +11,19 @@ import psutil
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, build, make_pair
+from conftest import ROOT, STORED, build, make_pair, write_stored
 
-from imagereader import ImageReader, MemoryRecycler, ReaderError, RingLayout, read_image, z_score
+import imagereader
+from imagereader import (
+    ChannelStatistics,
+    ImageFile,
+    ImageReader,
+    MemoryRecycler,
+    ReaderError,
+    RingLayout,
+    read_image,
+    z_score,
+)
 from lmdb_utils import Database, InputError
 
 
@@ -92,6 +102,69 @@ def test_a_stack_of_planes_is_refused_with_its_axes(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 32, 32), np.uint8), imagej=True, metadata={"axes": "ZYX"})
     with pytest.raises(InputError, match="ZYX"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("step, overlap", [(150, 0), (40, 13), (1, 0), (64, 60)])
+def test_rows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, step, overlap):
+    image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
+    write_stored(tmp_path / "a.tif", image, kind)
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert file.shape == image.shape and file.dtype == np.uint16 and file.dtype.isnative
+        assert file.segment_rows == {"one compressed strip": 150}.get(kind, file.segment_rows) <= 150
+        for _ in range(2):
+            for first in range(0, 150 - overlap, step - overlap):
+                stop = min(first + step, 150)
+                np.testing.assert_array_equal(file.read(first, stop), image[first:stop])
+
+
+@pytest.mark.parametrize("kind", ["strips", "LZW tiles", "planar tiles", "OME"])
+def test_reading_on_in_overlapping_steps_decodes_each_part_of_a_file_once(tmp_path, kind, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
+    write_stored(tmp_path / "a.tif", image, kind)
+    decoded, place = [], imagereader._SegmentedTiff._place
+    monkeypatch.setattr(
+        imagereader._SegmentedTiff,
+        "_place",
+        lambda self, page, number, index, *more: (
+            decoded.append((number, index)),
+            place(self, page, number, index, *more),
+        ),
+    )
+    with ImageFile(tmp_path / "a.tif") as file:
+        for first in range(0, 130, 30):
+            file.read(first, min(first + 50, 150))
+    assert len(decoded) == len(set(decoded))
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        assert len(decoded) == sum(len(page.dataoffsets) for page in tif.pages)
+
+
+def test_a_tiled_file_that_ends_early_is_refused_by_name_when_its_end_is_read(tmp_path):
+    write_stored(tmp_path / "a.tif", np.ones((150, 130, 3), np.uint16), "uncompressed tiles")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        last = tif.pages[0].dataoffsets[-1]
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: last + 10])
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert (file.read(0, 32) == 1).all()
+        with pytest.raises(InputError, match=r"a\.tif.*end of the file"):
+            file.read(100, 150)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float32"])
+def test_streamed_statistics_agree_with_a_single_pass_in_float64(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(imagereader, "MEASURED_VALUES", 1000)  # many parts of a small image
+    image = make_pair(0, (150, 130, 3), dtype)[0]
+    if dtype != "uint8":
+        image += np.array(10**7, dtype)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", rowsperstrip=11)
+    wide = image.astype(np.float64)
+    with ImageFile(tmp_path / "a.tif") as file:
+        statistics = ChannelStatistics.measure(file)
+        np.testing.assert_allclose(statistics.mean, wide.mean((0, 1)), rtol=1e-13)
+        np.testing.assert_allclose(statistics.deviation, wide.std((0, 1)), rtol=1e-9)
+        window = statistics.z_score(file.read(20, 60)[:, 30:50])
+    np.testing.assert_allclose(window, z_score(image)[20:60, 30:50], atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float32"])
