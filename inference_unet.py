@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from lmdb_utils import (
     EXIT_BAD_INPUT,
     InputError,
     Progress,
+    add_flag,
     configure_logging,
     count_classes,
     existing_folder,
@@ -33,6 +36,13 @@ from lmdb_utils import (
     run_script,
 )
 
+if TYPE_CHECKING:
+    from imagereader import ChannelStatistics, ImageFile
+
+Item = TypeVar("Item")
+
+MASK_TILE = 256  # pixels; edge of the tiles that a mask file is made of
+BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 DEFAULT_TILE_SIZE = 1024  # pixels, halo included; halos of 96 then cost up to (1024 / 832)^2 = 1.5 times one pass
 
 
@@ -77,6 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="edge in pixels of the tiles that larger images are cut into, overlap included; the result does not "
         "depend on it, memory and speed do",
     )
+    text = "whether to replace masks that exist already [0 = false, 1 = true]; otherwise their images are skipped"
+    add_flag(parser, "--overwrite", 0, text)
+    parser.add_argument(
+        "--shard",
+        metavar="NUMBER/COUNT",
+        type=Shard.parse,
+        help="do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
+        "the tasks of an srun and the elements of a job array share the images by themselves",
+    )
     return parser
 
 
@@ -93,35 +112,74 @@ def run(args: argparse.Namespace) -> int:
 
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
+    shard = args.shard or shard_from_slurm(os.environ)
+    images = images[shard.number - 1 :: shard.count]
+    if shard.count > 1:
+        logging.info("part %d of %d: %d images", shard.number, shard.count, len(images))
     prepare_output_folder(args.output_folder, args.image_folder)
     model = load_model(args.saved_model_filepath)
     model.check_tile_size(args.tile_size)
+    targets = {path: args.output_folder / mask_name(path) for path in images}
+    waiting = [path for path in images if args.overwrite or not targets[path].exists()]
+    if len(waiting) < len(images):
+        logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed = []
-    for number, path in enumerate(images, 1):
-        target = args.output_folder / mask_name(path)
+    for number, path in enumerate(waiting, 1):
         start = time.monotonic()
         try:
-            shape, mask = segment_file(path, model, args.tile_size)
-            write_mask(target, mask)
+            shape, counts = segment_file(path, targets[path], model, args.tile_size)
         except InputError as error:
             failed.append(path.name)
             logging.error("%s", error)
             continue
+        size, seconds = " x ".join(map(str, shape)), time.monotonic() - start
         logging.info(
             "%d/%d %s: %s, %.1f s, %s",
-            number,
-            len(images),
-            target.name,
-            " x ".join(map(str, shape)),
-            time.monotonic() - start,
-            describe_histogram(mask),
-        )
+            number, len(waiting), targets[path].name, size, seconds, describe_histogram(counts),
+        )  # fmt: skip
     logging.info(
         "%d of %d images done; the masks are in %s", len(images) - len(failed), len(images), args.output_folder
     )
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
+
+
+# ---------------------------------------------------------------------------------------------- many processes
+
+
+class Shard(NamedTuple):
+    """Which part of the images this process does: every `count`-th, beginning with the `number`-th (from 1)."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Return ``"2/8"`` as a shard; the ``type`` of a command-line option."""
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise argparse.ArgumentTypeError(f"expected a part and the number of parts, such as 2/8, got {text!r}")
+        return cls(int(number), int(count))
+
+
+def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
+    """Return the part of this process among the elements of a job array and the tasks of an ``srun``.
+
+    Notes
+    -----
+    ``SLURM_STEP_NUM_TASKS`` is there under ``srun`` alone. ``SLURM_NTASKS`` and ``SLURM_PROCID`` are also set in a
+    batch script, where a program that is started without ``srun`` runs once and has to do everything.
+    """
+    index, count = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        least, step = int(environment["SLURM_ARRAY_TASK_MIN"]), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        count = (int(environment["SLURM_ARRAY_TASK_MAX"]) - least) // step + 1
+        index = (int(environment["SLURM_ARRAY_TASK_ID"]) - least) // step
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1:
+        index, count = index * tasks + int(environment["SLURM_PROCID"]), count * tasks
+    return Shard(index + 1, count)
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -147,6 +205,16 @@ class Model:
     number_classes: int
     radius: int
     size_factor: int
+
+    @property
+    def halo(self) -> int:
+        """The radius, rounded up so that tiles start on the network's grid."""
+        return -(-self.radius // self.size_factor) * self.size_factor
+
+    @property
+    def mask_dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds the classes."""
+        return np.min_scalar_type(self.number_classes - 1)
 
     def check_tile_size(self, tile_size: int) -> None:
         """Refuse a tile size off the network's grid, or one that leaves nothing between the halos."""
@@ -206,100 +274,76 @@ def load_model(filepath: str) -> Model:
 # ---------------------------------------------------------------------------------------------- one image
 
 
-def segment_file(path: Path, model: Model, tile_size: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """Read an image and return its shape (H, W, C) and its mask, shape (H, W)."""
-    from imagereader import read_image, z_score
+def segment_file(path: Path, target: Path, model: Model, tile_size: int) -> tuple[tuple[int, int, int], dict[int, int]]:
+    """Segment an image file into a mask file; return the image's shape (H, W, C) and the pixels of each class."""
+    from imagereader import ChannelStatistics, ImageFile
 
-    image = read_image(path, channels=model.channels)
-    if image.shape[2] != model.channels:
-        raise InputError(
-            f"expected {model.channels} channels, as the model was trained with, found {image.shape[2]} in {path}; "
-            "choose the model or the images that belong together"
-        )
-    if image.dtype.kind not in "buif":
-        raise InputError(f"expected integer or float pixels in {path}, found {image.dtype}; convert the image")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise InputError(f"expected finite pixels in {path}, found NaN or infinity; replace them, for example by 0")
-    return image.shape, segment(z_score(image), model, tile_size)
+    with ImageFile(path, channels=model.channels) as image:
+        if image.shape[2] != model.channels:
+            raise InputError(
+                f"expected {model.channels} channels, as the model was trained with, found {image.shape[2]} in {path}; "
+                "choose the model or the images that belong together"
+            )
+        if image.dtype.kind not in "buif":
+            raise InputError(f"expected integer or float pixels in {path}, found {image.dtype}; convert the image")
+        bands = segment(image, ChannelStatistics.measure(image), model, tile_size)
+        counts: Counter[int] = Counter()
+        write_mask(target, count_bands(ahead(bands), counts), image, model.mask_dtype)
+        return image.shape, dict(sorted(counts.items()))
 
 
-def segment(image: np.ndarray, model: Model, tile_size: int) -> np.ndarray:
-    """Segment a normalised image of any size.
+def segment(image: "ImageFile", statistics: "ChannelStatistics", model: Model, tile_size: int) -> Iterator[np.ndarray]:
+    """Segment an image, reading it from top to bottom.
 
     Parameters
     ----------
-    image : ndarray of float32, shape (H, W, C)
+    image : ImageFile
+    statistics : ChannelStatistics
+        Of the whole image.
     model : Model
     tile_size : int
         Edge of a tile in pixels, halo included.
 
-    Returns
-    -------
-    ndarray, shape (H, W)
-        Class ids in the smallest unsigned type that holds the model's classes.
-    """
-    height, width, _ = image.shape
-    padded = pad_to_multiple(image, model.size_factor)
-    mask = np.empty(padded.shape[:2], np.min_scalar_type(model.number_classes - 1))
-    tiles = list(plan_tiles(padded.shape[0], padded.shape[1], tile_size, model.radius, model.size_factor))
-    progress = Progress("segmenting", len(tiles), "tiles")
-    for done, tile in enumerate(tiles, 1):
-        softmax = model.predict(padded[None, tile.rows, tile.columns])
-        zone = np.argmax(softmax[0], axis=-1)
-        mask[tile.zone_rows, tile.zone_columns] = zone[tile.kept_rows, tile.kept_columns]
-        progress.update(done)
-    progress.close()
-    return mask[:height, :width]
-
-
-def pad_to_multiple(image: np.ndarray, size_factor: int) -> np.ndarray:
-    """Return an image (H, W, C) extended by reflection at its bottom and right to multiples of `size_factor`."""
-    missing = [-length % size_factor for length in image.shape[:2]]
-    return np.pad(image, [(0, missing[0]), (0, missing[1]), (0, 0)], mode="reflect") if any(missing) else image
-
-
-class Tile(NamedTuple):
-    """One tile: the window it reads, the zone of responsibility it writes, and where that lies in the window."""
-
-    rows: slice
-    columns: slice
-    zone_rows: slice
-    zone_columns: slice
-
-    @property
-    def kept_rows(self) -> slice:
-        """Rows of the zone, counted from the window's first row."""
-        return slice(self.zone_rows.start - self.rows.start, self.zone_rows.stop - self.rows.start)
-
-    @property
-    def kept_columns(self) -> slice:
-        """Columns of the zone, counted from the window's first column."""
-        return slice(self.zone_columns.start - self.columns.start, self.zone_columns.stop - self.columns.start)
-
-
-def plan_tiles(height: int, width: int, tile_size: int, radius: int, size_factor: int) -> Iterator[Tile]:
-    """Yield tiles of one size whose zones of responsibility cover an image once.
-
-    Parameters
-    ----------
-    height, width : int
-        Multiples of `size_factor`.
-    tile_size : int
-        Edge of a tile with its halo; a multiple of `size_factor`.
-    radius : int
-        Least distance of a zone from an edge of its tile that is not an edge of the image.
-    size_factor : int
-        Origins are multiples of it, so that a tile pools the pixels together which the image pools together.
+    Yields
+    ------
+    ndarray, shape (rows, W)
+        Class ids of the next rows, in the smallest unsigned type that holds the model's classes.
 
     Notes
     -----
     A tile ends where the image ends: beyond that edge the whole image has no context either. So all tiles have one
     shape (each new one would cost TensorFlow a new trace), and those at the end are moved inwards.
     """
-    halo = -(-radius // size_factor) * size_factor
-    for rows, zone_rows in plan_axis(height, tile_size, halo):
-        for columns, zone_columns in plan_axis(width, tile_size, halo):
-            yield Tile(rows, columns, zone_rows, zone_columns)
+    height, width, _ = image.shape
+    padded_height, padded_width = (-(-length // model.size_factor) * model.size_factor for length in (height, width))
+    row_plan = list(plan_axis(padded_height, tile_size, model.halo))
+    column_plan = list(plan_axis(padded_width, tile_size, model.halo))
+    progress = Progress(f"segmenting {image.path.name}", len(row_plan) * len(column_plan), "tiles")
+    done = 0
+    windows = ahead(read_padded(image, rows, padded_width) for rows, _ in row_plan)
+    for (rows, zone_rows), window in zip(row_plan, windows):
+        band = np.empty((zone_rows.stop - zone_rows.start, padded_width), model.mask_dtype)
+        for columns, zone_columns in column_plan:
+            softmax = model.predict(statistics.z_score(window[:, columns])[None])
+            kept = softmax[0, within(zone_rows, rows), within(zone_columns, columns)]
+            band[:, zone_columns] = np.argmax(kept, axis=-1)
+            done += 1
+            progress.update(done)
+        yield band[: height - zone_rows.start, :width]
+    progress.close()
+
+
+def read_padded(image: "ImageFile", rows: slice, padded_width: int) -> np.ndarray:
+    """Return rows of an image, extended at its bottom and right by reflection to the network's grid."""
+    height, width, _ = image.shape
+    window = image.read(rows.start, min(rows.stop, height))
+    missing = [(0, max(rows.stop - height, 0)), (0, padded_width - width), (0, 0)]
+    return np.pad(window, missing, mode="reflect") if any(after for _, after in missing) else window
+
+
+def within(zone: slice, window: slice) -> slice:
+    """Return a zone, counted from the start of the window that holds it."""
+    return slice(zone.start - window.start, zone.stop - window.start)
 
 
 def plan_axis(length: int, tile_size: int, halo: int) -> Iterator[tuple[slice, slice]]:
@@ -312,6 +356,16 @@ def plan_axis(length: int, tile_size: int, halo: int) -> Iterator[tuple[slice, s
         zone_end = length if end == length else end - halo
         yield slice(start, end), slice(done, zone_end)
         done = zone_end
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items while a thread prepares the next one: reading, predicting and writing overlap."""
+    with ThreadPoolExecutor(1) as executor:
+        end = object()
+        future = executor.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = executor.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------------- masks on disk
@@ -334,18 +388,29 @@ def mask_name(image: Path) -> str:
     return image.name if image.suffix.lower() in (".tif", ".tiff", ".png") else f"{image.stem}.png"
 
 
-def write_mask(target: Path, mask: np.ndarray) -> None:
-    """Write a mask so that it appears under its name only when whole."""
+def write_mask(target: Path, bands: Iterator[np.ndarray], image: "ImageFile", dtype: np.dtype) -> None:
+    """Write a mask as its rows come, so that it appears under its name only when whole.
+
+    Parameters
+    ----------
+    target : path
+        TIFF or PNG, by its extension; a PNG is gathered in memory first.
+    bands : iterator of ndarray, shape (rows, W)
+    image : ImageFile
+        Gives the size, and the resolution where it has one.
+    dtype : dtype
+        Of the mask.
+    """
     temporary = target.with_name(f".{target.stem}.part{target.suffix}")
     try:
         if target.suffix.lower() == ".png":
             from skimage.io import imsave
 
-            imsave(temporary, mask, check_contrast=False)
+            imsave(temporary, np.concatenate(list(bands)), check_contrast=False)
         else:
-            import tifffile
-
-            tifffile.imwrite(temporary, mask, compression="zlib", tile=(256, 256), photometric="minisblack")
+            write_tiff(temporary, bands, image, dtype)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error}; free some space or choose another folder") from error
@@ -353,11 +418,56 @@ def write_mask(target: Path, mask: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def describe_histogram(mask: np.ndarray) -> str:
-    """Return the share of each class in words; an all-background result should be seen at once."""
-    return ", ".join(
-        f"class {class_id}: {100 * count / mask.size:.1f} %" for class_id, count in count_classes(mask).items()
+def write_tiff(path: Path, bands: Iterator[np.ndarray], image: "ImageFile", dtype: np.dtype) -> None:
+    """Write a tiled, compressed TIFF from bands of rows."""
+    import tifffile
+
+    height, width, _ = image.shape
+    resolution: dict[str, Any] = {}
+    if image.resolution is not None:
+        resolution = {"resolution": image.resolution[:2], "resolutionunit": image.resolution[2]}
+    tifffile.imwrite(
+        path,
+        cut_into_tiles(bands, width, dtype),
+        shape=(height, width),
+        dtype=dtype,
+        tile=(MASK_TILE, MASK_TILE),
+        compression="zlib",
+        photometric="minisblack",
+        bigtiff=height * width * dtype.itemsize > BIGTIFF_FROM_BYTES,
+        **resolution,
     )
+
+
+def cut_into_tiles(bands: Iterator[np.ndarray], width: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yield the tiles of a TIFF, row by row of tiles, filled up with zeros at the right and the bottom."""
+    columns = range(0, width, MASK_TILE)
+    rows = np.zeros((MASK_TILE, len(columns) * MASK_TILE), dtype)
+    filled = 0
+    for band in bands:
+        while len(band):
+            taken = min(MASK_TILE - filled, len(band))
+            rows[filled : filled + taken, :width] = band[:taken]
+            band, filled = band[taken:], filled + taken
+            if filled == MASK_TILE:
+                yield from (rows[:, column : column + MASK_TILE].copy() for column in columns)
+                filled = 0
+    if filled:
+        rows[filled:] = 0
+        yield from (rows[:, column : column + MASK_TILE].copy() for column in columns)
+
+
+def count_bands(bands: Iterator[np.ndarray], counts: "Counter[int]") -> Iterator[np.ndarray]:
+    """Pass bands of a mask on, adding the pixels of each class to `counts`."""
+    for band in bands:
+        counts.update(count_classes(band))
+        yield band
+
+
+def describe_histogram(counts: dict[int, int]) -> str:
+    """Return the share of each class in words; an all-background result should be seen at once."""
+    total = sum(counts.values())
+    return ", ".join(f"class {class_id}: {100 * count / total:.1f} %" for class_id, count in counts.items())
 
 
 if __name__ == "__main__":

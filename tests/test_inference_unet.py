@@ -1,16 +1,20 @@
+import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import skimage.io
 import tensorflow as tf
 import tifffile
-from conftest import make_pair, run_script, write_tiff
+from conftest import ROOT, STORED, make_pair, run_script, write_stored, write_tiff
 
 import inference_unet
-from imagereader import z_score
+from imagereader import ChannelStatistics, ImageFile, z_score
 from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
 
 
@@ -63,18 +67,16 @@ def test_help_shows_every_option_of_the_specification_and_brackets_the_optional_
     assert "--image_folder IMAGE_FOLDER --output_folder OUTPUT_FOLDER [--image_format IMAGE_FORMAT]" in text
 
 
-@pytest.mark.parametrize("height", [16, 208, 224, 512, 1008])
-@pytest.mark.parametrize("width", [208, 400, 1424])
-def test_zones_cover_each_pixel_once_and_keep_their_distance(height, width):
-    seen = np.zeros((height, width), int)
-    for tile in inference_unet.plan_tiles(height, width, 208 + 16, RADIUS, SIZE_FACTOR):
-        for window, zone, length in ((tile.rows, tile.zone_rows, height), (tile.columns, tile.zone_columns, width)):
-            assert window.stop - window.start == min(224, length) and window.start % SIZE_FACTOR == 0
-            assert window.start == 0 or zone.start - window.start >= RADIUS
-            assert window.stop == length or window.stop - zone.stop >= RADIUS
-            assert 0 <= window.start <= zone.start < zone.stop <= window.stop <= length
-        seen[tile.zone_rows, tile.zone_columns] += 1
-    assert (seen == 1).all()
+@pytest.mark.parametrize("length", [16, 208, 224, 400, 512, 1008, 1424])
+def test_zones_cover_each_pixel_once_and_keep_their_distance(length):
+    done = 0
+    for window, zone in inference_unet.plan_axis(length, 208 + 16, RADIUS):
+        assert window.stop - window.start == min(224, length) and window.start % SIZE_FACTOR == 0
+        assert window.start == 0 or zone.start - window.start >= RADIUS
+        assert window.stop == length or window.stop - zone.stop >= RADIUS
+        assert 0 <= window.start <= zone.start == done < zone.stop <= window.stop <= length
+        done = zone.stop
+    assert done == length
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,10 @@ def test_the_tiled_mask_equals_that_of_one_pass(tmp_path, shape, classes, tile_s
     assert done.returncode == 0, done.stdout
     mask = tifffile.imread(tmp_path / "masks" / "a.tif")
     pad = [(0, -shape[0] % 16), (0, -shape[1] % 16), (0, 0)]
-    expected = np.argmax(model(np.pad(z_score(image), pad, mode="reflect")[None])[0], -1)[: shape[0], : shape[1]]
+    with ImageFile(tmp_path / "images" / "a.tif") as file:
+        normalized = ChannelStatistics.measure(file).z_score(image)
+    np.testing.assert_allclose(normalized, z_score(image), atol=1e-6)
+    expected = np.argmax(model(np.pad(normalized, pad, mode="reflect")[None])[0], -1)[: shape[0], : shape[1]]
     assert len(np.unique(expected)) > 1, "the network sees nothing, so the test could not fail"
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, expected)
@@ -99,15 +104,115 @@ def test_the_tiled_mask_equals_that_of_one_pass(tmp_path, shape, classes, tile_s
 def test_a_halo_that_is_too_small_shows(tmp_path):
     """The comparison above can fail: with a quarter of the halo the tiles do differ."""
     model = save_random_model(tmp_path / "saved_model", 1, 2)
-    image = z_score(make_pair(1, (512, 512, 1), "float32", 3)[0])
-    whole = np.argmax(model(image[None])[0], -1)
+    image = make_pair(1, (512, 512, 1), "float32", 3)[0]
+    write_tiff(tmp_path / "a.tif", image)
+    whole = np.argmax(model(z_score(image)[None])[0], -1)
     loaded = inference_unet.load_model(tmp_path / "saved_model")
-    masks = [
-        inference_unet.segment(image, inference_unet.Model(loaded.predict, 1, 2, radius, 16), 256)
-        for radius in (RADIUS, 16)
-    ]
+    masks = []
+    for radius in (RADIUS, 16):
+        candidate = dataclasses.replace(loaded, radius=radius)
+        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "mask.tif", candidate, 256)
+        masks.append(tifffile.imread(tmp_path / "mask.tif"))
     assert (masks[0] == whole).all()
     assert (masks[1] != whole).any()
+
+
+def test_a_mask_that_exists_is_kept_unless_told_otherwise(gray_model, tmp_path):
+    images, masks = write_images(tmp_path / "images", 3), tmp_path / "masks"
+    assert infer(gray_model, images, masks).returncode == 0
+    (masks / "a1.tif").unlink()
+    before = (masks / "a0.tif").stat().st_mtime_ns
+    done = infer(gray_model, images, masks)
+    assert done.returncode == 0 and "2 masks exist already" in done.stdout and "1/1 a1.tif" in done.stdout
+    assert (masks / "a0.tif").stat().st_mtime_ns == before and (masks / "a1.tif").exists()
+    assert infer(gray_model, images, masks, "--overwrite", 1).returncode == 0
+    assert (masks / "a0.tif").stat().st_mtime_ns > before
+
+
+def test_shards_together_give_the_masks_of_one_run(gray_model, tmp_path):
+    images = write_images(tmp_path / "images", 5)
+    assert infer(gray_model, images, tmp_path / "whole").returncode == 0
+    for number, names in ((1, ["a0.tif", "a2.tif", "a4.tif"]), (2, ["a1.tif", "a3.tif"])):
+        before = set(os.listdir(tmp_path / "parts")) if number > 1 else set()
+        done = infer(gray_model, images, tmp_path / "parts", "--shard", f"{number}/2")
+        assert done.returncode == 0 and f"part {number} of 2: {len(names)} images" in done.stdout
+        assert sorted(set(os.listdir(tmp_path / "parts")) - before) == names
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])
+def test_a_shard_that_is_none_is_refused(gray_model, tmp_path, text):
+    done = infer(gray_model, write_images(tmp_path / "images", 1), tmp_path / "masks", f"--shard={text}")
+    assert done.returncode == 2 and "such as 2/8" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_tasks_and_array_elements_share_the_images_without_gap_or_overlap():
+    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_STEP": "4"}
+    found = [
+        inference_unet.shard_from_slurm(
+            {**array, "SLURM_ARRAY_TASK_ID": str(element), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task)}
+        )
+        for element in (3, 7, 11)
+        for task in range(2)
+    ]
+    assert found == [(number, 6) for number in range(1, 7)]
+    assert inference_unet.shard_from_slurm({}) == (1, 1)
+    in_a_batch_script = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    assert inference_unet.shard_from_slurm(in_a_batch_script) == (1, 1)
+
+
+def test_a_killed_run_leaves_no_half_mask_and_the_next_one_goes_on(gray_model, tmp_path):
+    images, masks = write_images(tmp_path / "images", 1), tmp_path / "masks"
+    tifffile.imwrite(images / "b.tif", make_pair(0, (1200, 1200, 1), "uint8")[0][..., 0])
+    command = ["--saved_model_filepath", gray_model, "--image_folder", images, "--output_folder", masks]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "inference_unet.py", *command, "--tile_size", "208"], stdout=subprocess.DEVNULL
+    )  # thousands of tiles of 16 x 16 pixels
+    deadline = time.monotonic() + 120
+    while not any(path.name.startswith(".b") for path in masks.glob("*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert [path.name for path in masks.iterdir() if not path.name.startswith(".")] == ["a0.tif"]
+    done = infer(gray_model, images, masks)
+    assert done.returncode == 0 and "1 masks exist already" in done.stdout and "1/1 b.tif" in done.stdout
+    assert sorted(os.listdir(masks)) == ["a0.tif", "b.tif"]
+
+
+def test_a_mask_is_that_of_the_pixels_however_the_image_is_stored(tmp_path):
+    save_random_model(tmp_path / "saved_model", 3, 3)
+    image = make_pair(0, (300, 420, 3), "uint16", 3)[0] + np.random.default_rng(0).integers(
+        0, 900, (300, 420, 3), np.uint16
+    )
+    (tmp_path / "images").mkdir()
+    for kind in STORED:
+        write_stored(tmp_path / "images" / f"{kind}.tif", image, kind)
+    done = infer(tmp_path / "saved_model", tmp_path / "images", tmp_path / "masks", "--tile_size", 256)
+    assert done.returncode == 0, done.stdout
+    masks = [tifffile.imread(tmp_path / "masks" / f"{kind}.tif") for kind in STORED]
+    assert len(np.unique(masks[0])) == 3
+    for mask in masks:
+        np.testing.assert_array_equal(mask, masks[0])
+
+
+def test_a_mask_keeps_the_resolution_and_opens_elsewhere(gray_model, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    image = make_pair(0, (300, 333, 1), "uint8")[0][..., 0]
+    tifffile.imwrite(tmp_path / "images" / "a.tif", image, resolution=(5000, 4000), resolutionunit="CENTIMETER")
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks")
+    assert done.returncode == 0, done.stdout
+    with tifffile.TiffFile(tmp_path / "masks" / "a.tif") as tif:
+        page = tif.pages[0]
+        assert page.resolution == (5000, 4000) and page.resolutionunit == 3 and page.is_tiled
+        mask = page.asarray()
+    assert mask.shape == image.shape and len(np.unique(mask)) == 2
+    np.testing.assert_array_equal(skimage.io.imread(tmp_path / "masks" / "a.tif"), mask)
+    with Image.open(tmp_path / "masks" / "a.tif") as opened:
+        np.testing.assert_array_equal(np.asarray(opened), mask)
 
 
 def test_a_line_for_each_file_tells_size_seconds_and_classes(gray_model, tmp_path):
