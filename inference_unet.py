@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flag(parser, "--overwrite", 0, text)
     parser.add_argument(
         "--shard",
-        metavar="NUMBER/COUNT",
+        metavar="PART/PARTS",
         type=Shard.parse,
         help="do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
         "the tasks of an srun and the elements of a job array share the images by themselves",
@@ -113,9 +113,9 @@ def run(args: argparse.Namespace) -> int:
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
     shard = args.shard or shard_from_slurm(os.environ)
-    images = images[shard.number - 1 :: shard.count]
-    if shard.count > 1:
-        logging.info("part %d of %d: %d images", shard.number, shard.count, len(images))
+    images = images[shard.part - 1 :: shard.parts]
+    if shard.parts > 1:
+        logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
     prepare_output_folder(args.output_folder, args.image_folder)
     model = load_model(args.saved_model_filepath)
     model.check_tile_size(args.tile_size)
@@ -149,18 +149,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Shard(NamedTuple):
-    """Which part of the images this process does: every `count`-th, beginning with the `number`-th (from 1)."""
+    """Which share of the images this process does: part 2 of 8 is every eighth, beginning with the second."""
 
-    number: int
-    count: int
+    part: int
+    parts: int
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
         """Return ``"2/8"`` as a shard; the ``type`` of a command-line option."""
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        part, _, parts = text.partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
             raise argparse.ArgumentTypeError(f"expected a part and the number of parts, such as 2/8, got {text!r}")
-        return cls(int(number), int(count))
+        return cls(int(part), int(parts))
 
 
 def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
