@@ -9,9 +9,11 @@ imported inside functions, so that ``-h`` answers at once.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -43,7 +45,11 @@ Item = TypeVar("Item")
 
 MASK_TILE = 256  # pixels; edge of the tiles that a mask file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
-DEFAULT_TILE_SIZE = 1024  # pixels, halo included; halos of 96 then cost up to (1024 / 832)^2 = 1.5 times one pass
+MAX_TILE_SIZE = 2048  # pixels; with larger ones halos of 96 save less than 10 % more of the work
+MEMORY_SHARE = 0.5  # of what is free, for the network's activations
+# Of the network while it works, measured for 2 to 64 features at the top level: six float32 values of each feature.
+BYTES_PER_PIXEL_AND_FEATURE = 24
+PAPER_FEATURES = 64  # of a model that does not tell its own
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,9 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tile_size",
         type=positive_int,
-        default=DEFAULT_TILE_SIZE,
-        help="edge in pixels of the tiles that larger images are cut into, overlap included; the result does not "
-        "depend on it, memory and speed do",
+        help="largest edge in pixels of the tiles that larger images are cut into, overlap included; the result does "
+        f"not depend on it, memory and speed do (None = as fits into half of the free memory, up to {MAX_TILE_SIZE})",
     )
     text = "whether to replace masks that exist already [0 = false, 1 = true]; otherwise their images are skipped"
     add_flag(parser, "--overwrite", 0, text)
@@ -118,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
     prepare_output_folder(args.output_folder, args.image_folder)
     model = load_model(args.saved_model_filepath)
-    model.check_tile_size(args.tile_size)
+    sizer = TileSizer(model, args.tile_size or affordable_tile_size(model))
     targets = {path: args.output_folder / mask_name(path) for path in images}
     waiting = [path for path in images if args.overwrite or not targets[path].exists()]
     if len(waiting) < len(images):
@@ -127,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     for number, path in enumerate(waiting, 1):
         start = time.monotonic()
         try:
-            shape, counts = segment_file(path, targets[path], model, args.tile_size)
+            shape, counts = segment_file(path, targets[path], model, sizer)
         except InputError as error:
             failed.append(path.name)
             logging.error("%s", error)
@@ -185,6 +190,10 @@ def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
 # ---------------------------------------------------------------------------------------------- the model
 
 
+class TileTooLarge(Exception):
+    """The network ran out of memory on a tile."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded SavedModel and what has to be known about it.
@@ -198,6 +207,8 @@ class Model:
         Pixels beyond each edge of a block of the pooling grid on which its results depend; the halo of a tile.
     size_factor : int
         Heights, widths and tile origins are multiples of it.
+    features : int
+        Of the network's top level; most of the memory it works in is proportional to it.
     """
 
     predict: Any
@@ -205,6 +216,7 @@ class Model:
     number_classes: int
     radius: int
     size_factor: int
+    features: int = PAPER_FEATURES
 
     @property
     def halo(self) -> int:
@@ -212,18 +224,14 @@ class Model:
         return -(-self.radius // self.size_factor) * self.size_factor
 
     @property
+    def least_tile_size(self) -> int:
+        """Edge of the smallest tile that keeps anything between its halos."""
+        return 2 * self.halo + self.size_factor
+
+    @property
     def mask_dtype(self) -> np.dtype:
         """Smallest unsigned type that holds the classes."""
         return np.min_scalar_type(self.number_classes - 1)
-
-    def check_tile_size(self, tile_size: int) -> None:
-        """Refuse a tile size off the network's grid, or one that leaves nothing between the halos."""
-        least = 2 * self.radius + self.size_factor
-        if tile_size % self.size_factor or tile_size < least:
-            raise InputError(
-                f"expected --tile_size to be a multiple of {self.size_factor} and at least {least} (a halo of "
-                f"{self.radius} to each side), got {tile_size}; try {DEFAULT_TILE_SIZE}"
-            )
 
 
 def load_model(filepath: str) -> Model:
@@ -260,7 +268,10 @@ def load_model(filepath: str) -> Model:
     metadata = json.loads(metadata_file.read_text()) if metadata_file.exists() else {}
 
     def predict(images: np.ndarray, _keep: Any = loaded) -> np.ndarray:
-        return signature(**{input_name: tf.constant(images)})[output_name].numpy()
+        try:
+            return signature(**{input_name: tf.constant(images)})[output_name].numpy()
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            raise TileTooLarge from error
 
     return Model(
         predict,
@@ -268,13 +279,98 @@ def load_model(filepath: str) -> Model:
         number_classes,
         metadata.get("radius", RADIUS),
         metadata.get("size_factor", SIZE_FACTOR),
+        metadata.get("baseline_feature_depth", PAPER_FEATURES),
     )
+
+
+# ---------------------------------------------------------------------------------------------- the size of tiles
+
+
+class TileSizer:
+    """Chooses the shape of tiles, and remembers what turned out to be too large.
+
+    Parameters
+    ----------
+    model : Model
+    most : int
+        Largest edge of a tile in pixels, halo included.
+
+    Raises
+    ------
+    InputError
+        If that is off the network's grid, or leaves nothing between the halos.
+    """
+
+    def __init__(self, model: Model, most: int) -> None:
+        self._grid, self._halo, self.most = model.size_factor, model.halo, most
+        self._least = model.least_tile_size
+        if most % self._grid or most < self._least:
+            raise InputError(
+                f"expected --tile_size to be a multiple of {self._grid} and at least {self._least} (a halo of "
+                f"{self._halo} to each side), got {most}; try 512 or 1024"
+            )
+
+    def edge(self, length: int) -> int:
+        """Return the edge of the tiles along an axis of an image: as few as may be, and these as small as may be."""
+        if length <= self.most:
+            return length
+        inner = length - 2 * self._halo  # what the zones cover besides a halo's breadth at both ends
+        tiles = -(-inner // (self.most - 2 * self._halo))
+        return -(-inner // (tiles * self._grid)) * self._grid + 2 * self._halo
+
+    def halve(self) -> bool:
+        """Make tiles half as large; False where they cannot get smaller."""
+        if self.most == self._least:
+            return False
+        self.most = max(self.most // 2 // self._grid * self._grid, self._least)
+        return True
+
+
+def affordable_tile_size(model: Model) -> int:
+    """Return the edge of a square tile for which the network needs `MEMORY_SHARE` of the free memory."""
+    pixels = MEMORY_SHARE * free_memory() / (BYTES_PER_PIXEL_AND_FEATURE * model.features)
+    edge = min(int(pixels**0.5), MAX_TILE_SIZE) // model.size_factor * model.size_factor
+    return max(edge, model.least_tile_size)
+
+
+def free_memory() -> float:
+    """Return the bytes that are free on the fullest GPU, or where there is none in this computer and this job."""
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError):
+            # TensorFlow would tell only after it has taken all of the memory.
+            query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+            printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            return min(int(mebibytes) for mebibytes in printed.split()) * 2.0**20
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return float(min([available, *free_in_control_groups()]))
+
+
+def free_in_control_groups() -> Iterator[int]:
+    """Yield what is left of each memory limit that a batch system or container has put on this process."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "memory":  # version 1 of control groups
+                root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            elif not controllers:  # version 2
+                root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+            else:
+                continue
+            folder = Path(root + group)
+            for level in (folder, *folder.parents):  # a limit holds for everything below it
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
+                    yield int((level / limit).read_text()) - int((level / used).read_text())
 
 
 # ---------------------------------------------------------------------------------------------- one image
 
 
-def segment_file(path: Path, target: Path, model: Model, tile_size: int) -> tuple[tuple[int, int, int], dict[int, int]]:
+def segment_file(
+    path: Path, target: Path, model: Model, sizer: TileSizer
+) -> tuple[tuple[int, int, int], dict[int, int]]:
     """Segment an image file into a mask file; return the image's shape (H, W, C) and the pixels of each class."""
     from imagereader import ChannelStatistics, ImageFile
 
@@ -286,13 +382,22 @@ def segment_file(path: Path, target: Path, model: Model, tile_size: int) -> tupl
             )
         if image.dtype.kind not in "buif":
             raise InputError(f"expected integer or float pixels in {path}, found {image.dtype}; convert the image")
-        bands = segment(image, ChannelStatistics.measure(image), model, tile_size)
-        counts: Counter[int] = Counter()
-        write_mask(target, count_bands(ahead(bands), counts), image, model.mask_dtype)
-        return image.shape, dict(sorted(counts.items()))
+        statistics = ChannelStatistics.measure(image)
+        while True:
+            counts: Counter[int] = Counter()
+            bands = ahead(segment(image, statistics, model, sizer))
+            try:
+                write_mask(target, count_bands(bands, counts), image, model.mask_dtype)
+                return image.shape, dict(sorted(counts.items()))
+            except TileTooLarge as error:
+                if not sizer.halve():
+                    raise InputError(f"{path} needs more memory than there is, even in the smallest tiles") from error
+                logging.warning("out of memory: going on with tiles of at most %d pixels", sizer.most)
 
 
-def segment(image: "ImageFile", statistics: "ChannelStatistics", model: Model, tile_size: int) -> Iterator[np.ndarray]:
+def segment(
+    image: "ImageFile", statistics: "ChannelStatistics", model: Model, sizer: TileSizer
+) -> Iterator[np.ndarray]:
     """Segment an image, reading it from top to bottom.
 
     Parameters
@@ -301,8 +406,7 @@ def segment(image: "ImageFile", statistics: "ChannelStatistics", model: Model, t
     statistics : ChannelStatistics
         Of the whole image.
     model : Model
-    tile_size : int
-        Edge of a tile in pixels, halo included.
+    sizer : TileSizer
 
     Yields
     ------
@@ -316,8 +420,8 @@ def segment(image: "ImageFile", statistics: "ChannelStatistics", model: Model, t
     """
     height, width, _ = image.shape
     padded_height, padded_width = (-(-length // model.size_factor) * model.size_factor for length in (height, width))
-    row_plan = list(plan_axis(padded_height, tile_size, model.halo))
-    column_plan = list(plan_axis(padded_width, tile_size, model.halo))
+    row_plan = list(plan_axis(padded_height, sizer.edge(padded_height), model.halo))
+    column_plan = list(plan_axis(padded_width, sizer.edge(padded_width), model.halo))
     progress = Progress(f"segmenting {image.path.name}", len(row_plan) * len(column_plan), "tiles")
     done = 0
     windows = ahead(read_padded(image, rows, padded_width) for rows, _ in row_plan)

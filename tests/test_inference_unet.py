@@ -15,6 +15,8 @@ from conftest import ROOT, STORED, make_pair, run_script, write_stored, write_ti
 
 import inference_unet
 from imagereader import ChannelStatistics, ImageFile, z_score
+from inference_unet import TileSizer, TileTooLarge
+from lmdb_utils import InputError
 from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
 
 
@@ -111,10 +113,45 @@ def test_a_halo_that_is_too_small_shows(tmp_path):
     masks = []
     for radius in (RADIUS, 16):
         candidate = dataclasses.replace(loaded, radius=radius)
-        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "mask.tif", candidate, 256)
+        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "mask.tif", candidate, TileSizer(candidate, 256))
         masks.append(tifffile.imread(tmp_path / "mask.tif"))
     assert (masks[0] == whole).all()
     assert (masks[1] != whole).any()
+
+
+def test_tiles_get_smaller_where_memory_runs_out(gray_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    image = make_pair(1, (700, 500, 1), "uint8")[0]
+    write_tiff(tmp_path / "a.tif", image)
+    loaded = inference_unet.load_model(gray_model)
+
+    def predict(tile):
+        if tile.size > 300 * 300:
+            raise TileTooLarge
+        return loaded.predict(tile)
+
+    inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "whole.tif", loaded, TileSizer(loaded, 1024))
+    assert "out of memory" not in caplog.text
+    small = dataclasses.replace(loaded, predict=predict)
+    inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "small.tif", small, TileSizer(small, 1024))
+    assert "tiles of at most 512 pixels" in caplog.text and "tiles of at most 256 pixels" in caplog.text
+    masks = [tifffile.imread(tmp_path / name) for name in ("whole.tif", "small.tif")]
+    np.testing.assert_array_equal(*masks)
+    hopeless = dataclasses.replace(loaded, predict=lambda tile: predict(np.zeros((1, 999, 999, 1))))
+    with pytest.raises(InputError, match="even in the smallest tiles"):
+        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "none.tif", hopeless, TileSizer(hopeless, 256))
+    assert not (tmp_path / "none.tif").exists()
+
+
+@pytest.mark.parametrize("length", [16, 512, 528, 3584, 4000, 45008])
+@pytest.mark.parametrize("most", [208, 512, 2048])
+def test_tiles_are_as_few_as_may_be_and_then_as_small(gray_model, length, most):
+    edge = TileSizer(inference_unet.load_model(gray_model), most).edge(length)
+    count = len(list(inference_unet.plan_axis(length, edge, RADIUS)))
+    assert edge <= most and edge % SIZE_FACTOR == 0
+    assert count == len(list(inference_unet.plan_axis(length, most, RADIUS)))
+    if count > 1:
+        assert edge == 208 or len(list(inference_unet.plan_axis(length, edge - SIZE_FACTOR, RADIUS))) > count
 
 
 def test_a_mask_that_exists_is_kept_unless_told_otherwise(gray_model, tmp_path):
