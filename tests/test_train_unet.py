@@ -198,15 +198,15 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2
-        started = time.monotonic()
         if event == "interrupted":
             os.killpg(process.pid, signal.SIGINT)
         elif event == "killed":
             process.kill()
         else:
             workers[0].kill()
+            # At once, even where the main thread is busy exporting a model.
+            wait_for(lambda: "exit code -9" in (tmp_path / "log").read_text(), seconds=10)
         process.wait(60)
-        seconds = time.monotonic() - started
         log.seek(0)
         output = log.read()
     _, alive = psutil.wait_procs(children, timeout=5)
@@ -214,7 +214,7 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
     assert not set(os.listdir("/dev/shm")) - before
     assert "Traceback" not in output, output
     if event == "reader killed":
-        assert process.returncode == 1 and seconds < 10
+        assert process.returncode == 1
         assert re.search(r"ERROR train reader worker 0 \(process \d+\).*killed by SIGKILL, exit code -9", output)
     elif event == "interrupted":
         assert process.returncode == 130 and "interrupted" in output
