@@ -59,26 +59,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Script to segment the images of a folder with the selected unet model",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--saved_model_filepath",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="SavedModel filepath to the model to use (Required)",
-    )
-    parser.add_argument(
-        "--image_folder",
-        required=True,
-        type=existing_folder,
-        default=argparse.SUPPRESS,
-        help="filepath to the folder containing the images to inference (Required)",
-    )
-    parser.add_argument(
-        "--output_folder",
-        required=True,
-        type=Path,
-        default=argparse.SUPPRESS,
-        help="filepath to the folder where the masks will be placed (Required)",
-    )
+    add_data_options(parser)
+    add_run_options(parser)
+    return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the specification lists: the model, the images, and where masks go."""
+    required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
+    text = "SavedModel filepath to the model to use (Required)"
+    parser.add_argument("--saved_model_filepath", **required, help=text)
+    text = "filepath to the folder containing the images to inference (Required)"
+    parser.add_argument("--image_folder", type=existing_folder, **required, help=text)
+    text = "filepath to the folder where the masks will be placed (Required)"
+    parser.add_argument("--output_folder", type=Path, **required, help=text)
     parser.add_argument(
         "--image_format",
         metavar="IMAGE_FORMAT",
@@ -86,6 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="tif",
         help="format (extension) of the input images. E.g {tif, jpg, png)",
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add options beyond the specification."""
     parser.add_argument(
         "--tile_size",
         type=positive_int,
@@ -101,7 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
         "the tasks of an srun and the elements of a job array share the images by themselves",
     )
-    return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
