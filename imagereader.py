@@ -113,7 +113,7 @@ class ImageFile:
     dtype : dtype
         The file's own pixel type, in native byte order.
     segment_rows : int
-        Rows that are decoded together: those of a strip or tile, all of them where the file can only be read whole.
+        Rows that are decoded together, those of a strip or tile; 1 where any row can be had.
     resolution : (float, float, int), optional
         A TIFF's pixels per unit along a row and along a column, and its code for the unit.
 
@@ -134,7 +134,7 @@ class ImageFile:
         self.shape, self.dtype, self.segment_rows = self._source.shape, self._source.dtype, self._source.segment_rows
         self._first = self._stop = 0
         self._rows = np.empty((0, *self.shape[1:]), self.dtype)
-        if self.segment_rows == self.shape[0] and self.nbytes > LARGE_IMAGE_BYTES:
+        if isinstance(self._source, _WholeImage) and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
                 self.path, self.nbytes / 2**30,
@@ -156,14 +156,14 @@ class ImageFile:
             self._rows = self._rows[:0]
         if stop > self._stop:
             end = min(-(-stop // self.segment_rows) * self.segment_rows, self.shape[0])
-            keep = max(min(first, self._stop) - self._first, 0)
-            rows = np.empty((end - self._first - keep, *self.shape[1:]), self.dtype)
-            kept = len(self._rows) - keep
-            rows[:kept] = self._rows[keep:]
+            dropped = min(first, self._stop) - self._first
+            rows = np.empty((end - self._first - dropped, *self.shape[1:]), self.dtype)
+            kept = len(self._rows) - dropped
+            rows[:kept] = self._rows[dropped:]
             self._rows = rows  # the old ones are let go before new ones are decoded
             with self._readable_errors():
                 self._source.read_into(rows[kept:], self._stop, end)
-            self._first, self._stop = self._first + keep, end
+            self._first, self._stop = self._first + dropped, end
         return self._rows[first - self._first : stop - self._first]
 
     def close(self) -> None:
@@ -263,10 +263,11 @@ class Layout(NamedTuple):
 class _WholeImage:
     """An image in memory."""
 
+    segment_rows = 1
+
     def __init__(self, array: np.ndarray, layout: Layout) -> None:
         self._array = layout.channels_last(array)
         self.shape, self.dtype = layout.image_shape, array.dtype.newbyteorder("=")
-        self.segment_rows = self.shape[0]
 
     def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
         rows[...] = self._array[first:stop]
@@ -819,6 +820,12 @@ class ImageReader:
         self._stream = Stream(seed, shuffle, balance_classes, pass_length)
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
         self._recycler = MemoryRecycler(self._layout.slot_bytes)
+        self._forget_workers()
+        self._stopping = threading.Event()
+        self._taking = threading.Lock()  # held to look at the shared memory, which must not close under a consumer
+
+    def _forget_workers(self) -> None:
+        """Set what belongs to one start of the workers to what it is without any."""
         self._memory: Optional[shared_memory.SharedMemory] = None
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
@@ -826,8 +833,6 @@ class ImageReader:
         self._filled: list[Any] = []  # of each worker: how many batches wait
         self._watcher: Optional[threading.Thread] = None
         self._failure: Optional[ReaderError] = None
-        self._stopping = threading.Event()
-        self._taking = threading.Lock()  # held to look at the shared memory, which must not close under a consumer
         self._taken = 0
         self._starving = False
 
@@ -843,7 +848,7 @@ class ImageReader:
         """
         if self._processes:
             return
-        self._failure, self._taken, self._starving = None, 0, False
+        self._forget_workers()  # and the failure of those before
         self._stopping.clear()
         self._memory = allocate_shared_memory(self._layout)
         # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
@@ -853,7 +858,6 @@ class ImageReader:
             self._name, self._layout.num_workers, "es" * (self._layout.num_workers > 1), self._layout.total_slots,
             self._layout.total_bytes / 2**20,
         )  # fmt: skip
-        self._free, self._filled, self._pipes = [], [], []
         with _environment({name: "1" for name in READER_THREAD_VARIABLES}):
             for worker in range(self._layout.num_workers):
                 self._start_worker(worker, self._memory.name)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,9 +382,9 @@ def segment_file(
         statistics = ChannelStatistics.measure(image)
         while True:
             counts: Counter[int] = Counter()
-            bands = ahead(segment(image, statistics, model, sizer))
             try:
-                write_mask(target, count_bands(bands, counts), image, model.mask_dtype)
+                with contextlib.closing(ahead(segment(image, statistics, model, sizer))) as bands:
+                    write_mask(target, count_bands(bands, counts), image, model.mask_dtype)
                 return image.shape, dict(sorted(counts.items()))
             except TileTooLarge as error:
                 if not sizer.halve():
@@ -421,16 +421,18 @@ def segment(
     column_plan = list(plan_axis(padded_width, sizer.edge(padded_width), model.halo))
     progress = Progress(f"segmenting {image.path.name}", len(row_plan) * len(column_plan), "tiles")
     done = 0
-    windows = ahead(read_padded(image, rows, padded_width) for rows, _ in row_plan)
-    for (rows, zone_rows), window in zip(row_plan, windows):
-        band = np.empty((zone_rows.stop - zone_rows.start, padded_width), model.mask_dtype)
-        for columns, zone_columns in column_plan:
-            softmax = model.predict(statistics.z_score(window[:, columns])[None])
-            kept = softmax[0, within(zone_rows, rows), within(zone_columns, columns)]
-            band[:, zone_columns] = np.argmax(kept, axis=-1)
-            done += 1
-            progress.update(done)
-        yield band[: height - zone_rows.start, :width]
+    reading = ahead(read_padded(image, rows, padded_width) for rows, _ in row_plan)
+    # Closed here whatever happens: its thread must not go on reading when the image is begun anew in smaller tiles.
+    with contextlib.closing(reading) as windows:
+        for (rows, zone_rows), window in zip(row_plan, windows):
+            band = np.empty((zone_rows.stop - zone_rows.start, padded_width), model.mask_dtype)
+            for columns, zone_columns in column_plan:
+                softmax = model.predict(statistics.z_score(window[:, columns])[None])
+                kept = softmax[0, within(zone_rows, rows), within(zone_columns, columns)]
+                band[:, zone_columns] = np.argmax(kept, axis=-1)
+                done += 1
+                progress.update(done)
+            yield band[: height - zone_rows.start, :width]
     progress.close()
 
 
@@ -459,7 +461,7 @@ def plan_axis(length: int, tile_size: int, halo: int) -> Iterator[tuple[slice, s
         done = zone_end
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """Yield items while a thread prepares the next one: reading, predicting and writing overlap."""
     with ThreadPoolExecutor(1) as executor:
         end = object()

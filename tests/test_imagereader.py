@@ -111,11 +111,20 @@ def test_rows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, ste
     write_stored(tmp_path / "a.tif", image, kind)
     with ImageFile(tmp_path / "a.tif") as file:
         assert file.shape == image.shape and file.dtype == np.uint16 and file.dtype.isnative
-        assert file.segment_rows == {"one compressed strip": 150}.get(kind, file.segment_rows) <= 150
         for _ in range(2):
             for first in range(0, 150 - overlap, step - overlap):
                 stop = min(first + step, 150)
                 np.testing.assert_array_equal(file.read(first, stop), image[first:stop])
+
+
+def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(imagereader, "LARGE_IMAGE_BYTES", 100_000)
+    for kind, noted in (("one compressed strip", True), ("strips", False), ("contiguous", False)):
+        write_stored(tmp_path / "a.tif", np.ones((150, 130, 3), np.uint16), kind)
+        caplog.clear()
+        read_image(tmp_path / "a.tif")
+        assert ("can only be read whole" in caplog.text) == noted
 
 
 @pytest.mark.parametrize("kind", ["strips", "LZW tiles", "planar tiles", "OME"])

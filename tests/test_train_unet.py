@@ -241,3 +241,31 @@ def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
     )
     rates = [train_unet.learning_rate_at(step, args) for step in (0, 999, 1000, 5000)]
     assert rates == pytest.approx([0.1, 0.1, 1, 1])
+
+
+@pytest.mark.parametrize("queue, wait, advised", [(0, 0.05, True), (4, 0.05, False), (0, 0, False)])
+def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue, wait, advised, caplog):
+    class Reader:
+        def get_queue_size(self):
+            return queue
+
+        def get_queue_capacity(self):
+            return 4
+
+        def raise_failure(self):
+            pass
+
+    def batches():
+        while True:
+            time.sleep(wait)
+            yield "batch"
+
+    supply = train_unet.Supply(batches(), Reader())
+    for _ in range(3):
+        assert supply.take() == "batch"
+        time.sleep(0.01)
+    figures = supply.figures()
+    assert figures["reader/queue_fill"] == queue / 4
+    assert figures["reader/wait_milliseconds"] >= 1000 * wait
+    supply.advise(2)
+    assert ("raise --reader_count (now 2)" in caplog.text) == advised
