@@ -17,10 +17,12 @@ import signal
 import threading
 import traceback
 import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, shared_memory
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -89,11 +91,14 @@ def read_image(
         In the file's own pixel type.
     """
     with ImageFile(filepath, size, channels) as image:
-        return image.read(0, image.shape[0])
+        return next(image.windows([image.extent]))
+
+
+Window = tuple[slice, slice]  # rows and columns of an image
 
 
 class ImageFile:
-    """An image file that is decoded a few rows at a time, so that it may be larger than memory; a context manager.
+    """An image file that is decoded window by window, so that it may be larger than memory; a context manager.
 
     Parameters
     ----------
@@ -112,8 +117,8 @@ class ImageFile:
         Height, width, channels.
     dtype : dtype
         The file's own pixel type, in native byte order.
-    segment_rows : int
-        Rows that are decoded together, those of a strip or tile; 1 where any row can be had.
+    segment_shape : (int, int)
+        Rows and columns that are decoded together, those of a strip or tile; (1, W) where any row can be had.
     resolution : (float, float, int), optional
         A TIFF's pixels per unit along a row and along a column, and its code for the unit.
 
@@ -131,9 +136,7 @@ class ImageFile:
         self._open_file: Any = None  # a TiffFile
         with self._readable_errors():
             self._source = self._open(size, channels)
-        self.shape, self.dtype, self.segment_rows = self._source.shape, self._source.dtype, self._source.segment_rows
-        self._first = self._stop = 0
-        self._rows = np.empty((0, *self.shape[1:]), self.dtype)
+        self.shape, self.dtype, self.segment_shape = self._source.shape, self._source.dtype, self._source.segment_shape
         if isinstance(self._source, _WholeImage) and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
@@ -145,26 +148,44 @@ class ImageFile:
         """Bytes of the decoded image."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def read(self, first: int, stop: int) -> np.ndarray:
-        """Return rows `first` to `stop` (exclusive), of shape (rows, W, C); not to be changed.
+    @property
+    def extent(self) -> Window:
+        """The window that is the whole image."""
+        return slice(0, self.shape[0]), slice(0, self.shape[1])
 
-        Rows that were decoded before and are not above `first` are kept, so that reading on in overlapping steps
-        decodes every part of the file once.
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Yield windows of the image in the order of a plan.
+
+        Parameters
+        ----------
+        plan : sequence of (slice, slice)
+            Rows and columns of each window, inside the image.
+
+        Yields
+        ------
+        ndarray, shape (rows, columns, C)
+            Not to be changed.
+
+        Notes
+        -----
+        A strip or tile of the file is decoded once, and held until the last window that shares it. So the memory that
+        overlapping windows take, row by row, is that of the file's segments in their overlap.
         """
-        if not self._first <= first <= self._stop:
-            self._first = self._stop = first - first % self.segment_rows
-            self._rows = self._rows[:0]
-        if stop > self._stop:
-            end = min(-(-stop // self.segment_rows) * self.segment_rows, self.shape[0])
-            dropped = min(first, self._stop) - self._first
-            rows = np.empty((end - self._first - dropped, *self.shape[1:]), self.dtype)
-            kept = len(self._rows) - dropped
-            rows[:kept] = self._rows[dropped:]
-            self._rows = rows  # the old ones are let go before new ones are decoded
-            with self._readable_errors():
-                self._source.read_into(rows[kept:], self._stop, end)
-            self._first, self._stop = self._first + dropped, end
-        return self._rows[first - self._first : stop - self._first]
+        with self._readable_errors():
+            yield from self._source.windows(plan)
+
+    def blocks(self, values: int) -> list[Window]:
+        """Return a plan that covers the image once, segment by segment or in blocks of about so many values."""
+        height, width, channels = self.shape
+        rows, columns = self.segment_shape
+        columns = min(columns * max(1, values // (rows * columns * channels)), width)
+        if columns == width:
+            rows *= max(1, values // (rows * width * channels))
+        return [
+            (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
+            for row in range(0, height, rows)
+            for column in range(0, width, columns)
+        ]
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -194,7 +215,7 @@ class ImageFile:
             ) from error
 
     def _open(self, size: Optional[tuple[int, int]], channels: Optional[int]) -> Any:
-        """Return the object that decodes rows of this file: one of the classes below."""
+        """Return the object that decodes windows of this file: one of the classes below."""
         if self.path.suffix.lower() not in IMAGE_FORMATS["tif"]:
             array = _decode_png_or_jpeg(self.path)
             return _WholeImage(array, Layout.find(array.shape, "YXS"[: array.ndim], self.path, size, channels))
@@ -263,34 +284,42 @@ class Layout(NamedTuple):
 class _WholeImage:
     """An image in memory."""
 
-    segment_rows = 1
-
     def __init__(self, array: np.ndarray, layout: Layout) -> None:
         self._array = layout.channels_last(array)
         self.shape, self.dtype = layout.image_shape, array.dtype.newbyteorder("=")
+        self.segment_shape = (1, self.shape[1])
 
-    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
-        rows[...] = self._array[first:stop]
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        return (self._array[window].astype(self.dtype, copy=False) for window in plan)
 
 
 class _ContiguousTiff:
     """Pixels that lie in the file one after another, as they are."""
-
-    segment_rows = 1
 
     def __init__(self, path: Path, series: Any, layout: Layout) -> None:
         self._path, self._offset, self._layout = path, series.dataoffset, layout
         self._file_dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
         self._file_shape = series.shape
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
+        self.segment_shape = (1, self.shape[1])
         self._map()  # raises where the file is too short
 
     def _map(self) -> np.ndarray:
         memory = np.memmap(self._path, self._file_dtype, "r", self._offset, self._file_shape)
         return self._layout.channels_last(memory)
 
-    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
-        rows[...] = self._map()[first:stop]  # mapped anew each time: pages of a lasting map would count as our memory
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        # Mapped anew for each window: the pages of a lasting map would count as our memory.
+        return (np.array(self._map()[window], self.dtype) for window in plan)
+
+
+class DecodedSegment(NamedTuple):
+    """Pixels (rows, columns, samples) of a strip or tile, and where in the image they begin."""
+
+    pixels: np.ndarray
+    row: int
+    column: int
+    channel: int
 
 
 class _SegmentedTiff:
@@ -299,8 +328,10 @@ class _SegmentedTiff:
     def __init__(self, series: Any, layout: Layout) -> None:
         self._pages, self._keyframe = list(series.pages), series.keyframe
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
-        page = self._keyframe
-        self.segment_rows = min(page.tilelength if page.is_tiled else page.rowsperstrip, self.shape[0])
+        page, (height, width, _) = self._keyframe, self.shape
+        rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+        self._down, self._across = -(-height // rows), -(-width // columns)
+        self.segment_shape = (min(rows, height), min(columns, width))
 
     @staticmethod
     def suits(series: Any, layout: Layout) -> bool:
@@ -312,23 +343,47 @@ class _SegmentedTiff:
             return layout.channel_axis is None or page.samplesperpixel > 1
         return layout.channel_axis == 0 and layout.squeezed[0] == len(series.pages) and page.samplesperpixel == 1
 
-    def read_into(self, rows: np.ndarray, first: int, stop: int) -> None:
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        uses = Counter(segment for window in plan for segment in self._segments(window))
+        held: dict[tuple[int, int], DecodedSegment] = {}
+
+        def take(segment: tuple[int, int]) -> DecodedSegment:
+            decoded = held.pop(segment, None) or self._decode(*segment)
+            uses[segment] -= 1
+            if uses[segment]:
+                held[segment] = decoded
+            return decoded
+
+        for window in plan:
+            yield self._cut(window, take)
+
+    def _segments(self, window: Window) -> Iterator[tuple[int, int]]:
+        """Yield page and index of the segments that hold some of a window."""
+        rows, columns = (
+            range(part.start // length, -(-part.stop // length)) for part, length in zip(window, self.segment_shape)
+        )
         for number, page in enumerate(self._pages):
-            for index in self._segments(page, first, stop):
-                self._place(page, number, index, rows, first)
+            for plane in range(len(page.dataoffsets) // (self._down * self._across)):
+                for row in rows:
+                    start = (plane * self._down + row) * self._across
+                    yield from ((number, start + column) for column in columns)
 
-    def _segments(self, page: Any, first: int, stop: int) -> Iterator[int]:
-        """Yield the indices of the segments of a page that hold some rows."""
-        height, width, _ = self.shape
-        down = -(-height // self.segment_rows)
-        across = -(-width // self._keyframe.tilewidth) if self._keyframe.is_tiled else 1
-        for plane in range(len(page.dataoffsets) // (down * across)):
-            for row in range(first // self.segment_rows, -(-stop // self.segment_rows)):
-                start = (plane * down + row) * across
-                yield from range(start, start + across)
+    def _cut(self, window: Window, take: Callable[[tuple[int, int]], DecodedSegment]) -> np.ndarray:
+        """Return a window, put together from its segments."""
+        rows, columns = window
+        result = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self.dtype)
+        for segment in self._segments(window):
+            pixels, row, column, channel = take(segment)
+            height, width, samples = pixels.shape
+            top, bottom = max(row, rows.start), min(row + height, rows.stop)
+            left, right = max(column, columns.start), min(column + width, columns.stop)
+            target = result[top - rows.start : bottom - rows.start, left - columns.start : right - columns.start]
+            target[..., channel : channel + samples] = pixels[top - row : bottom - row, left - column : right - column]
+        return result
 
-    def _place(self, page: Any, number: int, index: int, rows: np.ndarray, first: int) -> None:
-        """Decode one segment into its place."""
+    def _decode(self, number: int, index: int) -> DecodedSegment:
+        """Decode a segment of a page."""
+        page = self._pages[number]
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         data = None
         if count:
@@ -340,14 +395,10 @@ class _SegmentedTiff:
         options = {}
         if self._keyframe.compression in JPEG_COMPRESSIONS:
             options = {"jpegtables": page.jpegtables, "jpegheader": self._keyframe.jpegheader}
-        segment, (sample, _, row, column, _), shape = self._keyframe.decode(data, index, **options)
-        height, width = (min(shape[1], self.shape[0] - row), min(shape[2], self.shape[1] - column))
-        target = rows[row - first : row - first + height, column : column + width]
-        channel = number + sample
-        if segment is None:  # left out of the file
-            target[..., channel : channel + shape[3]] = self._keyframe.nodata
-        else:
-            target[..., channel : channel + shape[3]] = segment[0, :height, :width]
+        pixels, (sample, _, row, column, _), shape = self._keyframe.decode(data, index, **options)
+        if pixels is None:  # left out of the file
+            pixels = np.broadcast_to(self.dtype.type(self._keyframe.nodata), shape)
+        return DecodedSegment(pixels[0], row, column, number + sample)
 
 
 def _decode_png_or_jpeg(path: Path) -> np.ndarray:
@@ -427,7 +478,7 @@ class ChannelStatistics(NamedTuple):
 
     @classmethod
     def measure(cls, image: ImageFile) -> "ChannelStatistics":
-        """Read an image once, a few rows at a time, and return its statistics.
+        """Read an image once, block by block, and return its statistics.
 
         Raises
         ------
@@ -439,14 +490,12 @@ class ChannelStatistics(NamedTuple):
         Count, mean and sum of squared deviations of the parts are combined (Chan, Golub and LeVeque, 1983), all in
         float64.
         """
-        height, width, channels = image.shape
+        channels = image.shape[2]
         count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
-        step = max(1, MEASURED_VALUES // (width * image.segment_rows * channels)) * image.segment_rows
-        for first in range(0, height, step):
-            rows = image.read(first, min(first + step, height))
-            parts = range(0, len(rows), max(1, MEASURED_VALUES // (width * channels)))
-            for start, stop in zip(parts, [*parts[1:], len(rows)]):
-                part = rows[start:stop].astype(np.float64).reshape(-1, channels)
+        for block in image.windows(image.blocks(MEASURED_VALUES)):
+            parts = range(0, len(block), max(1, MEASURED_VALUES // block[0].size))  # a strip may be a large block
+            for start, stop in zip(parts, [*parts[1:], len(block)]):
+                part = block[start:stop].astype(np.float64).reshape(-1, channels)
                 part_mean = part.mean(axis=0)
                 part_squares = np.square(part - part_mean).sum(axis=0)
                 total = count + len(part)
@@ -459,9 +508,9 @@ class ChannelStatistics(NamedTuple):
             )
         return cls(mean, np.sqrt(squares / count))
 
-    def z_score(self, window: np.ndarray) -> np.ndarray:
+    def z_score(self, window: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return a window (H, W, C) of the image as float32, normalised as `z_score` normalises a whole image."""
-        result = np.empty(window.shape, np.float32)
+        result = np.empty(window.shape, np.float32) if out is None else out
         for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation)):
             # The difference in float64: float32 would round large numbers before it is taken.
             np.subtract(window[..., channel], mean, out=result[..., channel], dtype=np.float64, casting="unsafe")

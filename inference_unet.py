@@ -13,11 +13,12 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,23 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-MASK_TILE = 256  # pixels; edge of the tiles that a mask file is made of
+TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
-MAX_TILE_SIZE = 2048  # pixels; with larger ones halos of 96 save less than 10 % more of the work
+QUEUED_TILES = 16  # of a file, that wait to be compressed
+OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
+
+# Of the classes 1, 2, ...: colours that people with any colour vision tell apart (Okabe and Ito, 2008).
+OUTLINE_COLOURS = np.array(
+    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]],
+    np.uint8,
+)
+GRAY_LEVELS = 50  # of one standard deviation in the picture
+
+MAX_TILE_PIXELS = 1824**2  # whose halos of 96 add a quarter to the work; with four times as much it would be a tenth
+BATCH_PIXELS = 2**20  # beyond which more tiles at once gain nothing
 MEMORY_SHARE = 0.5  # of what is free, for the network's activations
-# Of the network while it works, measured for 2 to 64 features at the top level: six float32 values of each feature.
-BYTES_PER_PIXEL_AND_FEATURE = 24
+FEATURE_COPIES = 6  # float32 values that the network holds of each pixel and feature; measured for 2 to 64 features
+BATCHES_HELD = 3  # inputs and outputs of the network: one that is read, one in the network, one that is written
 PAPER_FEATURES = 64  # of a model that does not tell its own
 
 
@@ -88,8 +100,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--tile_size",
         type=positive_int,
         help="largest edge in pixels of the tiles that larger images are cut into, overlap included; the result does "
-        f"not depend on it, memory and speed do (None = as fits into half of the free memory, up to {MAX_TILE_SIZE})",
+        "not depend on it, memory and speed do (None = tiles of the shape that suits an image and half of the free "
+        f"memory, of up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels)",
     )
+    text = "whether to write the probability of each class too, as float32 TIFF in OUTPUT_FOLDER/probabilities"
+    add_flag(parser, "--save_probabilities", 0, f"{text} [0 = false, 1 = true]")
+    text = "whether to draw the outlines of the classes over each image, as PNG in OUTPUT_FOLDER/overlays"
+    add_flag(parser, "--save_overlay", 0, f"{text} [0 = false, 1 = true]")
     text = "whether to replace masks that exist already [0 = false, 1 = true]; otherwise their images are skipped"
     add_flag(parser, "--overwrite", 0, text)
     parser.add_argument(
@@ -120,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
         logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
     prepare_output_folder(args.output_folder, args.image_folder)
     model = load_model(args.saved_model_filepath)
-    sizer = TileSizer(model, args.tile_size or affordable_tile_size(model))
-    targets = {path: args.output_folder / mask_name(path) for path in images}
-    waiting = [path for path in images if args.overwrite or not targets[path].exists()]
+    sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
+    targets = {path: Targets.of(path, args) for path in images}
+    waiting = [path for path in images if args.overwrite or not targets[path].exist()]
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed = []
@@ -137,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         size, seconds = " x ".join(map(str, shape)), time.monotonic() - start
         logging.info(
             "%d/%d %s: %s, %.1f s, %s",
-            number, len(waiting), targets[path].name, size, seconds, describe_histogram(counts),
+            number, len(waiting), targets[path].mask.name, size, seconds, describe_histogram(counts),
         )  # fmt: skip
     logging.info(
         "%d of %d images done; the masks are in %s", len(images) - len(failed), len(images), args.output_folder
@@ -266,7 +283,7 @@ def load_model(filepath: str) -> Model:
 
     def predict(images: np.ndarray, _keep: Any = loaded) -> np.ndarray:
         try:
-            return signature(**{input_name: tf.constant(images)})[output_name].numpy()
+            return np.asarray(signature(**{input_name: tf.constant(images)})[output_name])
         except (tf.errors.ResourceExhaustedError, MemoryError) as error:
             raise TileTooLarge from error
 
@@ -289,8 +306,10 @@ class TileSizer:
     Parameters
     ----------
     model : Model
-    most : int
-        Largest edge of a tile in pixels, halo included.
+    pixels : int
+        Largest area that the network takes at once, halos included.
+    longest : int, optional
+        Largest edge of a tile in pixels, halos included.
 
     Raises
     ------
@@ -298,36 +317,55 @@ class TileSizer:
         If that is off the network's grid, or leaves nothing between the halos.
     """
 
-    def __init__(self, model: Model, most: int) -> None:
-        self._grid, self._halo, self.most = model.size_factor, model.halo, most
-        self._least = model.least_tile_size
-        if most % self._grid or most < self._least:
+    def __init__(self, model: Model, pixels: int, longest: Optional[int] = None) -> None:
+        self._grid, self._halo, self._least = model.size_factor, model.halo, model.least_tile_size
+        if longest is not None and (longest % self._grid or longest < self._least):
             raise InputError(
                 f"expected --tile_size to be a multiple of {self._grid} and at least {self._least} (a halo of "
-                f"{self._halo} to each side), got {most}; try 512 or 1024"
+                f"{self._halo} to each side), got {longest}; try 512 or 1024"
             )
+        self._longest = longest
+        self.pixels = max(pixels, (longest or self._least) ** 2)
 
-    def edge(self, length: int) -> int:
-        """Return the edge of the tiles along an axis of an image: as few as may be, and these as small as may be."""
-        if length <= self.most:
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the tiles for an image: those that make least work, as halos are done twice."""
+        candidates = set()
+        for most in range(self._grid, height + 1, self._grid):
+            rows = self._edge(height, most)
+            columns = self._edge(width, self.pixels // rows) if rows else None
+            if rows and columns:
+                candidates.add((rows, columns))
+        return min(candidates, key=lambda tile: self._work(height, tile[0]) * self._work(width, tile[1]))
+
+    def _edge(self, length: int, most: int) -> Optional[int]:
+        """Return the edge of tiles along an axis: as few tiles as may be, and these as small as may be."""
+        most = min(most, self._longest or most)
+        if length <= most:
             return length
+        if most < self._least:
+            return None
         inner = length - 2 * self._halo  # what the zones cover besides a halo's breadth at both ends
-        tiles = -(-inner // (self.most - 2 * self._halo))
+        tiles = -(-inner // (most // self._grid * self._grid - 2 * self._halo))
         return -(-inner // (tiles * self._grid)) * self._grid + 2 * self._halo
 
-    def halve(self) -> bool:
-        """Make tiles half as large; False where they cannot get smaller."""
-        if self.most == self._least:
-            return False
-        self.most = max(self.most // 2 // self._grid * self._grid, self._least)
-        return True
+    def _work(self, length: int, edge: int) -> int:
+        """Return the sum of the tiles' edges along an axis."""
+        return edge if edge == length else -(-(length - 2 * self._halo) // (edge - 2 * self._halo)) * edge
+
+    def batch_size(self, tile: tuple[int, int]) -> int:
+        """Return how many tiles the network takes at once."""
+        return max(1, min(self.pixels, BATCH_PIXELS) // (tile[0] * tile[1]))
+
+    def shrink(self, tried: int) -> bool:
+        """Allow half of the pixels that proved too many; False where they were the least already."""
+        self.pixels = max(tried // 2, self._least**2)
+        return self.pixels < tried
 
 
-def affordable_tile_size(model: Model) -> int:
-    """Return the edge of a square tile for which the network needs `MEMORY_SHARE` of the free memory."""
-    pixels = MEMORY_SHARE * free_memory() / (BYTES_PER_PIXEL_AND_FEATURE * model.features)
-    edge = min(int(pixels**0.5), MAX_TILE_SIZE) // model.size_factor * model.size_factor
-    return max(edge, model.least_tile_size)
+def affordable_pixels(model: Model) -> int:
+    """Return for how many pixels at once the network needs `MEMORY_SHARE` of the free memory."""
+    float32_values = FEATURE_COPIES * model.features + BATCHES_HELD * (model.channels + model.number_classes)
+    return min(int(MEMORY_SHARE * free_memory() / (4 * float32_values)), MAX_TILE_PIXELS)
 
 
 def free_memory() -> float:
@@ -365,93 +403,190 @@ def free_in_control_groups() -> Iterator[int]:
 # ---------------------------------------------------------------------------------------------- one image
 
 
+class Tile(NamedTuple):
+    """A window on the image, and the zone of responsibility inside it; both on the network's grid."""
+
+    rows: slice
+    columns: slice
+    zone_rows: slice
+    zone_columns: slice
+
+
+class Block(NamedTuple):
+    """The result for one tile's zone of responsibility, without what lies outside the image.
+
+    Attributes
+    ----------
+    row, column : int
+        Where in the image the block begins.
+    image : ndarray of float32, shape (rows, columns, C)
+        z-scores of the image.
+    softmax : ndarray of float32, shape (rows, columns, classes)
+    classes : ndarray of unsigned int, shape (rows, columns)
+        The most probable class of each pixel.
+    """
+
+    row: int
+    column: int
+    image: np.ndarray
+    softmax: np.ndarray
+    classes: np.ndarray
+
+
 def segment_file(
-    path: Path, target: Path, model: Model, sizer: TileSizer
+    path: Path, targets: "Targets", model: Model, sizer: TileSizer
 ) -> tuple[tuple[int, int, int], dict[int, int]]:
-    """Segment an image file into a mask file; return the image's shape (H, W, C) and the pixels of each class."""
+    """Segment an image file into files; return the image's shape (H, W, C) and the pixels of each class."""
     from imagereader import ChannelStatistics, ImageFile
 
     with ImageFile(path, channels=model.channels) as image:
-        if image.shape[2] != model.channels:
-            raise InputError(
-                f"expected {model.channels} channels, as the model was trained with, found {image.shape[2]} in {path}; "
-                "choose the model or the images that belong together"
-            )
-        if image.dtype.kind not in "buif":
-            raise InputError(f"expected integer or float pixels in {path}, found {image.dtype}; convert the image")
+        check_image(image, model)
         statistics = ChannelStatistics.measure(image)
         while True:
-            counts: Counter[int] = Counter()
+            tile = sizer.shape(*(padded(length, model) for length in image.shape[:2]))
+            tiles = plan_tiles(image.shape, tile, model)
+            batch_size = min(sizer.batch_size(tile), len(tiles))
             try:
-                with contextlib.closing(ahead(segment(image, statistics, model, sizer))) as bands:
-                    write_mask(target, count_bands(bands, counts), image, model.mask_dtype)
-                return image.shape, dict(sorted(counts.items()))
+                return image.shape, write_results(image, statistics, tiles, batch_size, targets, model)
             except TileTooLarge as error:
-                if not sizer.halve():
+                if not sizer.shrink(batch_size * tile[0] * tile[1]):
                     raise InputError(f"{path} needs more memory than there is, even in the smallest tiles") from error
-                logging.warning("out of memory: going on with tiles of at most %d pixels", sizer.most)
+                logging.warning(
+                    "out of memory with %d tiles of %d x %d at once: going on with at most %d pixels",
+                    batch_size, *tile, sizer.pixels,
+                )  # fmt: skip
+
+
+def check_image(image: "ImageFile", model: Model) -> None:
+    """Refuse an image that the model cannot take."""
+    if image.shape[2] != model.channels:
+        raise InputError(
+            f"expected {model.channels} channels, as the model was trained with, found {image.shape[2]} in "
+            f"{image.path}; choose the model or the images that belong together"
+        )
+    if image.dtype.kind not in "buif":
+        raise InputError(f"expected integer or float pixels in {image.path}, found {image.dtype}; convert the image")
+
+
+def write_results(
+    image: "ImageFile",
+    statistics: "ChannelStatistics",
+    tiles: Sequence[Tile],
+    batch_size: int,
+    targets: "Targets",
+    model: Model,
+) -> dict[int, int]:
+    """Segment an image tile by tile and write the files; return the pixels of each class."""
+    counts: Counter[int] = Counter()
+    progress = Progress(f"segmenting {image.path.name}", len(tiles), "tiles")
+    blocks = segment(image, statistics, tiles, batch_size, model)
+    with targets.open(image, model) as outputs, contextlib.closing(blocks):
+        for done, block in enumerate(blocks, 1):
+            counts.update(count_classes(block.classes))
+            for add in outputs:
+                add(block)
+            progress.update(done)
+    progress.close()
+    return dict(sorted(counts.items()))
 
 
 def segment(
-    image: "ImageFile", statistics: "ChannelStatistics", model: Model, sizer: TileSizer
-) -> Iterator[np.ndarray]:
-    """Segment an image, reading it from top to bottom.
+    image: "ImageFile", statistics: "ChannelStatistics", tiles: Sequence[Tile], batch_size: int, model: Model
+) -> Generator[Block, None, None]:
+    """Segment an image; reading, the network, and what is done with the results overlap.
 
     Parameters
     ----------
     image : ImageFile
     statistics : ChannelStatistics
         Of the whole image.
+    tiles : sequence of Tile
+        All of one shape.
+    batch_size : int
+        Tiles that the network takes at once.
     model : Model
-    sizer : TileSizer
 
     Yields
     ------
-    ndarray, shape (rows, W)
-        Class ids of the next rows, in the smallest unsigned type that holds the model's classes.
-
-    Notes
-    -----
-    A tile ends where the image ends: beyond that edge the whole image has no context either. So all tiles have one
-    shape (each new one would cost TensorFlow a new trace), and those at the end are moved inwards.
+    Block
+        The results, in the order of the tiles.
     """
     height, width, _ = image.shape
-    padded_height, padded_width = (-(-length // model.size_factor) * model.size_factor for length in (height, width))
-    row_plan = list(plan_axis(padded_height, sizer.edge(padded_height), model.halo))
-    column_plan = list(plan_axis(padded_width, sizer.edge(padded_width), model.halo))
-    progress = Progress(f"segmenting {image.path.name}", len(row_plan) * len(column_plan), "tiles")
-    done = 0
-    reading = ahead(read_padded(image, rows, padded_width) for rows, _ in row_plan)
-    # Closed here whatever happens: its thread must not go on reading when the image is begun anew in smaller tiles.
-    with contextlib.closing(reading) as windows:
-        for (rows, zone_rows), window in zip(row_plan, windows):
-            band = np.empty((zone_rows.stop - zone_rows.start, padded_width), model.mask_dtype)
-            for columns, zone_columns in column_plan:
-                softmax = model.predict(statistics.z_score(window[:, columns])[None])
-                kept = softmax[0, within(zone_rows, rows), within(zone_columns, columns)]
-                band[:, zone_columns] = np.argmax(kept, axis=-1)
-                done += 1
-                progress.update(done)
-            yield band[: height - zone_rows.start, :width]
-    progress.close()
+
+    def predictions() -> Generator[tuple[Sequence[Tile], np.ndarray, np.ndarray], None, None]:
+        with contextlib.closing(ahead(read_batches(image, statistics, tiles, batch_size))) as batches:
+            for part, batch in batches:
+                yield part, batch, model.predict(batch)
+
+    with contextlib.closing(ahead(predictions())) as results:
+        for part, batch, softmax in results:
+            for tile, window, scores in zip(part, batch, softmax):
+                rows = slice(tile.zone_rows.start, min(tile.zone_rows.stop, height))
+                columns = slice(tile.zone_columns.start, min(tile.zone_columns.stop, width))
+                kept = within(rows, tile.rows), within(columns, tile.columns)
+                classes = most_probable(scores[kept], model.mask_dtype)
+                yield Block(rows.start, columns.start, window[kept], scores[kept], classes)
 
 
-def read_padded(image: "ImageFile", rows: slice, padded_width: int) -> np.ndarray:
-    """Return rows of an image, extended at its bottom and right by reflection to the network's grid."""
-    height, width, _ = image.shape
-    window = image.read(rows.start, min(rows.stop, height))
-    missing = [(0, max(rows.stop - height, 0)), (0, padded_width - width), (0, 0)]
-    return np.pad(window, missing, mode="reflect") if any(after for _, after in missing) else window
+def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return the class of greatest probability of each pixel; a few rows at a time, as argmax makes 64-bit numbers."""
+    classes = np.empty(softmax.shape[:2], dtype)
+    for first in range(0, len(classes), 64):
+        classes[first : first + 64] = np.argmax(softmax[first : first + 64], axis=-1)
+    return classes
 
 
-def within(zone: slice, window: slice) -> slice:
-    """Return a zone, counted from the start of the window that holds it."""
-    return slice(zone.start - window.start, zone.stop - window.start)
+def read_batches(
+    image: "ImageFile", statistics: "ChannelStatistics", tiles: Sequence[Tile], batch_size: int
+) -> Generator[tuple[Sequence[Tile], np.ndarray], None, None]:
+    """Yield tiles and their z-scores (N, H, W, C), as the network takes them.
+
+    Where the image ends before the network's grid does, it goes on by reflection.
+    """
+    height, width, channels = image.shape
+    windows = image.windows(
+        [
+            (
+                slice(tile.rows.start, min(tile.rows.stop, height)),
+                slice(tile.columns.start, min(tile.columns.stop, width)),
+            )
+            for tile in tiles
+        ]
+    )
+    edges = [tiles[0].rows.stop - tiles[0].rows.start, tiles[0].columns.stop - tiles[0].columns.start]
+    for first in range(0, len(tiles), batch_size):
+        part = tiles[first : first + batch_size]
+        batch = np.empty((len(part), *edges, channels), np.float32)
+        for place, window in zip(batch, windows):
+            missing = [(0, edge - length) for edge, length in zip(edges, window.shape)]
+            statistics.z_score(np.pad(window, [*missing, (0, 0)], mode="reflect") if any(missing) else window, place)
+        yield part, batch
 
 
-def plan_axis(length: int, tile_size: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (window, zone) along one axis."""
-    size = min(tile_size, length)
+def padded(length: int, model: Model) -> int:
+    """Return a length, rounded up to the network's grid."""
+    return -(-length // model.size_factor) * model.size_factor
+
+
+def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> list[Tile]:
+    """Return the tiles of an image of some shape (H, W, ...), row by row.
+
+    A tile ends where the image ends: beyond that edge the whole image has no context either. All tiles have one shape
+    (each new one would cost a GPU a search for its fastest algorithms); those at the end are moved inwards.
+    """
+    rows, columns = (
+        list(plan_axis(padded(length, model), edge, model.halo)) for length, edge in zip(shape, tile)
+    )  # fmt: skip
+    return [
+        Tile(window_rows, window_columns, zone_rows, zone_columns)
+        for window_rows, zone_rows in rows
+        for window_columns, zone_columns in columns
+    ]
+
+
+def plan_axis(length: int, edge: int, halo: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (window, zone of responsibility) along one axis."""
+    size = min(edge, length)
     done = 0
     while done < length:
         start = min(max(done - halo, 0), length - size)
@@ -461,9 +596,14 @@ def plan_axis(length: int, tile_size: int, halo: int) -> Iterator[tuple[slice, s
         done = zone_end
 
 
-def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yield items while a thread prepares the next one: reading, predicting and writing overlap."""
-    with ThreadPoolExecutor(1) as executor:
+def within(zone: slice, window: slice) -> slice:
+    """Return a zone, counted from the start of the window that holds it."""
+    return slice(zone.start - window.start, zone.stop - window.start)
+
+
+def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """Yield items while a thread prepares the next one; it has ended when this generator is closed."""
+    with contextlib.closing(items), ThreadPoolExecutor(1) as executor:
         end = object()
         future = executor.submit(next, items, end)
         while (item := future.result()) is not end:
@@ -471,7 +611,7 @@ def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
             yield item  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------- masks on disk
+# ---------------------------------------------------------------------------------------------- results on disk
 
 
 def prepare_output_folder(folder: Path, image_folder: Path) -> None:
@@ -491,80 +631,252 @@ def mask_name(image: Path) -> str:
     return image.name if image.suffix.lower() in (".tif", ".tiff", ".png") else f"{image.stem}.png"
 
 
-def write_mask(target: Path, bands: Iterator[np.ndarray], image: "ImageFile", dtype: np.dtype) -> None:
-    """Write a mask as its rows come, so that it appears under its name only when whole.
+class Targets(NamedTuple):
+    """The files that an image becomes; None for what was not asked for."""
 
-    Parameters
-    ----------
-    target : path
-        TIFF or PNG, by its extension; a PNG is gathered in memory first.
-    bands : iterator of ndarray, shape (rows, W)
-    image : ImageFile
-        Gives the size, and the resolution where it has one.
-    dtype : dtype
-        Of the mask.
-    """
-    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    mask: Path
+    probabilities: Optional[Path] = None
+    overlay: Optional[Path] = None
+
+    @classmethod
+    def of(cls, image: Path, args: argparse.Namespace) -> "Targets":
+        """Return the files for an image, masks in the output folder and the others in folders below it."""
+        folder, name = args.output_folder, Path(mask_name(image))
+        return cls(
+            folder / name,
+            folder / "probabilities" / name.with_suffix(".tif") if args.save_probabilities else None,
+            folder / "overlays" / name.with_suffix(".png") if args.save_overlay else None,
+        )
+
+    def exist(self) -> bool:
+        """Whether all are there."""
+        return all(path.exists() for path in self if path is not None)
+
+    @contextlib.contextmanager
+    def open(self, image: "ImageFile", model: Model) -> Iterator[list[Callable[[Block], None]]]:
+        """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
+        with contextlib.ExitStack() as stack:
+            if self.mask.suffix.lower() == ".png":
+                mask = png_mask(self.mask, image, model)
+            else:
+                mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes)
+            outputs = [stack.enter_context(mask)]
+            if self.probabilities is not None:
+                softmax = tiff_of(
+                    self.probabilities, image, np.dtype(np.float32), lambda block: block.softmax, model.number_classes
+                )
+                outputs.append(stack.enter_context(softmax))
+            if self.overlay is not None:
+                outputs.append(stack.enter_context(overlay(self.overlay, image, model)))
+            yield outputs
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into one line that names the file."""
     try:
-        if target.suffix.lower() == ".png":
-            from skimage.io import imsave
-
-            imsave(temporary, np.concatenate(list(bands)), check_contrast=False)
-        else:
-            write_tiff(temporary, bands, image, dtype)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        yield
     except OSError as error:
         raise InputError(f"cannot write {target}: {error}; free some space or choose another folder") from error
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield a temporary name; the file there gets its own name when the block ends well, and goes if it does not."""
+    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        with writing(target):
+            target.parent.mkdir(exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_tiff(path: Path, bands: Iterator[np.ndarray], image: "ImageFile", dtype: np.dtype) -> None:
-    """Write a tiled, compressed TIFF from bands of rows."""
-    import tifffile
+@contextlib.contextmanager
+def tiff_of(
+    target: Path,
+    image: "ImageFile",
+    dtype: np.dtype,
+    select: Callable[[Block], np.ndarray],
+    samples: Optional[int] = None,
+) -> Iterator[Callable[[Block], None]]:
+    """Begin a TIFF of the image's size and resolution; yield a function that adds what `select` takes of a block."""
+    shape = image.shape[:2] if samples is None else (*image.shape[:2], samples)
+    with whole(target) as temporary, TiledTiff(temporary, shape, dtype, image.resolution) as tiff:
 
-    height, width, _ = image.shape
-    resolution: dict[str, Any] = {}
-    if image.resolution is not None:
-        resolution = {"resolution": image.resolution[:2], "resolutionunit": image.resolution[2]}
-    tifffile.imwrite(
-        path,
-        cut_into_tiles(bands, width, dtype),
-        shape=(height, width),
-        dtype=dtype,
-        tile=(MASK_TILE, MASK_TILE),
-        compression="zlib",
-        photometric="minisblack",
-        bigtiff=height * width * dtype.itemsize > BIGTIFF_FROM_BYTES,
-        **resolution,
-    )
+        def add(block: Block) -> None:
+            with writing(target):  # there may be other files, whose error it is not
+                tiff.add(block.row, block.column, select(block))
+
+        yield add
 
 
-def cut_into_tiles(bands: Iterator[np.ndarray], width: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the tiles of a TIFF, row by row of tiles, filled up with zeros at the right and the bottom."""
-    columns = range(0, width, MASK_TILE)
-    rows = np.zeros((MASK_TILE, len(columns) * MASK_TILE), dtype)
-    filled = 0
-    for band in bands:
-        while len(band):
-            taken = min(MASK_TILE - filled, len(band))
-            rows[filled : filled + taken, :width] = band[:taken]
-            band, filled = band[taken:], filled + taken
-            if filled == MASK_TILE:
-                yield from (rows[:, column : column + MASK_TILE].copy() for column in columns)
-                filled = 0
-    if filled:
-        rows[filled:] = 0
-        yield from (rows[:, column : column + MASK_TILE].copy() for column in columns)
+class TiledTiff:
+    """A tiled, zlib-compressed TIFF that is given block by block; a context manager.
+
+    Tiles are compressed and written by a thread as soon as they are full, in whatever order that happens, and the table
+    of their places is sorted at the end. Held in memory are only those that blocks have filled in part.
+
+    Parameters
+    ----------
+    path : path
+    shape : (int, int) or (int, int, int)
+        Height, width and, if there are several values for each pixel, their number.
+    dtype : dtype
+    resolution : (float, float, int), optional
+        Pixels per unit along a row and along a column, and the code for the unit.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        resolution: Optional[tuple[float, float, int]],
+    ) -> None:
+        self._path, self._shape, self._dtype, self._resolution = path, shape, dtype, resolution
+        self._across = -(-shape[1] // TIFF_TILE)
+        self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its pixels that are not there yet
+        self._order: list[int] = []  # of the tiles in the file
+        self._full: queue.Queue[Optional[np.ndarray]] = queue.Queue(QUEUED_TILES)
+        self._executor = ThreadPoolExecutor(1)
+        self._writing = self._executor.submit(self._write)
+
+    def add(self, row: int, column: int, pixels: np.ndarray) -> None:
+        """Take a block of pixels that begins at a row and column; each pixel is to be given once."""
+        height, width = pixels.shape[:2]
+        for tile_row in range(row // TIFF_TILE, -(-(row + height) // TIFF_TILE)):
+            for tile_column in range(column // TIFF_TILE, -(-(column + width) // TIFF_TILE)):
+                self._fill(tile_row, tile_column, row, column, pixels)
+
+    def _fill(self, tile_row: int, tile_column: int, row: int, column: int, pixels: np.ndarray) -> None:
+        """Copy a block's share of a tile; hand over the tile when it is full."""
+        index, (height, width) = tile_row * self._across + tile_column, self._shape[:2]
+        first_row, first_column = tile_row * TIFF_TILE, tile_column * TIFF_TILE
+        tile, missing = self._begun.pop(index, (None, 0))
+        if tile is None:
+            tile = np.zeros((TIFF_TILE, TIFF_TILE, *self._shape[2:]), self._dtype)
+            missing = min(TIFF_TILE, height - first_row) * min(TIFF_TILE, width - first_column)
+        top, left = first_row - row, first_column - column  # of the tile, counted from the block's start
+        share = pixels[max(top, 0) : top + TIFF_TILE, max(left, 0) : left + TIFF_TILE]
+        tile[max(-top, 0) :, max(-left, 0) :][: share.shape[0], : share.shape[1]] = share
+        missing -= share.shape[0] * share.shape[1]
+        if missing:
+            self._begun[index] = tile, missing
+        else:
+            self._order.append(index)
+            self._hand_over(tile)
+
+    def _hand_over(self, tile: Optional[np.ndarray]) -> None:
+        """Put a tile into the queue, None at the end; raise what has stopped the thread."""
+        while not self._writing.done():
+            with contextlib.suppress(queue.Full):
+                return self._full.put(tile, timeout=0.1)
+        self._writing.result()
+
+    def _write(self) -> None:
+        """Write the tiles that come through the queue; runs in a thread."""
+        import tifffile
+
+        resolution: dict[str, Any] = {}
+        if self._resolution is not None:
+            resolution = {"resolution": self._resolution[:2], "resolutionunit": self._resolution[2]}
+        tifffile.imwrite(
+            self._path,
+            self._tiles(),
+            shape=self._shape,
+            dtype=self._dtype,
+            tile=(TIFF_TILE, TIFF_TILE),
+            compression="zlib",
+            maxworkers=1,
+            photometric="minisblack",
+            planarconfig="contig" if len(self._shape) == 3 else None,
+            bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize > BIGTIFF_FROM_BYTES,
+            **resolution,
+        )
+
+    def _tiles(self) -> Iterator[np.ndarray]:
+        """Yield the tiles that come through the queue."""
+        while (tile := self._full.get()) is not None:
+            yield tile
+
+    def _sort(self) -> None:
+        """Bring the table of the tiles' places from the order of writing into that of rows and columns."""
+        import tifffile
+
+        with tifffile.TiffFile(self._path, mode="r+b") as file:
+            for name in ("TileOffsets", "TileByteCounts"):
+                tag = file.pages[0].tags[name]
+                values = np.empty(len(self._order), np.int64)
+                values[self._order] = tag.value
+                tag.overwrite(values.tolist())
+
+    def __enter__(self) -> "TiledTiff":
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: Optional[type], *exception: object) -> None:
+        """Finish the file, or after an exception only end the thread."""
+        with self._executor:
+            if kind is None:
+                self._hand_over(None)
+                self._writing.result()
+                self._sort()
+            else:
+                with contextlib.suppress(Exception):
+                    self._hand_over(None)
 
 
-def count_bands(bands: Iterator[np.ndarray], counts: "Counter[int]") -> Iterator[np.ndarray]:
-    """Pass bands of a mask on, adding the pixels of each class to `counts`."""
-    for band in bands:
-        counts.update(count_classes(band))
-        yield band
+@contextlib.contextmanager
+def png_mask(target: Path, image: "ImageFile", model: Model) -> Iterator[Callable[[Block], None]]:
+    """Begin a PNG, which is gathered in memory as the image is; yield a function that takes blocks."""
+    from skimage.io import imsave
+
+    mask = np.zeros(image.shape[:2], model.mask_dtype)
+
+    def add(block: Block) -> None:
+        height, width = block.classes.shape
+        mask[block.row : block.row + height, block.column : block.column + width] = block.classes
+
+    yield add
+    with whole(target) as temporary:
+        imsave(temporary, mask, check_contrast=False)
+
+
+@contextlib.contextmanager
+def overlay(target: Path, image: "ImageFile", model: Model) -> Iterator[Callable[[Block], None]]:
+    """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks.
+
+    Three channels are taken for red, green and blue, others are averaged. Large images are brought down by a power of
+    two that the network's grid is a multiple of, so that no pixel of the picture belongs to two blocks.
+    """
+    from skimage.io import imsave
+    from skimage.segmentation import find_boundaries
+    from skimage.transform import downscale_local_mean
+
+    height, width, channels = image.shape
+    factor = 1
+    while max(height, width) > OVERLAY_PIXELS * factor and model.size_factor % (2 * factor) == 0:
+        factor *= 2
+    picture = np.zeros((-(-height // factor), -(-width // factor), 3), np.uint8)
+    classes = np.zeros(picture.shape[:2], model.mask_dtype)
+
+    def add(block: Block) -> None:
+        colours = block.image if channels == 3 else block.image.mean(axis=2, keepdims=True)
+        small = downscale_local_mean(colours, (factor, factor, 1))
+        row, column = block.row // factor, block.column // factor
+        place = slice(row, row + small.shape[0]), slice(column, column + small.shape[1])
+        picture[place] = np.clip(128 + GRAY_LEVELS * small, 0, 255)
+        classes[place] = block.classes[::factor, ::factor]
+
+    yield add
+    outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
+    picture[outlines] = OUTLINE_COLOURS[(classes[outlines] - 1) % len(OUTLINE_COLOURS)]
+    with whole(target) as temporary:
+        imsave(temporary, picture, check_contrast=False)
 
 
 def describe_histogram(counts: dict[int, int]) -> str:

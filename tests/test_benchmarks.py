@@ -33,6 +33,7 @@ SMALL = {
     "training_step.py": [
         "--case", "32:1:uint8", "--batch_size", 2, "--baseline_feature_depth", 2, "--steps", 2, "--runs", 1, "--pin", 1,
     ],
+    "inference_tiling.py": ["--edge", 500, "--tile_size", 256, "--runs", 1, "--memory_edges", 300],
 }  # fmt: skip
 
 
@@ -63,3 +64,13 @@ def test_the_contact_sheet_shows_the_augmentation(databases, tmp_path):
     run_benchmark("augmentation_sheet.py", databases[0], tmp_path / "sheet.png")
     sheet = skimage.io.imread(tmp_path / "sheet.png")
     assert sheet.shape[0] > 500 and sheet.shape[1] > 1500 and sheet[..., :3].std() > 20
+
+
+def test_the_table_of_halos_shows_errors_that_vanish_at_the_radius():
+    results = json.loads(run_benchmark("inference_tiling.py", *SMALL["inference_tiling.py"], "--json"))
+    *table, automatic = results["lines"]
+    assert [line["halo"] for line in table] == list(range(0, 97, 16))
+    assert table[0]["misclassified_pixels"] > 0 and table[0]["rmse"] > 2 * table[2]["rmse"] > 1e-5
+    assert table[-1]["misclassified_pixels"] == automatic["misclassified_pixels"] == 0
+    assert max(table[-1]["rmse"], automatic["rmse"]) < 1e-6
+    assert results["memory"][0]["edge"] == 300 and 100 < results["memory"][0]["peak_mebibytes"] < 10_000

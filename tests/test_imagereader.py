@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import psutil
@@ -104,17 +105,43 @@ def test_a_stack_of_planes_is_refused_with_its_axes(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
+def windows_of(shape, size, overlap):
+    """Return windows of a size, row by row, that cover an image and overlap."""
+    starts = [range(0, max(length - overlap, 1), edge - overlap) for length, edge in zip(shape, size)]
+    return [
+        (slice(row, min(row + size[0], shape[0])), slice(column, min(column + size[1], shape[1])))
+        for row in starts[0]
+        for column in starts[1]
+    ]
+
+
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("step, overlap", [(150, 0), (40, 13), (1, 0), (64, 60)])
-def test_rows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, step, overlap):
+@pytest.mark.parametrize("size, overlap", [((150, 130), 0), ((40, 50), 13), ((1, 130), 0), ((64, 70), 60)])
+def test_windows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, size, overlap):
     image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
     write_stored(tmp_path / "a.tif", image, kind)
     with ImageFile(tmp_path / "a.tif") as file:
         assert file.shape == image.shape and file.dtype == np.uint16 and file.dtype.isnative
-        for _ in range(2):
-            for first in range(0, 150 - overlap, step - overlap):
-                stop = min(first + step, 150)
-                np.testing.assert_array_equal(file.read(first, stop), image[first:stop])
+        for plan in (windows_of(image.shape, size, overlap), file.blocks(5000)):
+            windows = list(file.windows(plan))
+            assert len(windows) == len(plan)
+            for window, got in zip(plan, windows):
+                assert got.dtype == np.uint16
+                np.testing.assert_array_equal(got, image[window])
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("values", [1, 5000, 10**6])
+def test_blocks_cover_an_image_once_and_follow_its_segments(tmp_path, kind, values):
+    write_stored(tmp_path / "a.tif", np.zeros((150, 130, 3), np.uint16), kind)
+    covered = np.zeros((150, 130), int)
+    with ImageFile(tmp_path / "a.tif") as file:
+        for rows, columns in file.blocks(values):
+            covered[rows, columns] += 1
+            assert rows.start % file.segment_shape[0] == 0 and columns.start % file.segment_shape[1] == 0
+            size = (rows.stop - rows.start) * (columns.stop - columns.start) * 3
+            assert size <= max(values, 3 * file.segment_shape[0] * file.segment_shape[1])
+    assert (covered == 1).all()
 
 
 def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeypatch):
@@ -128,22 +155,26 @@ def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["strips", "LZW tiles", "planar tiles", "OME"])
-def test_reading_on_in_overlapping_steps_decodes_each_part_of_a_file_once(tmp_path, kind, monkeypatch):
+def test_each_part_of_a_file_is_decoded_once_and_let_go_after_its_last_window(tmp_path, kind, monkeypatch):
     image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
     write_stored(tmp_path / "a.tif", image, kind)
-    decoded, place = [], imagereader._SegmentedTiff._place
-    monkeypatch.setattr(
-        imagereader._SegmentedTiff,
-        "_place",
-        lambda self, page, number, index, *more: (
-            decoded.append((number, index)),
-            place(self, page, number, index, *more),
-        ),
-    )
+    decoded, decode = {}, imagereader._SegmentedTiff._decode
+
+    def watched(self, number, index):
+        segment = decode(self, number, index)
+        copy = segment._replace(pixels=segment.pixels.copy())
+        assert (number, index) not in decoded
+        decoded[number, index] = (copy.row, copy.row + copy.pixels.shape[0], weakref.ref(copy.pixels))
+        return copy
+
+    monkeypatch.setattr(imagereader._SegmentedTiff, "_decode", watched)
     with ImageFile(tmp_path / "a.tif") as file:
-        for first in range(0, 130, 30):
-            file.read(first, min(first + 50, 150))
-    assert len(decoded) == len(set(decoded))
+        plan = windows_of(image.shape, (60, 50), 20)
+        for (rows, columns), _ in zip(plan, file.windows(plan)):
+            if columns.stop == 130:
+                for first, stop, pixels in decoded.values():
+                    held_for_the_next_row = rows.stop < 150 and stop > rows.stop - 20
+                    assert (pixels() is not None) == held_for_the_next_row, (rows, first, stop)
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
         assert len(decoded) == sum(len(page.dataoffsets) for page in tif.pages)
 
@@ -155,9 +186,10 @@ def test_a_tiled_file_that_ends_early_is_refused_by_name_when_its_end_is_read(tm
     content = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(content[: last + 10])
     with ImageFile(tmp_path / "a.tif") as file:
-        assert (file.read(0, 32) == 1).all()
+        windows = file.windows([(slice(0, 32), slice(0, 130)), (slice(100, 150), slice(0, 130))])
+        assert (next(windows) == 1).all()
         with pytest.raises(InputError, match=r"a\.tif.*end of the file"):
-            file.read(100, 150)
+            next(windows)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "float32"])
@@ -172,7 +204,7 @@ def test_streamed_statistics_agree_with_a_single_pass_in_float64(tmp_path, dtype
         statistics = ChannelStatistics.measure(file)
         np.testing.assert_allclose(statistics.mean, wide.mean((0, 1)), rtol=1e-13)
         np.testing.assert_allclose(statistics.deviation, wide.std((0, 1)), rtol=1e-9)
-        window = statistics.z_score(file.read(20, 60)[:, 30:50])
+        window = statistics.z_score(next(file.windows([(slice(20, 60), slice(30, 50))])))
     np.testing.assert_allclose(window, z_score(image)[20:60, 30:50], atol=2e-6)
 
 

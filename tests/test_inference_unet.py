@@ -2,22 +2,29 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import skimage.io
 import tensorflow as tf
 import tifffile
 from conftest import ROOT, STORED, make_pair, run_script, write_stored, write_tiff
+from scipy import ndimage, special
+from skimage import transform
 
 import inference_unet
 from imagereader import ChannelStatistics, ImageFile, z_score
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import InputError
 from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
+
+CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
 
 
 def save_random_model(folder, channels, classes, seed=0):
@@ -50,6 +57,10 @@ def infer(model, images, masks, *arguments):
         masks,
         *arguments,
     )
+
+
+def segment(image, mask, model, sizer):
+    inference_unet.segment_file(image, inference_unet.Targets(mask), model, sizer)
 
 
 def write_images(folder, count=3, shape=(64, 64, 1), suffix="tif"):
@@ -113,7 +124,7 @@ def test_a_halo_that_is_too_small_shows(tmp_path):
     masks = []
     for radius in (RADIUS, 16):
         candidate = dataclasses.replace(loaded, radius=radius)
-        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "mask.tif", candidate, TileSizer(candidate, 256))
+        segment(tmp_path / "a.tif", tmp_path / "mask.tif", candidate, TileSizer(candidate, 256**2, 256))
         masks.append(tifffile.imread(tmp_path / "mask.tif"))
     assert (masks[0] == whole).all()
     assert (masks[1] != whole).any()
@@ -125,33 +136,149 @@ def test_tiles_get_smaller_where_memory_runs_out(gray_model, tmp_path, caplog):
     write_tiff(tmp_path / "a.tif", image)
     loaded = inference_unet.load_model(gray_model)
 
-    def predict(tile):
-        if tile.size > 300 * 300:
+    def predict(batch):
+        if batch.size > 250 * 250:
             raise TileTooLarge
-        return loaded.predict(tile)
+        return loaded.predict(batch)
 
-    inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "whole.tif", loaded, TileSizer(loaded, 1024))
+    segment(tmp_path / "a.tif", tmp_path / "whole.tif", loaded, TileSizer(loaded, 1024**2))
     assert "out of memory" not in caplog.text
     small = dataclasses.replace(loaded, predict=predict)
-    inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "small.tif", small, TileSizer(small, 1024))
-    assert "tiles of at most 512 pixels" in caplog.text and "tiles of at most 256 pixels" in caplog.text
+    segment(tmp_path / "a.tif", tmp_path / "small.tif", small, TileSizer(small, 1024**2))
+    tried = [int(rows) * int(columns) for rows, columns in re.findall(r"1 tiles of (\d+) x (\d+)", caplog.text)]
+    assert tried[0] == 704 * 512 and len(tried) > 1 and all(b <= a / 2 for a, b in zip(tried, tried[1:]))
     masks = [tifffile.imread(tmp_path / name) for name in ("whole.tif", "small.tif")]
     np.testing.assert_array_equal(*masks)
-    hopeless = dataclasses.replace(loaded, predict=lambda tile: predict(np.zeros((1, 999, 999, 1))))
+    hopeless = dataclasses.replace(loaded, predict=lambda batch: predict(np.zeros((1, 999, 999, 1))))
     with pytest.raises(InputError, match="even in the smallest tiles"):
-        inference_unet.segment_file(tmp_path / "a.tif", tmp_path / "none.tif", hopeless, TileSizer(hopeless, 256))
+        segment(tmp_path / "a.tif", tmp_path / "none.tif", hopeless, TileSizer(hopeless, 256**2, 256))
     assert not (tmp_path / "none.tif").exists()
 
 
-@pytest.mark.parametrize("length", [16, 512, 528, 3584, 4000, 45008])
-@pytest.mark.parametrize("most", [208, 512, 2048])
-def test_tiles_are_as_few_as_may_be_and_then_as_small(gray_model, length, most):
-    edge = TileSizer(inference_unet.load_model(gray_model), most).edge(length)
-    count = len(list(inference_unet.plan_axis(length, edge, RADIUS)))
-    assert edge <= most and edge % SIZE_FACTOR == 0
-    assert count == len(list(inference_unet.plan_axis(length, most, RADIUS)))
-    if count > 1:
-        assert edge == 208 or len(list(inference_unet.plan_axis(length, edge - SIZE_FACTOR, RADIUS))) > count
+def work_of(shape, tile):
+    """Pixels that the network computes for an image."""
+    counts = [len(list(inference_unet.plan_axis(length, edge, RADIUS))) for length, edge in zip(shape, tile)]
+    return counts[0] * tile[0] * counts[1] * tile[1]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (528, 512), (96, 5008), (1504, 1008), (2000, 208)])
+@pytest.mark.parametrize("pixels, longest", [(208**2, None), (300_000, None), (512**2, 512), (10**7, 256)])
+def test_no_other_shape_of_tiles_makes_less_work(gray_model, shape, pixels, longest):
+    tile = TileSizer(inference_unet.load_model(gray_model), pixels, longest).shape(*shape)
+    edges = [
+        [edge for edge in {*range(208, length, SIZE_FACTOR), length} if edge <= (longest or edge)] for length in shape
+    ]
+    allowed = [(rows, columns) for rows in edges[0] for columns in edges[1] if rows * columns <= max(pixels, 208**2)]
+    assert tile in allowed
+    assert work_of(shape, tile) == min(work_of(shape, other) for other in allowed)
+
+
+def test_small_tiles_go_through_the_network_together(gray_model, tmp_path):
+    write_tiff(tmp_path / "a.tif", make_pair(1, (700, 500, 1), "uint8")[0])
+    loaded, batches = inference_unet.load_model(gray_model), []
+    watched = dataclasses.replace(loaded, predict=lambda batch: batches.append(len(batch)) or loaded.predict(batch))
+    segment(tmp_path / "a.tif", tmp_path / "together.tif", watched, TileSizer(watched, 10**7, 208))
+    assert max(batches) == 2**20 // 208**2
+    batches.clear()
+    segment(tmp_path / "a.tif", tmp_path / "single.tif", watched, TileSizer(watched, 208**2, 208))
+    assert max(batches) == 1
+    masks = [tifffile.imread(tmp_path / name) for name in ("together.tif", "single.tif")]
+    np.testing.assert_array_equal(*masks)
+
+
+@pytest.mark.parametrize("samples, dtype", [(None, "uint8"), (3, "float32")])
+@pytest.mark.parametrize("shape", [(700, 900), (256, 512), (20, 30)])
+def test_a_tiff_is_whole_in_whatever_order_its_blocks_come(tmp_path, samples, dtype, shape):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 200, shape if samples is None else (*shape, samples)).astype(dtype)
+    rows, columns = ([0, *sorted(rng.choice(length, 6, replace=False)), length] for length in shape)
+    blocks = [
+        (slice(top, bottom), slice(left, right))
+        for top, bottom in zip(rows, rows[1:])
+        for left, right in zip(columns, columns[1:])
+        if bottom > top and right > left
+    ]
+    rng.shuffle(blocks)
+    with inference_unet.TiledTiff(tmp_path / "a.tif", image.shape, image.dtype, None) as tiff:
+        for block_rows, block_columns in blocks:
+            tiff.add(block_rows.start, block_columns.start, image[block_rows, block_columns])
+    with tifffile.TiffFile(tmp_path / "a.tif") as written:
+        assert written.pages[0].is_tiled and written.pages[0].compression == 8 and len(written.pages) == 1
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "a.tif"), image)
+    np.testing.assert_array_equal(skimage.io.imread(tmp_path / "a.tif"), image)
+
+
+def test_probabilities_are_those_of_one_pass_and_the_mask_is_their_greatest(tmp_path):
+    model = save_random_model(tmp_path / "saved_model", 3, 4)
+    (tmp_path / "images").mkdir()
+    image = make_pair(1, (500, 430, 3), "uint8", 3)[0]
+    write_tiff(tmp_path / "images" / "a.tif", image)
+    arguments = [tmp_path / "saved_model", tmp_path / "images", tmp_path / "masks", "--tile_size", 256]
+    assert infer(*arguments).returncode == 0
+    done = infer(*arguments, "--save_probabilities", 1)
+    assert done.returncode == 0 and "1/1 a.tif" in done.stdout, "a mask alone is not all that was asked for"
+    assert "1 masks exist already" in infer(*arguments, "--save_probabilities", 1).stdout
+    softmax = tifffile.imread(tmp_path / "masks" / "probabilities" / "a.tif")
+    assert softmax.dtype == np.float32 and softmax.shape == (500, 430, 4)
+    pad = [(0, 12), (0, 2), (0, 0)]
+    logits = model(np.pad(z_score(image), pad, mode="reflect")[None])[0].numpy()[:500, :430]
+    expected = special.softmax(logits, axis=-1)
+    np.testing.assert_allclose(softmax, expected, atol=1e-5)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "masks" / "a.tif"), softmax.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "suffix, channels, shape", [("tif", 1, (500, 430)), ("png", 3, (70, 5000)), ("tif", 2, (64, 64))]
+)
+def test_an_overlay_shows_the_image_and_the_outlines_of_its_classes(tmp_path, suffix, channels, shape):
+    save_random_model(tmp_path / "saved_model", channels, 3)
+    (tmp_path / "images").mkdir()
+    image = make_pair(1, (*shape, channels), "uint8", 3)[0]
+    path = tmp_path / "images" / f"a.{suffix}"
+    write_tiff(path, image) if suffix == "tif" else skimage.io.imsave(path, image)
+    arguments = [tmp_path / "saved_model", tmp_path / "images", tmp_path / "masks", "--image_format", suffix]
+    done = infer(*arguments, "--save_overlay", 1, "--tile_size", 256)
+    assert done.returncode == 0, done.stdout
+    mask = skimage.io.imread(tmp_path / "masks" / f"a.{suffix}")
+    picture = skimage.io.imread(tmp_path / "masks" / "overlays" / "a.png").astype(int)
+    factor = 4 if shape[1] > 4096 else 1
+    small = mask[::factor, ::factor]
+    assert picture.shape == (*small.shape, 3) and len(np.unique(small)) > 1
+    neighbours = ndimage.maximum_filter(small, footprint=CROSS), ndimage.minimum_filter(small, footprint=CROSS)
+    outline = (neighbours[0] != neighbours[1]) & (small > 0)
+    for class_id in set(np.unique(small)) - {0}:
+        assert (picture[outline & (small == class_id)] == inference_unet.OUTLINE_COLOURS[class_id - 1]).all()
+    gray = image.mean(axis=2) if channels != 3 else image[..., 1]
+    gray = transform.downscale_local_mean(gray, (factor, factor))
+    assert np.corrcoef(picture[..., 1][~outline], gray[~outline])[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(
+    "options, size, file", [([], "60k", "b.tif"), (["--save_probabilities", "1"], "1m", "probabilities/b.tif")]
+)
+def test_a_full_disk_is_reported_by_name_and_leaves_nothing_half_written(gray_model, tmp_path, options, size, file):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("a mount namespace needs root")
+    images, masks = write_images(tmp_path / "images", 1), tmp_path / "masks"
+    masks.mkdir()
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(images / "b.tif", rng.integers(0, 255, (1200, 1200), np.uint8))
+    command = shlex.join(map(str, [
+        sys.executable, ROOT / "inference_unet.py", "--saved_model_filepath", gray_model, "--image_folder", images,
+        "--output_folder", masks, *options,
+    ]))  # fmt: skip
+    masks = shlex.quote(str(masks))
+    script = (
+        f"mount -t tmpfs -o size={size} tmpfs {masks} && {{ {command}; code=$?; find {masks} -type f; exit $code; }}"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert re.search(rf"cannot write \S*masks/{re.escape(file)}: .*No space left", done.stdout), done.stdout
+    assert "1 images failed: b.tif" in done.stdout
+    files = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path / "masks"))]
+    assert files and all(Path(line).name == "a0.tif" for line in files)
 
 
 def test_a_mask_that_exists_is_kept_unless_told_otherwise(gray_model, tmp_path):
@@ -238,9 +365,9 @@ def test_a_mask_keeps_the_resolution_and_opens_elsewhere(gray_model, tmp_path):
     from PIL import Image
 
     (tmp_path / "images").mkdir()
-    image = make_pair(0, (300, 333, 1), "uint8")[0][..., 0]
+    image = make_pair(0, (1000, 1033, 1), "uint8")[0][..., 0]
     tifffile.imwrite(tmp_path / "images" / "a.tif", image, resolution=(5000, 4000), resolutionunit="CENTIMETER")
-    done = infer(gray_model, tmp_path / "images", tmp_path / "masks")
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--tile_size", 512)
     assert done.returncode == 0, done.stdout
     with tifffile.TiffFile(tmp_path / "masks" / "a.tif") as tif:
         page = tif.pages[0]
@@ -250,6 +377,7 @@ def test_a_mask_keeps_the_resolution_and_opens_elsewhere(gray_model, tmp_path):
     np.testing.assert_array_equal(skimage.io.imread(tmp_path / "masks" / "a.tif"), mask)
     with Image.open(tmp_path / "masks" / "a.tif") as opened:
         np.testing.assert_array_equal(np.asarray(opened), mask)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "masks" / "a.tif"), cv2.IMREAD_UNCHANGED), mask)
 
 
 def test_a_line_for_each_file_tells_size_seconds_and_classes(gray_model, tmp_path):

@@ -1,0 +1,202 @@
+"""Tiled inference against one pass: the paper's table of halos, the automatic tiles, and peak memory by image size.
+
+    python tests/benchmarks/inference_tiling.py --saved_model_filepath results/cells/saved_model --image field.tif
+
+The paper is Majurski and Bajcsy, J. Res. NIST 126:126009. For each halo, the image is segmented in tiles and compared
+with the softmax of a single pass over the whole image, which has to fit into memory: with the network's radius as the
+halo no pixel may differ, with less the errors show that the comparison sees them. Each turn times a pass and the tiles
+one after the other, reading and argmax included; ratios are of one turn. Then inference_unet.py is started on synthetic
+tiled BigTIFFs of growing size. Without a model or an image, random ones are made.
+"""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, finish, machine, make_parser, summarize
+
+import inference_unet
+from imagereader import ChannelStatistics, ImageFile
+from lmdb_utils import positive_int
+
+HALOS = range(0, 97, 16)
+FILE_TILE = 512  # pixels; edge of the tiles in synthetic files
+
+
+def save_random_model(folder, features):
+    """Save a network whose weights and normalisation are random; return its folder."""
+    import tensorflow as tf
+
+    from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
+
+    tf.keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(1)
+    model = build_unet(1, 2, features)
+    for layer in model.layers:
+        if isinstance(layer, tf.keras.layers.BatchNormalization):
+            layer.set_weights([rng.uniform(0.5, 1.5, weights.shape) for weights in layer.get_weights()])
+    metadata = {"radius": RADIUS, "size_factor": SIZE_FACTOR, "baseline_feature_depth": features}
+    export_saved_model(model, folder / "saved_model", metadata)
+    return folder / "saved_model"
+
+
+def write_synthetic(path, edge, channels):
+    """Write a square uint8 BigTIFF of smooth random texture with noise, tile by tile."""
+    import tifffile
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    texture = ndimage.gaussian_filter(rng.standard_normal((FILE_TILE, FILE_TILE, channels)), (8, 8, 0), mode="wrap")
+    texture = 128 + 40 * texture / texture.std() + rng.normal(0, 8, texture.shape)
+    texture = np.squeeze(texture.clip(0, 255).astype(np.uint8))
+    tiles = (np.roll(texture, (37 * i, 101 * i), (0, 1)) for i in range((-(-edge // FILE_TILE)) ** 2))
+    tifffile.imwrite(
+        path,
+        tiles,
+        shape=(edge, edge, channels)[: texture.ndim],
+        dtype=np.uint8,
+        tile=(FILE_TILE, FILE_TILE),
+        compression="zlib",
+        photometric="minisblack",
+        planarconfig="contig" if channels > 1 else None,
+        bigtiff=True,
+    )
+    return path
+
+
+def timed_softmax(path, model, sizer):
+    """Return seconds, softmax (H, W, classes) and shape of the tiles of one segmentation of a file."""
+    start = time.perf_counter()
+    with ImageFile(path, channels=model.channels) as image:
+        statistics_of_channels = ChannelStatistics.measure(image)
+        height, width, _ = image.shape
+        tile = sizer.shape(*(inference_unet.padded(length, model) for length in (height, width)))
+        tiles = inference_unet.plan_tiles(image.shape, tile, model)
+        softmax = np.empty((height, width, model.number_classes), np.float32)
+        blocks = inference_unet.segment(image, statistics_of_channels, tiles, sizer.batch_size(tile), model)
+        for block in blocks:
+            rows, columns = block.classes.shape
+            softmax[block.row : block.row + rows, block.column : block.column + columns] = block.softmax
+    return time.perf_counter() - start, softmax, tile
+
+
+def compare(path, model, tile_size, runs):
+    """Return a line of the table for each halo at one tile size, and one for the automatic tiles."""
+    area = 2**62
+    single_pass = inference_unet.TileSizer(model, area)
+    timed_softmax(path, model, single_pass)  # the first pass of a process is slower
+    lines = []
+    for halo in [*HALOS, None]:
+        if halo is None:
+            candidate, sizer = model, inference_unet.TileSizer(model, inference_unet.affordable_pixels(model))
+        else:
+            candidate = dataclasses.replace(model, radius=halo)
+            sizer = inference_unet.TileSizer(candidate, tile_size**2, tile_size)
+        turns = []
+        for _ in range(runs):
+            whole_seconds, whole, _ = timed_softmax(path, model, single_pass)
+            seconds, softmax, tile = timed_softmax(path, candidate, sizer)
+            turns.append((seconds, whole_seconds))
+        difference = softmax.astype(np.float64) - whole
+        lines.append(
+            {
+                "tile": "automatic" if halo is None else "fixed",
+                "halo": candidate.halo,
+                "tile_rows": tile[0],
+                "tile_columns": tile[1],
+                "rmse": float(np.sqrt(np.mean(difference**2))),
+                "misclassified_pixels": int((softmax.argmax(-1) != whole.argmax(-1)).sum()),
+                "seconds": statistics.median(seconds for seconds, _ in turns),
+                "single_pass_seconds": statistics.median(seconds for _, seconds in turns),
+                "relative_runtime": summarize([seconds / whole_seconds for seconds, whole_seconds in turns]),
+            }
+        )
+    return lines
+
+
+def measure_memory(model_folder, edge, channels, folder):
+    """Return peak memory and time of the script on a synthetic image."""
+    images = Path(folder) / f"{edge}"
+    images.mkdir()
+    write_synthetic(images / "a.tif", edge, channels)
+    command = [sys.executable, ROOT / "inference_unet.py", "--saved_model_filepath", model_folder]
+    command += ["--image_folder", images, "--output_folder", images / "masks"]
+    start = time.perf_counter()
+    with open(images / "log", "w+") as log:
+        process = subprocess.Popen(list(map(os.fspath, command)), stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            log.seek(0)
+            sys.exit(log.read())
+        log.seek(0)
+        done = next(line for line in log if "1/1 a.tif" in line)
+    for path in images.glob("**/*.tif"):
+        path.unlink()
+    of_the_image = float(done.split(" s, ")[0].split()[-1])  # without starting TensorFlow
+    return {
+        "edge": edge,
+        "peak_mebibytes": usage.ru_maxrss / 1024,
+        "seconds": seconds,
+        "image_seconds": of_the_image,
+        "nanoseconds_per_pixel": 1e9 * of_the_image / edge**2,
+    }
+
+
+def report(results):
+    """Print the tables."""
+    print(machine())
+    print("tile            halo        RMSE  misclassified  seconds  single pass  relative runtime")
+    for line in results["lines"]:
+        size = f"{line['tile_rows']} x {line['tile_columns']}"
+        median, least, greatest = line["relative_runtime"].values()
+        print(
+            f"{size:13} {line['halo']:6} {line['rmse']:11.2e} {line['misclassified_pixels']:14} {line['seconds']:8.2f} "
+            f"{line['single_pass_seconds']:12.2f}  {median:.2f} ({least:.2f} to {greatest:.2f})"
+            f"{'  chosen by the program' if line['tile'] == 'automatic' else ''}"
+        )
+    print("image                 peak memory  seconds  of these the image  ns per pixel")
+    for line in results["memory"]:
+        print(
+            f"{line['edge']:6} x {line['edge']:6} {line['peak_mebibytes']:14.0f} MiB {line['seconds']:8.1f} "
+            f"{line['image_seconds']:19.1f} {line['nanoseconds_per_pixel']:13.1f}"
+        )
+
+
+def main():
+    """Measure and print."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--saved_model_filepath", help="model to use (None = a random one)")
+    parser.add_argument("--baseline_feature_depth", type=positive_int, default=4, help="features of the random model")
+    parser.add_argument("--image", help="image to segment (None = a random one)")
+    parser.add_argument("--edge", type=positive_int, default=3584, help="edge of the random image in pixels")
+    parser.add_argument("--tile_size", type=positive_int, default=512, help="edge of the tiles in the table of halos")
+    parser.add_argument("--runs", type=positive_int, default=3, help="measurements, of which the median counts")
+    parser.add_argument(
+        "--memory_edges", type=int, nargs="*", default=[4000, 16000], help="images of which to tell the peak memory"
+    )
+    args = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model_folder = args.saved_model_filepath or save_random_model(folder, args.baseline_feature_depth)
+        model = inference_unet.load_model(model_folder)
+        image = args.image or write_synthetic(folder / "random.tif", args.edge, model.channels)
+        results = {
+            "lines": compare(image, model, args.tile_size, args.runs),
+            "memory": [measure_memory(model_folder, edge, model.channels, folder) for edge in args.memory_edges],
+        }
+    if not args.json:
+        report(results)
+    finish(results, args.json)
+
+
+if __name__ == "__main__":
+    main()
