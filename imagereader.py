@@ -17,7 +17,6 @@ import signal
 import threading
 import traceback
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, shared_memory
@@ -27,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import numpy as np
 
 import augment
-from lmdb_utils import Database, InputError, Metadata, PathLike
+from lmdb_utils import Database, InputError, Metadata, PathLike, Progress
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
@@ -168,8 +167,9 @@ class ImageFile:
 
         Notes
         -----
-        A strip or tile of the file is decoded once, and held until the last window that shares it. So the memory that
-        overlapping windows take, row by row, is that of the file's segments in their overlap.
+        A strip or tile of the file is decoded once; what later windows need of it is held until the last of them. So
+        the memory that overlapping windows take, row by row, is that of their overlap and of what the file's segments
+        have below it.
         """
         with self._readable_errors():
             yield from self._source.windows(plan)
@@ -321,6 +321,10 @@ class DecodedSegment(NamedTuple):
     column: int
     channel: int
 
+    def from_row(self, row: int) -> "DecodedSegment":
+        """Return the segment without the rows above `row`, which lets go of their memory."""
+        return self if row <= self.row else self._replace(pixels=self.pixels[row - self.row :].copy(), row=row)
+
 
 class _SegmentedTiff:
     """Strips or tiles, in one page with any number of samples, or in one page for each channel."""
@@ -344,14 +348,17 @@ class _SegmentedTiff:
         return layout.channel_axis == 0 and layout.squeezed[0] == len(series.pages) and page.samplesperpixel == 1
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
-        uses = Counter(segment for window in plan for segment in self._segments(window))
+        first_rows: dict[tuple[int, int], list[int]] = {}  # of the windows that share a segment, the next one last
+        for window in reversed(plan):
+            for segment in self._segments(window):
+                first_rows.setdefault(segment, []).append(window[0].start)
         held: dict[tuple[int, int], DecodedSegment] = {}
 
         def take(segment: tuple[int, int]) -> DecodedSegment:
             decoded = held.pop(segment, None) or self._decode(*segment)
-            uses[segment] -= 1
-            if uses[segment]:
-                held[segment] = decoded
+            first_rows[segment].pop()
+            if first_rows[segment]:
+                held[segment] = decoded.from_row(min(first_rows[segment]))
             return decoded
 
         for window in plan:
@@ -492,7 +499,9 @@ class ChannelStatistics(NamedTuple):
         """
         channels = image.shape[2]
         count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
-        for block in image.windows(image.blocks(MEASURED_VALUES)):
+        plan = image.blocks(MEASURED_VALUES)
+        progress = Progress(f"measuring {image.path.name}", len(plan), "parts")
+        for done, block in enumerate(image.windows(plan), 1):
             parts = range(0, len(block), max(1, MEASURED_VALUES // block[0].size))  # a strip may be a large block
             for start, stop in zip(parts, [*parts[1:], len(block)]):
                 part = block[start:stop].astype(np.float64).reshape(-1, channels)
@@ -502,6 +511,8 @@ class ChannelStatistics(NamedTuple):
                 squares += part_squares + np.square(part_mean - mean) * count * len(part) / total
                 mean += (part_mean - mean) * len(part) / total
                 count = total
+            progress.update(done)
+        progress.close()
         if not np.isfinite(squares).all():
             raise InputError(
                 f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0"

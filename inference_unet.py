@@ -270,31 +270,81 @@ def load_model(filepath: str) -> Model:
         tf.config.experimental.set_memory_growth(gpu, True)
     try:
         loaded = tf.saved_model.load(os.fspath(folder))
-        signature = loaded.signatures["serving_default"]
-        (input_name, input_spec), = signature.structured_input_signature[1].items()  # fmt: skip
-        (output_name, output_spec), = signature.structured_outputs.items()  # fmt: skip
-        channels, number_classes = input_spec.shape[3], output_spec.shape[3]
-    except (OSError, KeyError, ValueError, IndexError, tf.errors.OpError) as error:
+    except (OSError, ValueError, KeyError, IndexError, tf.errors.OpError) as error:
+        raise InputError(f"{folder} is no SavedModel that can be loaded: {error}; is it damaged?") from error
+    if "serving_default" not in loaded.signatures:
         raise InputError(
-            f"{folder} is no SavedModel of a segmentation network ({error}); train one with train_unet.py"
-        ) from error
+            f"expected a SavedModel with the signature serving_default in {folder}, found "
+            f"{sorted(loaded.signatures) or 'none'}; train one with train_unet.py"
+        )
+    network = Network(folder, loaded)
     metadata_file = folder / METADATA_FILE
     metadata = json.loads(metadata_file.read_text()) if metadata_file.exists() else {}
-
-    def predict(images: np.ndarray, _keep: Any = loaded) -> np.ndarray:
-        try:
-            return np.asarray(signature(**{input_name: tf.constant(images)})[output_name])
-        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-            raise TileTooLarge from error
-
     return Model(
-        predict,
-        channels,
-        number_classes,
+        network.predict,
+        network.channels,
+        network.number_classes,
         metadata.get("radius", RADIUS),
         metadata.get("size_factor", SIZE_FACTOR),
         metadata.get("baseline_feature_depth", PAPER_FEATURES),
     )
+
+
+class Network:
+    """The signature of a SavedModel, which turns a float32 batch (N, H, W, C) into one of softmax (N, H, W, classes).
+
+    Raises
+    ------
+    InputError
+        If the signature is not of this kind.
+    """
+
+    def __init__(self, folder: Path, loaded: Any) -> None:
+        self._folder, self._loaded = folder, loaded  # what was loaded has to live as long as its signature
+        self._signature = loaded.signatures["serving_default"]
+        self._input_name, self.channels = self._only("input", self._signature.structured_input_signature[1])
+        self._output_name, self.number_classes = self._only("output", self._signature.structured_outputs)
+
+    def _only(self, place: str, specs: Mapping[str, Any]) -> tuple[str, int]:
+        """Return name and depth of the only tensor there."""
+        if len(specs) == 1:
+            ((name, spec),) = specs.items()
+            shape = spec.shape.as_list() if spec.shape.rank == 4 else [0]
+            if spec.dtype.name == "float32" and shape[:3] == [None, None, None] and shape[3]:
+                return name, shape[3]
+        found = ", ".join(f"{spec.dtype.name} {spec.shape}" for spec in specs.values())
+        raise InputError(
+            f"expected a SavedModel in {self._folder} with one float32 {place} of shape (None, None, None, "
+            f"{'channels' if place == 'input' else 'classes'}), found {found}; train one with train_unet.py"
+        )
+
+    def predict(self, batch: np.ndarray) -> np.ndarray:
+        """Return the softmax of a batch.
+
+        Raises
+        ------
+        TileTooLarge
+            If memory runs out.
+        InputError
+            If the network cannot take tiles of this size.
+        """
+        import tensorflow as tf
+
+        try:
+            softmax = np.asarray(self._signature(**{self._input_name: tf.constant(batch)})[self._output_name])
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            raise TileTooLarge from error
+        except tf.errors.OpError as error:
+            reason = error.message.splitlines()[0]
+            raise InputError(
+                f"the network in {self._folder} fails on tiles of shape {batch.shape}: {reason}"
+            ) from error
+        if softmax.shape[:3] != batch.shape[:3]:
+            raise InputError(
+                f"expected a network in {self._folder} that keeps height and width, found {softmax.shape} for "
+                f"{batch.shape}; train one with train_unet.py"
+            )
+        return softmax
 
 
 # ---------------------------------------------------------------------------------------------- the size of tiles

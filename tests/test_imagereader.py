@@ -158,23 +158,29 @@ def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeyp
 def test_each_part_of_a_file_is_decoded_once_and_let_go_after_its_last_window(tmp_path, kind, monkeypatch):
     image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
     write_stored(tmp_path / "a.tif", image, kind)
-    decoded, decode = {}, imagereader._SegmentedTiff._decode
+    decoded, held = set(), []
+    decode, from_row = imagereader._SegmentedTiff._decode, imagereader.DecodedSegment.from_row
 
-    def watched(self, number, index):
-        segment = decode(self, number, index)
-        copy = segment._replace(pixels=segment.pixels.copy())
+    def watch(segment):
+        segment = segment._replace(pixels=segment.pixels.copy())
+        held.append(weakref.ref(segment.pixels))
+        return segment
+
+    def watched_decode(self, number, index):
         assert (number, index) not in decoded
-        decoded[number, index] = (copy.row, copy.row + copy.pixels.shape[0], weakref.ref(copy.pixels))
-        return copy
+        decoded.add((number, index))
+        return watch(decode(self, number, index))
 
-    monkeypatch.setattr(imagereader._SegmentedTiff, "_decode", watched)
+    monkeypatch.setattr(imagereader._SegmentedTiff, "_decode", watched_decode)
+    monkeypatch.setattr(imagereader.DecodedSegment, "from_row", lambda self, row: watch(from_row(self, row)))
     with ImageFile(tmp_path / "a.tif") as file:
-        plan = windows_of(image.shape, (60, 50), 20)
+        plan, (segment_rows, segment_columns) = windows_of(image.shape, (60, 50), 20), file.segment_shape
         for (rows, columns), _ in zip(plan, file.windows(plan)):
             if columns.stop == 130:
-                for first, stop, pixels in decoded.values():
-                    held_for_the_next_row = rows.stop < 150 and stop > rows.stop - 20
-                    assert (pixels() is not None) == held_for_the_next_row, (rows, first, stop)
+                width = -(-130 // segment_columns) * segment_columns
+                below = -(-rows.stop // segment_rows) * segment_rows - (rows.stop - 20)
+                bytes_held = sum(array().nbytes for array in held if array() is not None)
+                assert bytes_held <= below * width * 3 * 2 and (bytes_held == 0) == (rows.stop == 150)
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
         assert len(decoded) == sum(len(page.dataoffsets) for page in tif.pages)
 

@@ -415,17 +415,50 @@ def test_a_bad_tile_size_is_refused(gray_model, tmp_path, size, word):
     assert done.returncode == 2 and word in done.stdout and "Traceback" not in done.stdout
 
 
-def test_missing_and_foreign_models_are_refused(tmp_path):
-    images = write_images(tmp_path / "images")
+def save_function(folder, function, *shapes, dtype="float32"):
+    """Save a function of tensors as a SavedModel."""
     module = tf.Module()
-    module.double = tf.function(lambda value: 2 * value, input_signature=[tf.TensorSpec([3], tf.float32)])
-    tf.saved_model.save(module, tmp_path / "foreign", signatures={"serving_default": module.double})
+    module.function = tf.function(function, input_signature=[tf.TensorSpec(shape, dtype) for shape in shapes])
+    tf.saved_model.save(module, folder, signatures={"serving_default": module.function})
+
+
+ANY = [None, None, None]
+
+
+def only_multiples_of_128(image):
+    tf.debugging.assert_equal(tf.shape(image)[1] % 128, 0)
+    return tf.concat([image, image], -1)
+
+
+def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_found(tmp_path):
+    images = write_images(tmp_path / "images", 1)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "saved_model.pb").write_bytes(b"x")
-    for folder in ("nowhere", "images", "foreign", "damaged"):
-        done = infer(tmp_path / folder, images, tmp_path / "masks")
-        assert done.returncode == 2 and folder in done.stdout and "SavedModel" in done.stdout, done.stdout
-        assert "Traceback" not in done.stdout
+    save_function(tmp_path / "vector", lambda value: 2 * value, [3])
+    save_function(tmp_path / "fixed size", lambda image: tf.concat([image, image], -1), [None, 256, 256, 1])
+    save_function(tmp_path / "any channels", lambda image: image, [*ANY, None])
+    save_function(tmp_path / "integers", lambda image: tf.concat([image, image], -1), [*ANY, 1], dtype="uint8")
+    save_function(tmp_path / "two inputs", lambda a, b: tf.concat([a, b], -1), [*ANY, 1], [*ANY, 1])
+    save_function(tmp_path / "smaller", lambda image: tf.concat([image, image], -1)[:, 1:], [*ANY, 1])
+    save_function(tmp_path / "fails", only_multiples_of_128, [*ANY, 1])
+    tf.saved_model.save(tf.Module(), tmp_path / "no signature")
+    for name, found in {
+        "nowhere": "no saved_model.pb",
+        "images": "no saved_model.pb",
+        "damaged": "no SavedModel that can be loaded",
+        "vector": r"found float32 \(3,\)",
+        "fixed size": r"found float32 \(None, 256, 256, 1\)",
+        "any channels": r"found float32 \(None, None, None, None\)",
+        "integers": "found uint8",
+        "two inputs": "found float32 .*, float32",
+        "smaller": r"keeps height and width, found \(1, 63, 64, 2\)",
+        "fails": r"fails on tiles of shape \(1, 64, 64, 1\)",
+        "no signature": "found none",
+    }.items():
+        done = infer(tmp_path / name, images, tmp_path / "masks")
+        lines = [line for line in done.stdout.splitlines() if name in line and re.search(found, line)]
+        assert done.returncode == 2 and lines and "Traceback" not in done.stdout, done.stdout
+        assert not list(tmp_path.glob("masks/*"))
 
 
 def test_a_model_without_our_metadata_works_with_the_papers_geometry(gray_model, tmp_path):
