@@ -12,6 +12,7 @@ tiled BigTIFFs of growing size. Without a model or an image, random ones are mad
 import contextlib
 import dataclasses
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -121,26 +122,21 @@ def compare(path, model, tile_size, runs):
     return lines
 
 
-def measure_memory(model_folder, edge, channels, folder):
+def measure_memory(model_folder, edge, channels):
     """Return peak memory and time of the script on a synthetic image."""
-    images = Path(folder) / f"{edge}"
-    images.mkdir()
-    write_synthetic(images / "a.tif", edge, channels)
-    command = [sys.executable, ROOT / "inference_unet.py", "--saved_model_filepath", model_folder]
-    command += ["--image_folder", images, "--output_folder", images / "masks"]
-    start = time.perf_counter()
-    with open(images / "log", "w+") as log:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
+        write_synthetic(Path(folder) / "a.tif", edge, channels)
+        command = [sys.executable, ROOT / "inference_unet.py", "--saved_model_filepath", model_folder]
+        command += ["--image_folder", folder, "--output_folder", f"{folder}/masks"]
+        start = time.perf_counter()
         process = subprocess.Popen(list(map(os.fspath, command)), stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
-        if status:
-            log.seek(0)
-            sys.exit(log.read())
         log.seek(0)
-        done = next(line for line in log if "1/1 a.tif" in line)
-    for path in images.glob("**/*.tif"):
-        path.unlink()
-    of_the_image = float(done.split(" s, ")[0].split()[-1])  # without starting TensorFlow
+        printed = log.read()
+    if status:
+        sys.exit(printed)
+    of_the_image = float(re.search(r"1/1 a\.tif: .*, ([\d.]+) s, ", printed)[1])  # without starting TensorFlow
     return {
         "edge": edge,
         "peak_mebibytes": usage.ru_maxrss / 1024,
@@ -191,7 +187,7 @@ def main():
         image = args.image or write_synthetic(folder / "random.tif", args.edge, model.channels)
         results = {
             "lines": compare(image, model, args.tile_size, args.runs),
-            "memory": [measure_memory(model_folder, edge, model.channels, folder) for edge in args.memory_edges],
+            "memory": [measure_memory(model_folder, edge, model.channels) for edge in args.memory_edges],
         }
     if not args.json:
         report(results)
