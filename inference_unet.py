@@ -378,14 +378,20 @@ class TileSizer:
         self.pixels = max(pixels, (longest or self._least) ** 2)
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the tiles for an image: those that make least work, as halos are done twice."""
+        """Return height and width of the tiles for an image: those that make least work, as halos are done twice.
+
+        Among equals the largest: fewer and larger pieces.
+        """
         candidates = set()
         for most in range(self._grid, height + 1, self._grid):
             rows = self._edge(height, most)
             columns = self._edge(width, self.pixels // rows) if rows else None
             if rows and columns:
                 candidates.add((rows, columns))
-        return min(candidates, key=lambda tile: self._work(height, tile[0]) * self._work(width, tile[1]))
+        return min(
+            candidates,
+            key=lambda tile: (self._work(height, tile[0]) * self._work(width, tile[1]), -tile[0] * tile[1]),
+        )
 
     def _edge(self, length: int, most: int) -> Optional[int]:
         """Return the edge of tiles along an axis: as few tiles as may be, and these as small as may be."""

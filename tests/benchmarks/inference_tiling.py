@@ -90,16 +90,15 @@ def timed_softmax(path, model, sizer):
 
 def compare(path, model, tile_size, runs):
     """Return a line of the table for each halo at one tile size, and one for the automatic tiles."""
-    area = 2**62
-    single_pass = inference_unet.TileSizer(model, area)
+    single_pass = inference_unet.TileSizer(model, 2**62)
     timed_softmax(path, model, single_pass)  # the first pass of a process is slower
     lines = []
     for halo in [*HALOS, None]:
         if halo is None:
-            candidate, sizer = model, inference_unet.TileSizer(model, inference_unet.affordable_pixels(model))
+            candidate, longest = model, None
         else:
-            candidate = dataclasses.replace(model, radius=halo)
-            sizer = inference_unet.TileSizer(candidate, tile_size**2, tile_size)
+            candidate, longest = dataclasses.replace(model, radius=halo), tile_size
+        sizer = inference_unet.TileSizer(candidate, inference_unet.affordable_pixels(model), longest)
         turns = []
         for _ in range(runs):
             whole_seconds, whole, _ = timed_softmax(path, model, single_pass)
