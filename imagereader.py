@@ -19,7 +19,7 @@ import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, shared_memory
+from multiprocessing import connection, resource_tracker, shared_memory
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -45,6 +45,7 @@ STARVED_BELOW, CAUGHT_UP_ABOVE = 0.1, 0.5  # fractions of the queue
 POLL_SECONDS = 0.5  # how often every wait looks whether it is time to stop
 STOP_SECONDS = 5.0  # what a worker gets to finish the image in hand before it is killed
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # for the main process to answer
 READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 # ---------------------------------------------------------------------------------------------- image files
@@ -685,12 +686,26 @@ class Stream:
     A shuffled stream goes through one permutation of the records after another. A balanced one draws a class, then
     one of its records. An unshuffled one passes over the records in order, each pass padded with empty samples
     (index -1) to `pass_length`.
+
+    Where several processes train together, each step takes `replicas` batches for each of them in turn; a resumed run
+    begins at `first_sample`.
     """
 
     seed: int
     shuffle: bool
     balance_classes: bool
     pass_length: int
+    batch_size: int
+    replicas: int = 1
+    process: int = 0
+    processes: int = 1
+    first_sample: int = 0
+
+    def samples(self, batch: int) -> range:
+        """Return the samples of one of this process's batches."""
+        step, replica = divmod(batch, self.replicas)
+        first = ((step * self.processes + self.process) * self.replicas + replica) * self.batch_size
+        return range(self.first_sample + first, self.first_sample + first + self.batch_size)
 
     def generator(self, sample: int) -> np.random.Generator:
         """Return the random numbers of one sample."""
@@ -759,7 +774,7 @@ class WorkerTask:
 def run_worker(task: WorkerTask) -> None:
     """Fill slots until told to stop; the main function of a worker process."""
     # The main process decides what a signal means; a Ctrl-C reaches the whole group, a scancel every process.
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     record: Optional[int] = None
@@ -770,10 +785,10 @@ def run_worker(task: WorkerTask) -> None:
             turn = 0
             while _wait_for_slot(task, memory, turn):
                 batch = task.layout.batch(memory.buf, task.layout.slot_offset(task.worker, turn))
-                first = (turn * task.layout.num_workers + task.worker) * task.layout.batch_size
-                for index in range(task.layout.batch_size):
-                    rng = task.stream.generator(first + index)
-                    record = source.pick(first + index, rng)
+                samples = task.stream.samples(turn * task.layout.num_workers + task.worker)
+                for index, sample in enumerate(samples):
+                    rng = task.stream.generator(sample)
+                    record = source.pick(sample, rng)
                     source.place(record, rng, batch, index)
                 turn += 1
                 task.layout.counters(memory.buf)[1 + task.worker] = turn
@@ -833,8 +848,13 @@ class ImageReader:
         The stream is a function of this and of the database.
     name : str
         Says in messages which reader speaks.
-    pass_batches_multiple : int
-        An unshuffled pass is padded to a multiple of so many batches (the replicas that share a step).
+    replicas : int
+        Replicas of this process, each of which takes a batch in a step.
+    process, processes : int
+        Which of how many processes this is that train together; their streams share no sample. An unshuffled pass is
+        padded so that it ends with a step of all replicas.
+    first_sample : int
+        Where in the stream to begin: how many images all replicas have taken before.
 
     Raises
     ------
@@ -853,7 +873,10 @@ class ImageReader:
         batch_size: int = 4,
         seed: int = 0,
         name: str = "reader",
-        pass_batches_multiple: int = 1,
+        replicas: int = 1,
+        process: int = 0,
+        processes: int = 1,
+        first_sample: int = 0,
     ) -> None:
         if num_workers < 1 or batch_size < 1:
             raise InputError(f"expected at least 1 reader and 1 image per batch, got {num_workers} and {batch_size}")
@@ -875,9 +898,11 @@ class ImageReader:
         with Database(img_db) as database:
             self.metadata = database.metadata
         check_classes(self.metadata, number_classes, self._database)
-        multiple = 1 if shuffle else batch_size * pass_batches_multiple
+        multiple = 1 if shuffle else batch_size * replicas * processes
         pass_length = -(-self.metadata.count // multiple) * multiple
-        self._stream = Stream(seed, shuffle, balance_classes, pass_length)
+        self._stream = Stream(
+            seed, shuffle, balance_classes, pass_length, batch_size, replicas, process, processes, first_sample
+        )
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
         self._recycler = MemoryRecycler(self._layout.slot_bytes)
         self._forget_workers()
@@ -910,7 +935,6 @@ class ImageReader:
             return
         self._forget_workers()  # and the failure of those before
         self._stopping.clear()
-        self._memory = allocate_shared_memory(self._layout)
         # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
         atexit.register(self.shutdown)
         logging.info(
@@ -918,7 +942,8 @@ class ImageReader:
             self._name, self._layout.num_workers, "es" * (self._layout.num_workers > 1), self._layout.total_slots,
             self._layout.total_bytes / 2**20,
         )  # fmt: skip
-        with _environment({name: "1" for name in READER_THREAD_VARIABLES}):
+        with _signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
+            self._memory = allocate_shared_memory(self._layout)
             for worker in range(self._layout.num_workers):
                 self._start_worker(worker, self._memory.name)
         self._watcher = threading.Thread(target=self._watch, name=f"{self._name} watcher", daemon=True)
@@ -1023,9 +1048,21 @@ class ImageReader:
         """Return the shape (H, W, C) of an image."""
         return self.metadata.image_shape
 
-    def get_pass_batches(self) -> int:
-        """Return the number of batches in an unshuffled pass over the database, padding included."""
-        return -(-self._stream.pass_length // self._layout.batch_size)
+    def get_pass_steps(self) -> int:
+        """Return the number of steps in which all replicas pass over an unshuffled database once, padding included."""
+        stream = self._stream
+        return -(-stream.pass_length // (stream.batch_size * stream.replicas * stream.processes))
+
+    def describe_step(self, step: int) -> list[str]:
+        """Return in words the records that this process's replicas take in a step, counted from the reader's start."""
+        described = []
+        with Database(self._database) as database:
+            source = SampleSource(database, self._stream, None)
+            for batch in range(step * self._stream.replicas, (step + 1) * self._stream.replicas):
+                for sample in self._stream.samples(batch):
+                    record = source.pick(sample, self._stream.generator(sample))
+                    described.append(self.metadata.describe_record(record))
+        return described
 
     def get_queue_size(self) -> int:
         """Return the number of finished batches that wait to be taken."""
@@ -1099,7 +1136,9 @@ class ImageReader:
             tf.TensorSpec(shape[:1], tf.float32),
         )
         dataset = tf.data.Dataset.from_generator(lambda: map(tuple, self.generator()), output_signature=signature)
-        return dataset.prefetch(2)
+        # Without this, processes that train together would ask each other before every batch whether all have one.
+        endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+        return dataset.apply(endless).prefetch(2)
 
 
 def make_layout(
@@ -1160,3 +1199,19 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back signals while child processes are started, which inherit that for good.
+
+    Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
+    the process that multiprocessing tidies up with would be ended by SIGUSR1.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # lets some of the signals through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

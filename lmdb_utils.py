@@ -574,13 +574,17 @@ class Progress:
         Units of `rate_unit` for each unit of work, for rates such as images/s where work is counted in steps.
     rate_unit : str, optional
         Name of what the rate counts; `unit` by default.
+    first : int
+        Units that were done before, by an earlier run.
     """
 
     TERMINAL_SECONDS = 0.5
     FILE_SECONDS = 30.0
 
-    def __init__(self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "") -> None:
-        self._label, self._total, self._unit = label, total, unit
+    def __init__(
+        self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "", first: int = 0
+    ) -> None:
+        self._label, self._total, self._unit, self._first = label, total, unit, first
         self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
         self._terminal = sys.stdout.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
@@ -592,8 +596,8 @@ class Progress:
         if now - self._shown < self._interval:
             return
         self._shown = now
-        rate = done / max(now - self._start, 1e-9)
-        left = format_seconds((self._total - done) / max(rate, 1e-9)) if done else "unknown"
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        left = format_seconds((self._total - done) / max(rate, 1e-9)) if rate else "unknown"
         line = (
             f"{self._label} {done}/{self._total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
             f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"

@@ -298,13 +298,12 @@ def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databa
 
 @pytest.mark.parametrize("batch_size, workers, replicas", [(2, 1, 1), (4, 3, 1), (2, 2, 2), (7, 1, 1)])
 def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas):
-    options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "pass_batches_multiple": replicas}
+    options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "replicas": replicas}
     with ImageReader(databases[1], **options) as reader, Database(databases[1]) as database:
         count = reader.get_image_count()
         assert count == 5  # neither of 2, 4, 7
-        assert reader.get_pass_batches() % replicas == 0
         for _ in range(3):
-            batches = take(reader, reader.get_pass_batches())
+            batches = take(reader, reader.get_pass_steps() * replicas)
             seen = np.concatenate([batch.images[batch.weights > 0] for batch in batches])
             expected = np.stack([z_score(database.read(index)[0]) for index in range(count)])
             np.testing.assert_array_equal(seen, expected)

@@ -3,17 +3,22 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import skimage.io
 from conftest import ROOT, build, run_script
 
 import train_unet
+from lmdb_utils import InputError
 
 SEED_OPTIONS = """--batch_size BATCH_SIZE --number_classes NUMBER_CLASSES --learning_rate LEARNING_RATE
     --test_every_n_steps TEST_EVERY_N_STEPS --balance_classes BALANCE_CLASSES --use_augmentation USE_AUGMENTATION
@@ -99,14 +104,14 @@ def test_everything_promised_is_written(run):
     folder, output = run
     assert {path.name for path in folder.iterdir()} == {
         "saved_model", "checkpoint", "tensorboard-train", "tensorboard-test", "test_loss.csv", "metrics.csv",
-        "settings.json", "train.log",
+        "confusion.csv", "curves.png", "predictions.png", "settings.json", "train.log",
     }  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["batch_size"] == 2 and settings["train_data"]["count"] == 16 and settings["seed"] == 0
     assert [row["test_loss"] for row in read_csv(folder / "test_loss.csv")] == [
         row["test_loss"] for row in read_csv(folder / "metrics.csv")
     ]
-    assert len(list((folder / "checkpoint").glob("ckpt-*.index"))) == train_unet.CHECKPOINTS_KEPT
+    assert [path.name for path in sorted((folder / "checkpoint").iterdir())] == ["000003", "000004"]
     assert "training on the CPU" in output and "epoch 4 step 60: train loss" in output
     assert "epoch 4 step 60" in (folder / "train.log").read_text()
     metadata = json.loads((folder / "saved_model" / "unet_metadata.json").read_text())
@@ -134,11 +139,192 @@ def test_tensorboard_gets_a_point_for_each_test_epoch(run):
         assert tags[tag] == [15, 30, 45, 60], tag
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(run, databases):
+def test_the_confusion_of_each_epoch_counts_every_test_pixel_and_agrees_with_the_scores(run):
+    rows = read_csv(run[0] / "confusion.csv")
+    assert [(row["epoch"], row["true_class"]) for row in rows] == [
+        (f"{e}", f"{c}") for e in range(1, 5) for c in (0, 1)
+    ]
+    for epoch, metrics in enumerate(read_csv(run[0] / "metrics.csv")):
+        counts = np.array([[int(row[f"predicted_{c}"]) for c in (0, 1)] for row in rows[2 * epoch : 2 * epoch + 2]])
+        assert counts.sum() == 5 * 64 * 64
+        assert float(metrics["accuracy"]) == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-6)
+        iou = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
+        assert [float(metrics[name]) for name in ("iou_0", "iou_1", "mean_iou")] == pytest.approx(
+            [*iou, iou.mean()], abs=1e-6
+        )
+
+
+def test_pictures_show_curves_and_predictions(run):
+    for name, least in (("curves.png", (300, 800)), ("predictions.png", (900, 700))):
+        picture = skimage.io.imread(run[0] / name)
+        assert picture.shape[0] >= least[0] and picture.shape[1] >= least[1] and picture[..., :3].std() > 20
+    for name in ("look at predictions.png", "the model is in", "class 1: IoU 0.", "class 0: IoU 0."):
+        assert name in run[1]
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(run, databases):
     before = (run[0] / "metrics.csv").read_bytes()
-    done = run_script("train_unet.py", *arguments(databases, run[0]))
-    assert done.returncode == 2 and "holds a finished or interrupted run" in done.stdout
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
+    done = run_script("train_unet.py", *arguments(databases, run[0], *more))
+    assert done.returncode == 0 and "going on at step 60, after 4 test epochs" in done.stdout, done.stdout
+    assert "done: last epoch reached" in done.stdout
     assert (run[0] / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--seed", 7), "begun with seed 0, now it is 7"),
+        (("--baseline_feature_depth", 2), "begun with baseline_feature_depth 4, now it is 2"),
+        (("--number_classes", 3), "begun with number_classes 2, now it is 3"),
+        (("--resume", "never"), "expected an empty --output_dir"),
+    ],
+)
+def test_a_run_that_contradicts_its_checkpoint_is_refused_with_both_values(run, databases, more, words):
+    before = (run[0] / "metrics.csv").read_bytes()
+    done = run_script("train_unet.py", *arguments(databases, run[0], *more))
+    assert done.returncode == 2 and words in done.stdout.strip().splitlines()[-1] and "Traceback" not in done.stdout
+    assert (run[0] / "metrics.csv").read_bytes() == before
+
+
+def test_another_database_is_refused_and_a_copy_of_the_same_is_not(run, databases, tmp_path):
+    other, _ = build(tmp_path, "--seed", 3, count=21)
+    done = run_script("train_unet.py", *arguments((other, databases[1]), run[0]))
+    assert done.returncode == 2 and "begun with train_database 16 images, fingerprint" in done.stdout
+    copied = shutil.copy(databases[0], tmp_path / "copy.lmdb")
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4]
+    done = run_script("train_unet.py", *arguments((copied, databases[1]), run[0], *more))
+    assert done.returncode == 0, done.stdout
+
+
+SHORT = ["--test_every_n_steps", 10, "--max_epochs", 3, "--learning_rate", 3e-3, "--deterministic", 1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(databases, tmp_path_factory):
+    """Return the output folder of a run of 30 steps that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run_script("train_unet.py", *arguments(databases, folder, *SHORT))
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def last_weights(folder):
+    """Return all variables of the newest checkpoint of a run."""
+    import tensorflow as tf
+
+    newest = max((folder / "checkpoint").iterdir()) / "weights"
+    variables = tf.train.load_checkpoint(str(newest))
+    names = [name for name in variables.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
+    return {name: variables.get_tensor(name) for name in names if "save_counter" not in name}
+
+
+def assert_same_end(folder, expected):
+    for name in ("metrics.csv", "confusion.csv", "test_loss.csv"):
+        assert (folder / name).read_text() == (expected / name).read_text()
+    weights, others = last_weights(folder), last_weights(expected)
+    assert weights.keys() == others.keys() and len(weights) > 50
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, others[name], err_msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(databases, undisturbed, tmp_path, number):
+    rng, folder, codes = np.random.default_rng(), tmp_path / "out", []
+    more = [*SHORT, "--checkpoint_minutes", 0.001]
+    for attempt, stop in enumerate((True, True, False)):
+        process = start(databases, folder, tmp_path / f"log{attempt}", *more)
+        if stop:
+            time.sleep(rng.uniform(0, 5))
+            process.send_signal(number)
+        codes.append(process.wait(120))
+    output = "".join((tmp_path / f"log{attempt}").read_text() for attempt in range(3))
+    assert codes[-1] == 0 and set(codes) <= {0, train_unet.EXIT_STOPPED if number == signal.SIGTERM else -9}, output
+    assert "Traceback" not in output, output
+    assert_same_end(folder, undisturbed)
+
+
+def start(databases, folder, log, *more, **options):
+    """Start a run in the background; return its process when the network is built."""
+    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **options)
+    wait_for(lambda: "network of" in log.read_text() or process.poll() is not None)
+    return process
+
+
+def test_a_second_signal_ends_at_once(databases, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    process = start(databases, tmp_path / "out", tmp_path / "log")
+    for _ in range(3):  # two at one moment may be delivered as one
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.wait(60) in (128 + signal.SIGINT, train_unet.EXIT_STOPPED)
+    wait_for(lambda: not set(os.listdir("/dev/shm")) - before, 10)  # the readers notice a little later
+
+
+def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("a mount namespace needs root")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    more = ["--test_every_n_steps", 10, "--learning_rate", 3e-3]
+    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
+    first, second = (shlex.join(map(str, [*command, "--max_epochs", epochs])) for epochs in (1, 3))
+    place = shlex.quote(str(folder))
+    # One checkpoint takes about 1.5 MB, the exported model about 1 MB; what is left is filled up.
+    script = (
+        f"mount -t tmpfs -o size=20m tmpfs {place} && {first} && "
+        f"head -c $(( $(df --output=avail -B1 {place} | tail -1) - 1200000 )) /dev/zero > {place}/filler; "
+        f"{second}; echo code $?; rm {place}/filler; {second}; echo code $?; ls -A {place}/checkpoint"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert "Traceback" not in done.stdout and re.findall(r"^code (\d+)", done.stdout, re.M) == ["1", "0"], done.stdout
+    assert re.search(r"ERROR cannot write .* checkpoints before are kept", done.stdout), done.stdout
+    assert done.stdout.count("going on at step 10, after 1 test epochs") == 2
+    assert done.stdout.split()[-2:] == ["000002", "000003"]
+
+
+def test_auto_class_weights_let_all_classes_weigh_the_same(databases):
+    args = train_unet.build_parser().parse_args(
+        [*map(str, arguments(databases, "x", "--class_weights", "auto", "--number_classes", 4))]
+    )
+    train = SimpleNamespace(classes=np.array([0, 1, 3]), pixel_counts=np.array([900, 90, 10]))
+    weights = train_unet.weights_of_classes(args, train)
+    assert [count * weights[class_id] for class_id, count in ((0, 900), (1, 90), (3, 10))] == pytest.approx(
+        [1000 / 3] * 3
+    )
+    args.class_weights = [1, 2]
+    with pytest.raises(InputError, match="expected 4 --class_weights, one for each class, got 2"):
+        train_unet.weights_of_classes(args, train)
+
+
+def test_mixed_precision_learns_as_float32_does_and_exports_a_float32_model(run, databases, tmp_path):
+    import tensorflow as tf
+
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
+    extra = ["--mixed_precision", 1, "--label_smoothing", 0, "--class_weights", "1,1"]
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *more, *extra))
+    assert done.returncode == 0, done.stdout
+    mixed, single = (read_csv(folder / "metrics.csv")[-1] for folder in (tmp_path / "out", run[0]))
+    assert float(mixed["train_loss"]) == pytest.approx(float(single["train_loss"]), rel=0.1)
+    model = tf.saved_model.load(str(tmp_path / "out" / "saved_model"))
+    assert {weights.dtype for weights in model.weights} == {tf.float32}
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *more))
+    assert done.returncode == 2 and "begun with mixed_precision 1, now it is 0" in done.stdout
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, databases, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "out")
+    with open(next((folder / "checkpoint" / "000004").glob("weights.data*")), "r+b") as file:
+        file.truncate(1000)
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
+    done = run_script("train_unet.py", *arguments(databases, folder, *more))
+    assert done.returncode == 0, done.stdout
+    assert "000004 cannot be read" in done.stdout and "going on at step 45, after 3 test epochs" in done.stdout
+    assert [row["epoch"] for row in read_csv(folder / "metrics.csv")] == ["1", "2", "3", "4"]
 
 
 def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
@@ -179,7 +365,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, t
         "train_unet.py", *arguments(databases, tmp_path / "out", "--learning_rate", 1e39, "--max_epochs", 1)
     )
     assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
-    assert re.search(r"ERROR the loss became (nan|inf) at step \d+ \(learning rate 1e\+38\)", done.stdout)
+    message = re.search(r"ERROR the loss became (?:nan|inf) at step (\d+) \(learning rate 1e\+38\).*", done.stdout)
+    from imagereader import ImageReader
+
+    [records] = re.findall(r"The batch was (record .*)", message[0])
+    reader = ImageReader(databases[0], use_augmentation=True, batch_size=2)
+    assert records == ", ".join(reader.describe_step(int(message[1]) - 1)) and records.count("cell") == 2
 
 
 @pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])
@@ -217,7 +408,7 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         assert process.returncode == 1
         assert re.search(r"ERROR train reader worker 0 \(process \d+\).*killed by SIGKILL, exit code -9", output)
     elif event == "interrupted":
-        assert process.returncode == 130 and "interrupted" in output
+        assert process.returncode == 85 and "stopped by SIGINT at step" in output
 
 
 def wait_for(condition, seconds=120):
@@ -239,8 +430,8 @@ def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
     args = train_unet.build_parser().parse_args(
         ["--train_database=a", "--test_database=b", "--output_dir=c", "--learning_rate=1", "--test_every_n_steps=5000"]
     )
-    rates = [train_unet.learning_rate_at(step, args) for step in (0, 999, 1000, 5000)]
-    assert rates == pytest.approx([0.1, 0.1, 1, 1])
+    states = [train_unet.RunState(train_unet.EarlyStopping(1), step) for step in (0, 999, 1000, 5000)]
+    assert [train_unet.learning_rate_at(state, args) for state in states] == pytest.approx([0.1, 0.1, 1, 1])
 
 
 @pytest.mark.parametrize("queue, wait, advised", [(0, 0.05, True), (4, 0.05, False), (0, 0, False)])

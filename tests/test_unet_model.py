@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT
+from scipy import special
 
 import build_lmdb
 import unet_model
@@ -18,7 +21,7 @@ def test_the_network_is_the_papers():
     depths = [layer.filters for layer in convolutions if type(layer) is tf.keras.layers.Conv2D]
     assert depths == [64, 64, 128, 128, 256, 256, 512, 512, 1024, 1024, 512, 512, 256, 256, 128, 128, 64, 64, 2]
     assert sum(isinstance(layer, tf.keras.layers.MaxPooling2D) for layer in model.layers) == 4
-    assert [layer.rate for layer in model.layers if isinstance(layer, tf.keras.layers.Dropout)] == [0.5, 0.5]
+    assert [layer.rate for layer in model.layers if isinstance(layer, unet_model.StatelessDropout)] == [0.5, 0.5]
     assert model.count_params() == pytest.approx(31.0e6, rel=0.01)
 
 
@@ -59,6 +62,32 @@ def test_confusion_matrix_counts_pixels_and_leaves_padding_out():
     np.testing.assert_array_equal(confusion_matrix(masks, tf.constant(logits), tf.constant(weights), 3), expected)
 
 
+def test_the_loss_with_smoothed_labels_and_weighted_classes_is_that_of_scipy():
+    rng = np.random.default_rng(0)
+    masks, logits = rng.integers(0, 3, (2, 5, 6)).astype(np.uint8), rng.normal(0, 3, (2, 5, 6, 3)).astype(np.float32)
+    target = np.eye(3)[masks] * 0.8 + 0.2 / 3
+    expected = -(target * special.log_softmax(logits.astype(np.float64), axis=-1)).sum(-1)
+    weights = [0.5, 1, 4]
+    loss = unet_model.per_pixel_loss(masks, tf.constant(logits), 0.2, weights)
+    np.testing.assert_allclose(loss, expected * np.array(weights)[masks], rtol=1e-5)
+    plain = -np.take_along_axis(special.log_softmax(logits.astype(np.float64), axis=-1), masks[..., None], -1)[..., 0]
+    np.testing.assert_allclose(unet_model.per_pixel_loss(masks, tf.constant(logits)), plain, rtol=1e-5)
+
+
+def test_dropout_is_a_function_of_its_key_keeps_the_mean_and_rests_outside_of_training():
+    keys = iter([[0, 1], [0, 1], [0, 2], [1, 1]])
+    layer = unet_model.StatelessDropout(0.5, 3, lambda: tf.constant(next(keys), tf.int64))
+    ones = tf.ones((1, 100, 100, 4))
+    np.testing.assert_array_equal(layer(ones), ones)
+    first, again, next_step, other_seed = (layer(ones, training=True).numpy() for _ in range(4))
+    np.testing.assert_array_equal(first, again)
+    for other in (next_step, other_seed):
+        assert 0.45 < (first == other).mean() < 0.55
+    assert set(np.unique(first)) == {0, 2} and 0.95 < first.mean() < 1.05
+    elsewhere = unet_model.StatelessDropout(0.5, 4, lambda: tf.constant([0, 1], tf.int64))(ones, training=True)
+    assert 0.45 < (first == elsewhere.numpy()).mean() < 0.55
+
+
 def test_scores_of_a_confusion_matrix_written_out():
     scores = score_confusion(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]))
     assert scores["accuracy"] == pytest.approx(9 / 12)
@@ -88,61 +117,85 @@ def test_a_saved_model_loads_with_tensorflow_alone_and_gives_the_models_softmax(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("saved_model")] == ["saved_model"]
 
 
-REPLICAS = """
-import sys
+STEPS = """
+import os, sys
 sys.path.insert(0, {root!r})
 import numpy as np, tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+from train_unet import Cluster, make_strategy
+
+result, replicas = sys.argv[1], int(sys.argv[2])
+cluster = Cluster.find(os.environ)
+if replicas > 1:
+    cpu, logical = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpu, [logical] * replicas)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{{index}}" for index in range(replicas)])
+else:
+    strategy = make_strategy(cluster)
 from unet_model import UNetTrainer, build_unet, export_saved_model
 
 rng = np.random.default_rng(0)
-images = rng.standard_normal((3, 4, 32, 32, 1), np.float32)
-masks = rng.integers(0, 2, (3, 4, 32, 32)).astype(np.uint8)
+share = slice(4 // cluster.processes * cluster.process, 4 // cluster.processes * (cluster.process + 1))
+images = rng.standard_normal((5, 4, 32, 32, 1), np.float32)[:, share]
+masks = rng.integers(0, 2, (5, 4, 32, 32)).astype(np.uint8)[:, share]
 
 
 class Reader:
-    def __init__(self, batch_size):
-        self.batch_size = batch_size
-
     def get_tf_dataset(self):
-        arrays = (images, masks, np.ones((3, 4), np.float32))
-        return tf.data.Dataset.from_tensor_slices(arrays).unbatch().batch(self.batch_size)
+        arrays = images, masks, np.ones(masks.shape[:2], np.float32)
+        dataset = tf.data.Dataset.from_tensor_slices(arrays).unbatch()
+        return dataset.batch(masks.shape[1] // replicas, drop_remainder=True).repeat()
 
 
-results, losses = [], []
-for replicas in (1, 2):
-    tf.keras.utils.set_random_seed(1)
-    strategy = tf.distribute.MirroredStrategy([f"CPU:{{index}}" for index in range(replicas)])
-    trainer = UNetTrainer(strategy, lambda: build_unet(1, 2, 4, dropout_rate=0, batch_norm=False), 2, 1e-2)
-    first = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
-    batches = trainer.distribute(Reader(4 // replicas))
-    losses.append([float(trainer.train_step(next(batches))) for _ in range(3)])
-    last = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
-    results.append((first, last))
-    tests = trainer.distribute(Reader(4 // replicas))
-    loss, confusion = trainer.test_step(next(tests))
-    assert confusion.numpy().sum() == 4 * 32 * 32, confusion
-np.testing.assert_array_equal(results[0][0], results[1][0])
-assert np.abs(results[0][1] - results[0][0]).max() > 1e-2, "nothing was learnt"
-np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+tf.keras.utils.set_random_seed(1)
+trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_rate=0, batch_norm=False), 2, 1e-2)
+first = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
+batches = trainer.distribute(Reader())
+sums = [trainer.train_step(next(batches), (cluster.process == 1 and step == 3,)) for step in range(5)]
+confusion = trainer.test_step(next(trainer.distribute(Reader())))[1]
+last = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
+np.savez(result, first=first, last=last, sums=sums, pixels=confusion.sum())
 
-trainer = UNetTrainer(strategy, lambda: build_unet(1, 2, 4), 2, 1e-3)  # as it is used: dropout and batch normalisation
-batches = trainer.distribute(Reader(2))
-assert np.isfinite(float(trainer.train_step(next(batches))))
-export_saved_model(trainer.model, sys.argv[1], {{}})
-print("difference", np.abs(results[0][1] - results[1][1]).max())
+if replicas == 2:  # as it is used: with dropout and batch normalisation
+    trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 2, 1e-3)
+    assert np.isfinite(trainer.train_step(next(trainer.distribute(Reader())))[0])
+    export_saved_model(trainer.model, result + ".saved_model", {{}})
 """
 
 
-def test_two_replicas_give_the_weights_of_one_with_the_same_global_batch(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", REPLICAS.format(root=str(ROOT)), str(tmp_path / "saved_model")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "difference" in done.stdout
+def free_ports(count):
+    """Return ports that nothing listens on at the moment."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_batch(tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    (tmp_path / "steps.py").write_text(STEPS.format(root=str(ROOT)))
+    tasks = [
+        {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})}
+        for index in range(2)
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "steps.py", tmp_path / f"{number}.npz", str(replicas)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", **task},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number, (replicas, task) in enumerate([(1, {}), (2, {}), (4, {}), *((1, task) for task in tasks)])
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 5, "\n".join(outputs)
+    one, *others = (np.load(tmp_path / f"{number}.npz") for number in range(5))
+    assert np.abs(one["last"] - one["first"]).max() > 1e-2, "nothing was learnt"
+    for other in others:
+        np.testing.assert_array_equal(one["first"], other["first"])
+        np.testing.assert_allclose(one["sums"][:, 0], other["sums"][:, 0], rtol=1e-5)
+        assert np.linalg.norm(one["last"] - other["last"]) < 1e-5 * np.linalg.norm(one["last"])
+        assert other["pixels"] == one["pixels"] == 4 * 32 * 32
+    for worker in others[2:]:
+        assert list(worker["sums"][:, 1]) == [0, 0, 0, 1, 0], "what one asks for reaches both at the same step"

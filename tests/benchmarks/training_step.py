@@ -43,7 +43,7 @@ def time_steps(trainer, next_batch, steps):
     """Return seconds per step."""
     start = time.perf_counter()
     for _ in range(steps):
-        float(trainer.train_step(next_batch()))
+        trainer.train_step(next_batch())
     return (time.perf_counter() - start) / steps
 
 
@@ -56,11 +56,14 @@ def measure(args, database):
     logging.getLogger().addHandler(starvation)
     with ImageReader(database, True, num_workers=args.readers, batch_size=args.batch_size) as reader:
         os.sched_setaffinity(0, network_cores)  # before TensorFlow counts them and starts its threads
-        from train_unet import make_strategy, open_batches
+        from train_unet import Cluster, make_strategy, open_batches
         from unet_model import UNetTrainer, build_unet
 
         channels = reader.get_image_size()[2]
-        trainer = UNetTrainer(make_strategy(), lambda: build_unet(channels, 2, args.baseline_feature_depth), 2, 1e-4)
+        depth = args.baseline_feature_depth
+        trainer = UNetTrainer(
+            make_strategy(Cluster()), lambda key: build_unet(channels, 2, depth, dropout_key=key), 2, 1e-4
+        )
         with open_batches(trainer, reader) as batches:
             constant = next(batches)
             time_steps(trainer, lambda: next(batches), 10)
