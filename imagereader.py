@@ -1136,9 +1136,9 @@ class ImageReader:
             tf.TensorSpec(shape[:1], tf.float32),
         )
         dataset = tf.data.Dataset.from_generator(lambda: map(tuple, self.generator()), output_signature=signature)
-        # Without this, processes that train together would ask each other before every batch whether all have one.
-        endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-        return dataset.apply(endless).prefetch(2)
+        # Repeated, because TensorFlow then knows that it is endless. Otherwise processes that train together would ask
+        # each other before every batch whether all have one.
+        return dataset.repeat().prefetch(2)
 
 
 def make_layout(
