@@ -190,17 +190,18 @@ def run(args: argparse.Namespace) -> int:
     log_settings(args)
     strategy = make_strategy(cluster, bool(args.deterministic))
     stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
+    code = EXIT_FAILURE
     try:
         with Training(args, cluster, strategy, stop, (train_metadata, test_metadata), weights) as training:
-            return training.run()
+            code = training.run()
     except TrainingError as error:
         logging.error("%s", error)
     except ReaderError:  # logged in full when it happened
         logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
     if cluster.processes > 1:
         logging.shutdown()
-        os._exit(EXIT_FAILURE)  # a tidy exit of TensorFlow would wait for processes that may be gone
-    return EXIT_FAILURE
+        os._exit(code)  # a tidy exit of TensorFlow waits, for half a minute, for processes that are gone already
+    return code
 
 
 # ---------------------------------------------------------------------------------------------- preparation
