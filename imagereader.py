@@ -935,15 +935,15 @@ class ImageReader:
             return
         self._forget_workers()  # and the failure of those before
         self._stopping.clear()
-        # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
-        atexit.register(self.shutdown)
-        logging.info(
-            "%s: %d process%s, room for %d batches in %.0f MiB of shared memory",
-            self._name, self._layout.num_workers, "es" * (self._layout.num_workers > 1), self._layout.total_slots,
-            self._layout.total_bytes / 2**20,
-        )  # fmt: skip
         with _signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
             self._memory = allocate_shared_memory(self._layout)
+            # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
+            atexit.register(self.shutdown)
+            logging.info(
+                "%s: %d process%s, room for %d batches in %.0f MiB of shared memory",
+                self._name, self._layout.num_workers, "es" * (self._layout.num_workers > 1), self._layout.total_slots,
+                self._layout.total_bytes / 2**20,
+            )  # fmt: skip
             for worker in range(self._layout.num_workers):
                 self._start_worker(worker, self._memory.name)
         self._watcher = threading.Thread(target=self._watch, name=f"{self._name} watcher", daemon=True)

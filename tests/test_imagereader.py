@@ -296,6 +296,24 @@ def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databa
     assert not np.array_equal(images[0], images[1])
 
 
+def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it_was():
+    def steps(processes, replicas, batch_size, first_sample=0):
+        """Samples of each of three steps, of all processes and replicas in turn."""
+        streams = [
+            imagereader.Stream(0, True, False, 100, batch_size, replicas, process, processes, first_sample)
+            for process in range(processes)
+        ]
+        return [
+            [s for stream in streams for r in range(replicas) for s in stream.samples(step * replicas + r)]
+            for step in range(3)
+        ]
+
+    alone = steps(1, 1, 12)
+    assert alone == [list(range(0, 12)), list(range(12, 24)), list(range(24, 36))]
+    assert steps(2, 3, 2) == steps(3, 1, 4) == steps(1, 2, 6) == alone
+    assert steps(2, 3, 2, first_sample=12)[:2] == alone[1:]
+
+
 @pytest.mark.parametrize("batch_size, workers, replicas", [(2, 1, 1), (4, 3, 1), (2, 2, 2), (7, 1, 1)])
 def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas):
     options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "replicas": replicas}

@@ -287,12 +287,13 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(da
     assert done.stdout.split()[-2:] == ["000002", "000003"]
 
 
-def test_auto_class_weights_let_all_classes_weigh_the_same(databases):
+def test_auto_class_weights_let_all_classes_weigh_the_same_and_absent_ones_are_named(databases, caplog):
     args = train_unet.build_parser().parse_args(
         [*map(str, arguments(databases, "x", "--class_weights", "auto", "--number_classes", 4))]
     )
     train = SimpleNamespace(classes=np.array([0, 1, 3]), pixel_counts=np.array([900, 90, 10]))
     weights = train_unet.weights_of_classes(args, train)
+    assert "no training image holds class 2: it is left out" in caplog.text and weights[2] == 1
     assert [count * weights[class_id] for class_id, count in ((0, 900), (1, 90), (3, 10))] == pytest.approx(
         [1000 / 3] * 3
     )
