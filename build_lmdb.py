@@ -4,27 +4,42 @@ r"""Turn a folder of images and a folder of masks into a training and a test dat
         --dataset_name cells
 
 Owns pairing, checking, splitting, and cropping or tiling. Never imports TensorFlow: it runs on login nodes.
+
+All files are looked at first (their headers only), so that everything that is wrong is told at once; then several
+processes read them and encode records, which this one appends in order. What only the pixels tell, such as NaN, comes
+up then, and is gathered in the same way: a database appears when the whole of it is in order.
 """
 
 import argparse
+import collections
+import concurrent.futures
+import contextlib
+import functools
 import logging
+import multiprocessing
+import os
+import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 
 from lmdb_utils import (
     IMAGE_DTYPES,
     MASK_DTYPES,
+    Database,
     DatabaseWriter,
     InputError,
     Metadata,
     Progress,
+    Record,
     add_flag,
     configure_logging,
-    existing_folder,
     log_settings,
     new_databases,
     positive_int,
@@ -36,15 +51,54 @@ from lmdb_utils import (
 SIZE_FACTOR = 16
 RADIUS = 96
 
-MASK_SUFFIXES = (".tif", ".tiff", ".png")
+MASK_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",)}
 SIDES = ("train", "test")
+WIDER = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}  # types that lose nothing so
+
+PART_BYTES = 32 * 2**20  # of records that a process makes in one go, where a file can be read in parts
+INDIVISIBLE_FACTOR = 16  # times as many, where each part means to decode the whole file
+AHEAD_TASKS = 3  # for each process
+AHEAD_BYTES = 256 * 2**20  # of records that may wait for being appended
+SHOWN_PROBLEMS = 3  # of each kind
+MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
+PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Kinds of problems.
+NO_MASK, NO_IMAGE, SEVERAL = "images without a mask", "masks without an image", "names that several files have"
+UNREADABLE, OTHER_SIZE = "files that cannot be read", "masks of another size than their images"
+BAD_IMAGE, BAD_MASK = "images that cannot be stored", "masks that hold no class ids"
+MIXED_TYPES, MIXED_SIZES = "images of another type than most", "images of another size than most"
+NOT_FINITE, UNMAPPED = "images with NaN or infinity", "masks with values that --label_map does not name"
+NEGATIVE = "masks with negative values"
 
 
 class Pair(NamedTuple):
-    """One image file and the mask file of the same stem."""
+    """One image file and the mask file that belongs to it."""
 
-    image: Path
-    mask: Path
+    image: str
+    mask: str
+
+
+class Problem(NamedTuple):
+    """Why a file cannot be used: the kind of problem, for lists, and the whole story."""
+
+    kind: str
+    path: str
+    message: str
+
+
+class Unusable(InputError):
+    """A pair of files cannot be used, for a reason of a known kind."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+# ---------------------------------------------------------------------------------------------- the command line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,15 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_file_options(parser.add_argument_group("files"))
     add_split_options(parser.add_argument_group("split and tiles"))
+    add_content_options(parser.add_argument_group("what is in the files"))
+    add_look_options(parser.add_argument_group("work and results"))
     return parser
 
 
 def add_file_options(group: Any) -> None:
     """Add what is read and written."""
     text = "filepath to the folder containing the images"
-    group.add_argument("--image_folder", type=existing_folder, default="data/images/", help=text)
+    group.add_argument("--image_folder", type=Path, default="data/images/", help=text)
     text = "filepath to the folder containing the masks: tif or png, with the names of their images"
-    group.add_argument("--mask_folder", type=existing_folder, default="data/masks/", help=text)
+    group.add_argument("--mask_folder", type=Path, default="data/masks/", help=text)
     text = "filepath to the folder where the outputs will be placed"
     group.add_argument("--output_folder", type=Path, default="data/", help=text)
     text = "name of the dataset to be used in creating the lmdb files"
@@ -76,6 +132,10 @@ def add_file_options(group: Any) -> None:
         default="tif",
         help="format (extension) of the input images. E.g {tif, jpg, png)",
     )
+    text = "format (extension) of the masks, tif or png; both where it is not given"
+    group.add_argument("--mask_format", metavar="MASK_FORMAT", choices=tuple(MASK_FORMATS), help=text)
+    text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
+    group.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
 
 
 def add_split_options(group: Any) -> None:
@@ -91,6 +151,30 @@ def add_split_options(group: Any) -> None:
         f"source images; a multiple of {SIZE_FACTOR}",
     )
     group.add_argument("--seed", type=seed_int, default=0, help="seed of the split into train and test")
+    text = "what in an image's name (without extension) tells its slide, patient or field, of which all images go to "
+    text += "one side, such as '^[^_]+' for slide7_03.tif; a (group) narrows what counts"
+    group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
+
+
+def add_content_options(group: Any) -> None:
+    """Add what becomes of mask values and channels."""
+    text = (
+        "class of each mask value or range of values, such as 0:0,255:1 or 0:0,1-65535:1; values not named in it are "
+    )
+    text += "refused; write --label_map=-1:0,... where the first is negative"
+    group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
+    text = "channels of the images to use, counted from 0, such as 0,1,2"
+    group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
+    add_flag(group, "--skip_bad", 0, "whether to leave out files that cannot be used, instead of ending [0, 1]")
+
+
+def add_look_options(group: Any) -> None:
+    """Add who works, and how to look at a database."""
+    text = "number of processes that read and encode; as many as there are cores where it is not given"
+    group.add_argument("--num_workers", type=positive_int, help=text)
+    add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks beside the database [0, 1]")
+    text = "print what is in a database, and build nothing"
+    group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=Path, help=text)
 
 
 def file_stem(text: str) -> str:
@@ -126,6 +210,110 @@ def tile_size(text: str) -> int:
     return value
 
 
+def regular_expression(text: str) -> "re.Pattern[str]":
+    """Return `text` as a compiled pattern; the ``type`` of ``--split_by``."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
+
+
+def channel_list(text: str) -> tuple[int, ...]:
+    """Return `text` as indices of channels; the ``type`` of ``--channels``."""
+    try:
+        channels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        channels = (-1,)
+    if min(channels) < 0 or len(set(channels)) < len(channels):
+        raise argparse.ArgumentTypeError(f"expected different channels counted from 0, such as 0,1,2, got {text!r}")
+    return channels
+
+
+class LabelMap(NamedTuple):
+    """Which class each mask value becomes; the ``type`` of ``--label_map``.
+
+    Attributes
+    ----------
+    text : str
+        As it was given.
+    ranges : tuple of (first, last, class)
+        Ascending and apart from each other; ``last`` is included.
+    """
+
+    text: str
+    ranges: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "LabelMap":
+        """Read ``VALUE:CLASS`` and ``FIRST-LAST:CLASS``, separated by commas."""
+        ranges = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+)\s*", part)
+            if not match:
+                raise argparse.ArgumentTypeError(
+                    f"expected VALUE:CLASS or FIRST-LAST:CLASS, got {part!r}; try 0:0,255:1 or 0:0,1-65535:1"
+                )
+            first, last, class_id = int(match[1]), int(match[2] or match[1]), int(match[3])
+            if last < first or class_id > np.iinfo(np.int32).max:
+                raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
+            ranges.append((first, last, class_id))
+        ranges.sort()
+        for (_, last, _), (first, _, _) in zip(ranges, ranges[1:]):
+            if first <= last:
+                raise argparse.ArgumentTypeError(f"expected each value once, got {first} twice in {text!r}")
+        return cls(text, tuple(ranges))
+
+    def __str__(self) -> str:
+        """Return the map as it was given."""
+        return self.text
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest mask type that holds the classes."""
+        return smallest_mask_type(max(class_id for _, _, class_id in self.ranges))
+
+    def apply(self, mask: np.ndarray) -> np.ndarray:
+        """Return the classes of an integer mask of any shape, of type `dtype`.
+
+        Raises
+        ------
+        Unusable
+            If a value is not in the map.
+        """
+        if mask.dtype.itemsize <= 2:
+            unsigned = mask.view(f"u{mask.dtype.itemsize}")
+            classes = _lookup_table(self, mask.dtype.str)[unsigned]
+        else:
+            classes = self.find(mask)
+        if classes.min() < 0:
+            unknown = np.unique(mask[classes < 0])
+            shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
+            raise Unusable(UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
+        return classes.astype(self.dtype)
+
+    def find(self, values: np.ndarray) -> np.ndarray:
+        """Return the class of each value as int32, -1 where there is none."""
+        firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
+        position = np.searchsorted(firsts, values, side="right") - 1
+        inside = (position >= 0) & (values <= lasts[position])
+        return np.where(inside, classes[position], -1).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _lookup_table(label_map: LabelMap, dtype: str) -> np.ndarray:
+    """Return the class of each value of a type of 8 or 16 bits, in the order of their unsigned patterns."""
+    size = np.dtype(dtype).itemsize
+    return label_map.find(np.arange(256**size, dtype=f"u{size}").view(dtype))
+
+
+def smallest_mask_type(class_id: int) -> np.dtype:
+    """Return the smallest mask type that holds a class."""
+    return np.dtype(next(name for name in MASK_DTYPES if class_id <= np.iinfo(name).max))
+
+
+# ---------------------------------------------------------------------------------------------- the course of a build
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
     args = build_parser().parse_args(argv)
@@ -134,250 +322,711 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build both databases."""
+    """Build both databases, or describe one."""
+    if args.describe is not None:
+        look_at(args.describe, bool(args.preview))
+        return
     log_settings(args)
-    pairs = find_pairs(args.image_folder, args.mask_folder, args.image_format)
-    sides = dict(zip(SIDES, split_pairs(pairs, args.train_fraction, args.seed)))
+    pairs, problems = find_pairs(args)
+    if len(pairs) < 2:
+        tell_problems(problems, bool(args.skip_bad))
+    sides = split_pairs(pairs, args.train_fraction, args.seed, args.split_by)
+    options = Options(args.tile_size if args.use_tiling else None, args.channels, args.label_map, bool(args.skip_bad))
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
-    info = {
+    with Workers(min(args.num_workers or len(os.sched_getaffinity(0)), len(pairs))) as workers:
+        kinds, unusable = survey(workers, pairs, options)
+        problems += unusable
+        tell_problems(problems, options.skip_bad)
+        with new_databases(*targets) as writers:
+            build = Build(workers, kinds, options)
+            ranges = [build.fill(side, writer) for side, writer in zip(sides, writers)]
+            tell_problems(build.problems, options.skip_bad)
+            problems += build.problems
+            for side, values, writer in zip(SIDES, ranges, writers):
+                if not len(writer):
+                    raise InputError(
+                        f"no image is left to {side} with; mend the files that were left out, or change --seed"
+                    )
+                writer.finish({**describe_build(args, len(problems)), "side": side, "value_range": values})
+    list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
+    for target in targets:
+        look_at(target, bool(args.preview))
+
+
+def describe_build(args: argparse.Namespace, left_out: int) -> dict[str, Any]:
+    """Return what a database's metadata keeps of how it was made."""
+    return {
         "dataset_name": args.dataset_name,
         "seed": args.seed,
+        "train_fraction": args.train_fraction,
+        "split_by": args.split_by and args.split_by.pattern,
         "tile_size": args.tile_size if args.use_tiling else None,
+        "label_map": args.label_map and args.label_map.text,
+        "channels": args.channels,
+        "left_out": left_out,
     }
-    with new_databases(*targets) as writers:
-        progress = Progress("building", len(pairs), "images")
-        writer = DatasetWriter(args.tile_size if args.use_tiling else None)
-        done = 0
-        for side, database in zip(SIDES, writers):
-            for pair in sides[side]:
-                writer.add(pair, database)
-                done += 1
-                progress.update(done)
-        progress.close()
-        built = [database.finish({**info, "side": side}) for side, database in zip(SIDES, writers)]
-    for target, metadata in zip(targets, built):
-        report(target, metadata)
+
+
+def tell_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
+    """Log problems by kind, with the first few of each; refuse to build unless bad files are to be left out.
+
+    Raises
+    ------
+    InputError
+        If there are problems and `skip_bad` is false.
+    """
+    log = logging.warning if skip_bad else logging.error
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    for kind, group in kinds.items():
+        log("%s (%d):", kind, len(group))
+        for problem in group[:SHOWN_PROBLEMS]:
+            log("  %s", problem.message)
+        if len(group) > SHOWN_PROBLEMS:
+            log("  and %d more", len(group) - SHOWN_PROBLEMS)
+    if problems and not skip_bad:
+        several = len(problems) > 1
+        raise InputError(
+            f"nothing was built, because {len(problems)} file{'s' * several} cannot be used; mend "
+            f"{'them, or leave them' if several else 'it, or leave it'} out with --skip_bad 1"
+        )
+
+
+def list_skipped(problems: Sequence[Problem], path: Path) -> None:
+    """Write the files that were left out, with the reasons; remove a list of an earlier build if there are none."""
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
+    lines = [f"{problem.path}\t{problem.message}\n" for problem in problems]
+    path.write_text("file\treason\n" + "".join(lines))
+    logging.warning("left out %d files, which are listed in %s", len(problems), path)
 
 
 # ---------------------------------------------------------------------------------------------- pairing and splitting
 
 
-def find_pairs(image_folder: Path, mask_folder: Path, image_format: str) -> list[Pair]:
-    """Return the image and mask of each stem, sorted by stem.
+def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
+    """Return each image with its mask, sorted by name, and what has no partner or several.
 
     Raises
     ------
     InputError
-        If a file has no partner, or two files in a folder have one stem.
+        If there is no image or no mask at all.
     """
     from imagereader import list_images
 
-    images = by_stem(list_images(image_folder, image_format), image_folder)
-    masks = by_stem([path for path in mask_folder.iterdir() if path.suffix.lower() in MASK_SUFFIXES], mask_folder)
+    suffix = args.mask_suffix or ""
+    mask_paths = list_masks(args.mask_folder, args.mask_format, suffix)
+    image_paths = list_images(args.image_folder, args.image_format)
+    if os.path.samefile(args.image_folder, args.mask_folder):
+        if not suffix and set(image_paths) & set(mask_paths):
+            raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
+        image_paths = [path for path in image_paths if not suffix or not path.stem.endswith(suffix)]
+    images, problems = by_stem(image_paths, args.image_folder, "")
+    masks, more = by_stem(mask_paths, args.mask_folder, suffix)
+    problems += more
+    ambiguous = {stem for stems in (images, masks) for stem, path in stems.items() if path is None}
+    stems = sorted((images.keys() & masks.keys()) - ambiguous)
+    lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
+    hint = "names must be equal but for the extension" + guess_suffix(lone_images, lone_masks)
+    for kind, lone, paths in ((NO_MASK, lone_images, images), (NO_IMAGE, lone_masks, masks)):
+        problems += [
+            Problem(kind, str(paths[stem]), f"{paths[stem]}: {hint}") for stem in lone if stem not in ambiguous
+        ]
+    return [Pair(str(images[stem]), str(masks[stem])) for stem in stems], problems
+
+
+def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
+    """Return the masks in a folder, whose names without extension end in `suffix`."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; check the path")
+    formats = [mask_format] if mask_format else list(MASK_FORMATS)
+    extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
+    entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    masks = [path for path in entries if path.suffix.lower() in extensions and path.stem.endswith(suffix)]
     if not masks:
+        found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
         raise InputError(
-            f"expected tif or png masks in {mask_folder}, found none (a JPEG mask has stray values and cannot be used)"
+            f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder}, found "
+            f"{len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
         )
-    for have, lack, kind, other in ((images, masks, "image", "mask"), (masks, images, "mask", "image")):
-        alone = sorted(have.keys() - lack.keys())
-        if alone:
-            raise InputError(
-                f"{len(alone)} of {len(have)} {kind}s have no {other} of the same name, such as "
-                f"{', '.join(have[stem].name for stem in alone[:3])}; names must be equal but for the extension"
-            )
-    return [Pair(images[stem], masks[stem]) for stem in sorted(images)]
+    return masks
 
 
-def by_stem(paths: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Return the paths by stem; two files of one stem are refused, for their partner would be a guess."""
-    stems: dict[str, Path] = {}
-    for path in sorted(paths):
-        if path.stem in stems:
-            raise InputError(f"{stems[path.stem].name} and {path.name} in {folder} have one stem; remove or rename one")
-        stems[path.stem] = path
-    return stems
+def by_stem(paths: Sequence[Path], folder: Path, suffix: str) -> tuple[dict[str, Optional[Path]], list[Problem]]:
+    """Return the paths by name without extension and suffix: None for a name of several, which are problems."""
+    stems: dict[str, Optional[Path]] = {}
+    first: dict[str, Path] = {}
+    problems = []
+    for path in paths:
+        stem = path.stem[: len(path.stem) - len(suffix)]
+        if stem in first:
+            stems[stem] = None
+            message = f"{first[stem].name} and {path.name} in {folder} have one stem; remove or rename one"
+            problems.append(Problem(SEVERAL, str(path), message))
+        else:
+            stems[stem] = first[stem] = path
+    return stems, problems
 
 
-def split_pairs(pairs: Sequence[Pair], train_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Split by image, at random but reproducibly, with at least one on each side.
+def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
+    """Return the advice to set ``--mask_suffix``, if that would bring names without a partner together."""
+    known = set(masks)
+    starts = [stem for stem in images if masks and masks[0].startswith(stem)]
+    suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
+    return f"; try --mask_suffix {suffix}" if suffix and all(stem + suffix in known for stem in images) else ""
+
+
+def split_pairs(
+    pairs: Sequence[Pair], train_fraction: float, seed: int, split_by: "Optional[re.Pattern[str]]"
+) -> tuple[list[Pair], list[Pair]]:
+    """Split at random but reproducibly, by image or by group of images, with at least one on each side.
 
     Raises
     ------
     InputError
-        If there are fewer than two pairs.
+        If there are fewer than two pairs or groups, or a name that tells no group.
     """
-    if len(pairs) < 2:
-        raise InputError(f"expected at least 2 images, one to train and one to test, found {len(pairs)}")
-    count = min(max(round(len(pairs) * train_fraction), 1), len(pairs) - 1)
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    train, test = sorted(order[:count]), sorted(order[count:])
-    return [pairs[index] for index in train], [pairs[index] for index in test]
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(group_of(pair, split_by), []).append(pair)
+    if len(groups) < 2:
+        what = "images with masks" if split_by is None else "groups of images (--split_by)"
+        raise InputError(f"expected at least 2 {what}, one to train and one to test, found {len(groups)}")
+    order = [list(groups.values())[index] for index in np.random.default_rng(seed).permutation(len(groups))]
+    counts = np.cumsum([len(group) for group in order])[:-1]
+    cut = int(np.argmin(np.abs(counts - train_fraction * len(pairs)))) + 1
+    return sorted(sum(order[:cut], [])), sorted(sum(order[cut:], []))
 
 
-# ---------------------------------------------------------------------------------------------- checking
+def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
+    """Return what of an image's name tells its group: all of it without a pattern."""
+    if split_by is None:
+        return pair.image
+    match = split_by.search(Path(pair.image).stem)
+    if match is None:
+        raise InputError(f"--split_by {split_by.pattern} finds nothing in the name of {pair.image}; change the pattern")
+    return "\0".join(group or "" for group in match.groups()) if split_by.groups else match[0]
 
 
-def read_mask(filepath: Path) -> np.ndarray:
-    """Read a mask as an array of one of the database's mask types, shape (H, W).
-
-    Raises
-    ------
-    InputError
-        If it is not integer, not single-channel, or has negative classes.
-    """
-    from imagereader import read_image
-
-    mask = read_image(filepath)
-    if mask.shape[2] != 1:
-        raise InputError(
-            f"expected a single-channel mask in {filepath}, found {mask.shape[2]} channels; "
-            "save class ids as a grayscale image"
-        )
-    mask = mask[..., 0]
-    if mask.dtype == np.bool_:
-        mask = mask.astype(np.uint8)
-    if mask.dtype.name not in MASK_DTYPES:
-        raise InputError(
-            f"expected a mask of {', '.join(MASK_DTYPES)} in {filepath}, found {mask.dtype}; "
-            "save class ids in one of these"
-        )
-    if mask.min() < 0:
-        raise InputError(f"expected class ids of at least 0 in {filepath}, found {mask.min()}; renumber the classes")
-    return mask
+# ---------------------------------------------------------------------------------------------- looking at headers
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read and check an image (H, W, C) and its mask (H, W)."""
-    from imagereader import read_image
+class Options(NamedTuple):
+    """What the processes have to know; the mask type is known when all headers are."""
 
-    mask = read_mask(pair.mask)
-    image = read_image(pair.image, size=mask.shape)
-    if image.dtype.name not in IMAGE_DTYPES:
-        raise InputError(
-            f"expected an image of {', '.join(IMAGE_DTYPES)} in {pair.image}, found {image.dtype}; "
-            "convert it to one of these"
-        )
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise InputError(
-            f"expected finite pixels in {pair.image}, found NaN or infinity; replace them, for example by 0"
-        )
-    if image.shape[:2] != mask.shape:
-        raise InputError(
-            f"expected image and mask of one size, found {image.shape[0]} x {image.shape[1]} in {pair.image} and "
-            f"{mask.shape[0]} x {mask.shape[1]} in {pair.mask}; is the mask that of another image?"
-        )
-    if min(mask.shape) < SIZE_FACTOR:
-        raise InputError(
-            f"expected at least {SIZE_FACTOR} x {SIZE_FACTOR} pixels in {pair.image}, "
-            f"found {mask.shape[0]} x {mask.shape[1]}; leave it out or use larger images"
-        )
-    return image, mask
+    tile_size: Optional[int]
+    channels: Optional[tuple[int, ...]]
+    label_map: Optional[LabelMap]
+    skip_bad: bool
+    mask_dtype: str = "int32"
 
 
-class DatasetWriter:
-    """Reads pairs, checks that they go together, and appends their tiles or crops to a database.
+class Kind(NamedTuple):
+    """What the headers of a pair tell.
 
-    Parameters
+    Attributes
     ----------
-    tile_size : int or None
-        Edge of the tiles in pixels; None to crop whole images instead.
+    height, width, channels : int
+        Of the image, with the channels that are used.
+    dtypes : (str, str)
+        Types of image and mask in the files.
+    divisible : bool
+        Whether both files can be read in parts.
     """
 
-    def __init__(self, tile_size: Optional[int]) -> None:
-        self._tile_size = tile_size
-        self._first: Optional[tuple[Path, tuple[int, int, int], np.dtype]] = None
+    height: int
+    width: int
+    channels: int
+    dtypes: tuple[str, str]
+    divisible: bool
 
-    def add(self, pair: Pair, database: DatabaseWriter) -> None:
-        """Append all records of one pair."""
-        image, mask = read_pair(pair)
-        self._check_alike(pair.image, image)
-        if self._tile_size is None:
-            image, row, column = centre_crop(image)
-            mask, _, _ = centre_crop(mask)
-            database.append(image, mask, pair.image.name, row, column)
-            return
-        image, mask = pad_to(image, self._tile_size), pad_to(mask, self._tile_size)
-        for row, column in tile_origins(mask.shape[0], mask.shape[1], self._tile_size):
-            window = np.s_[row : row + self._tile_size, column : column + self._tile_size]
-            database.append(image[window], mask[window], pair.image.name, row, column)
+    @property
+    def image_dtype(self) -> str:
+        """Type that the image is stored in."""
+        return WIDER.get(self.dtypes[0], self.dtypes[0])
 
-    def _check_alike(self, path: Path, image: np.ndarray) -> None:
-        """Refuse an image whose type, channels, or (without tiling) size differ from the first one's."""
-        if self._first is None:
-            self._first = (path, image.shape, image.dtype)
-        first_path, first_shape, first_dtype = self._first
-        if (image.dtype, image.shape[2]) != (first_dtype, first_shape[2]):
-            raise InputError(
-                f"expected images of one type, found {first_shape[2]} channels of {first_dtype} in {first_path} and "
-                f"{image.shape[2]} of {image.dtype} in {path}; convert them to one type"
-            )
-        if self._tile_size is None and image.shape != first_shape:
-            raise InputError(
-                f"expected images of one size, found {first_shape[0]} x {first_shape[1]} in {first_path} and "
-                f"{image.shape[0]} x {image.shape[1]} in {path}; set --use_tiling 1"
-            )
+    @property
+    def mask_dtype(self) -> str:
+        """Type that the mask is stored in, if the whole database is of this kind and nothing is mapped."""
+        return WIDER.get(self.dtypes[1], self.dtypes[1])
 
 
-# ---------------------------------------------------------------------------------------------- cropping and tiling
+def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple[dict[Pair, Kind], list[Problem]]:
+    """Look at the headers of all pairs; return what is usable, and the problems of the others."""
+    kinds: dict[Pair, Kind] = {}
+    known: dict[Kind, Kind] = {}  # a million pairs of one kind share one object
+    problems = []
+    progress = Progress("looking at", len(pairs), "pairs")
+    for done, (pair, found) in enumerate(workers.run(functools.partial(inspect, options), pairs), 1):
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            kinds[pair] = known.setdefault(found, found)
+        progress.update(done)
+    progress.close()
+    widened = collections.Counter(name for kind in kinds.values() for name in kind.dtypes if name in WIDER)
+    for name, count in widened.items():
+        logging.info("%d files of %s are stored as %s, which loses nothing", count, name, WIDER[name])
+    problems += differing(
+        kinds, MIXED_TYPES, lambda kind: f"{kind.channels} channels of {kind.image_dtype}", "convert it"
+    )
+    if options.tile_size is None:
+        advice = "set --use_tiling 1"
+        problems += differing(kinds, MIXED_SIZES, lambda kind: f"{kind.height} x {kind.width} pixels", advice)
+    return kinds, problems
 
 
-def centre_crop(array: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Return the centre of an array (H, W, ...) with sizes that are multiples of `SIZE_FACTOR`, and its origin."""
-    height, width = (length // SIZE_FACTOR * SIZE_FACTOR for length in array.shape[:2])
-    row, column = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
-    return array[row : row + height, column : column + width], row, column
+def differing(kinds: dict[Pair, Kind], problem: str, describe: Callable[[Kind], str], advice: str) -> list[Problem]:
+    """Take the pairs out that are not like most, and return them as problems."""
+    counts = collections.Counter(map(describe, kinds.values()))
+    if len(counts) < 2:
+        return []
+    (usual, count), *_ = counts.most_common()
+    most = f"most ({count} of {len(kinds)}) have {usual}"
+    odd = {pair: describe(kind) for pair, kind in kinds.items() if describe(kind) != usual}
+    for pair in odd:
+        del kinds[pair]
+    return [Problem(problem, pair.image, f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()]
 
 
-def pad_to(array: np.ndarray, least: int) -> np.ndarray:
-    """Return an array (H, W, ...) extended by reflection at its bottom and right to at least `least` pixels."""
-    missing = [max(least - length, 0) for length in array.shape[:2]]
+def inspect(options: Options, pair: Pair) -> Union[Kind, Problem]:
+    """Return what the headers of a pair tell; runs in a worker process.
+
+    A large file that is to be left out if it is bad is read as a whole, because that must be known before its first
+    record is appended.
+    """
+
+    def work() -> Kind:
+        with open_pair(pair) as (image, mask):
+            kind = check_headers(image, mask, options)
+        parts = parts_of(pair, kind, options)
+        if options.skip_bad and len(parts) > 1:
+            for part in parts:
+                encode_part(options, part)
+        return kind
+
+    return problem_or(work, pair)
+
+
+def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]:
+    """Return what `work` returns, or why a pair cannot be used."""
+    try:
+        return work()
+    except InputError as error:
+        return Problem(getattr(error, "kind", UNREADABLE), pair.image, str(error))
+
+
+@contextlib.contextmanager
+def open_pair(pair: Pair) -> Iterator[tuple[Any, Any]]:
+    """Yield both files, opened; the size of the mask tells where the channels of the image are."""
+    from imagereader import ImageFile
+
+    with ImageFile(pair.mask, as_mask=True) as mask, ImageFile(pair.image, size=mask.shape[:2]) as image:
+        yield image, mask
+
+
+def check_headers(image: Any, mask: Any, options: Options) -> Kind:
+    """Return the kind of a pair of files whose headers are in order.
+
+    Raises
+    ------
+    Unusable
+    """
+    check_mask(mask, options)
+    height, width, channels = image.shape
+    if (height, width) != mask.shape[:2]:
+        raise Unusable(
+            OTHER_SIZE,
+            f"{image.path} is {height} x {width}, {mask.path} is {mask.shape[0]} x {mask.shape[1]}; is the mask that "
+            "of another image?",
+        )
+    if min(height, width) < SIZE_FACTOR:
+        raise Unusable(
+            BAD_IMAGE,
+            f"expected at least {SIZE_FACTOR} x {SIZE_FACTOR} pixels in {image.path}, found {height} x {width}; leave "
+            "it out or use larger images",
+        )
+    if image.dtype.name not in (*IMAGE_DTYPES, *WIDER):
+        raise Unusable(
+            BAD_IMAGE,
+            f"expected an image of {', '.join(IMAGE_DTYPES)} in {image.path}, found {image.dtype}, which none of them "
+            f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}",
+        )
+    if options.channels is not None:
+        if max(options.channels) >= channels:
+            raise Unusable(BAD_IMAGE, f"{image.path} has {channels} channels, --channels names {max(options.channels)}")
+        channels = len(options.channels)
+    return Kind(height, width, channels, (image.dtype.name, mask.dtype.name), image.divisible and mask.divisible)
+
+
+def check_mask(mask: Any, options: Options) -> None:
+    """Refuse a mask whose header tells that it holds no class ids."""
+    if mask.shape[2] != 1:
+        raise Unusable(
+            BAD_MASK,
+            f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels; save class ids as a "
+            "grayscale image",
+        )
+    if mask.lossy:
+        raise Unusable(BAD_MASK, f"{mask.path} is compressed as JPEG, which changes class ids; save it without")
+    if mask.dtype.name in (*MASK_DTYPES, *WIDER) and mask.dtype.kind != "f":
+        return
+    if mask.dtype.kind not in "iu":
+        raise Unusable(
+            BAD_MASK,
+            f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; save class ids as whole "
+            "numbers",
+        )
+    if options.label_map is None:
+        raise Unusable(
+            BAD_MASK,
+            f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; convert it, or map its "
+            "values with --label_map, such as 0:0,1-4294967295:1",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- reading and encoding
+
+
+class Part(NamedTuple):
+    """Records of a pair that a process makes in one go.
+
+    Attributes
+    ----------
+    pair : Pair
+    size : (int, int)
+        Height and width of a record.
+    origins : list of (int, int)
+        Row and column of each record in the image.
+    nbytes : int
+        What the records take, about.
+    last : bool
+        Whether it is the last of its pair.
+    """
+
+    pair: Pair
+    size: tuple[int, int]
+    origins: list[tuple[int, int]]
+    nbytes: int
+    last: bool
+
+
+class Encoded(NamedTuple):
+    """The records of a part, and the least and greatest value of each channel in them (shape (C,))."""
+
+    records: list[Record]
+    least: np.ndarray
+    greatest: np.ndarray
+
+
+def parts_of(pair: Pair, kind: Kind, options: Options) -> list[Part]:
+    """Return the parts of a pair; whole rows of tiles, where these are not too large, so that little is read twice."""
+    if options.tile_size is None:
+        size = kind.height // SIZE_FACTOR * SIZE_FACTOR, kind.width // SIZE_FACTOR * SIZE_FACTOR
+        rows, columns = [(kind.height - size[0]) // 2], [(kind.width - size[1]) // 2]
+    else:
+        size = options.tile_size, options.tile_size
+        rows, columns = (tile_starts(max(length, options.tile_size), options.tile_size) for length in kind[:2])
+    origins = [(row, column) for row in rows for column in columns]
+    bytes_per_pixel = kind.channels * np.dtype(kind.image_dtype).itemsize + np.dtype(options.mask_dtype).itemsize
+    nbytes = size[0] * size[1] * bytes_per_pixel
+    most = PART_BYTES * (1 if kind.divisible else INDIVISIBLE_FACTOR)
+    count = max(most // nbytes, 1)
+    if len(columns) * nbytes <= 4 * most:
+        count = max(count // len(columns), 1) * len(columns)
+    firsts = range(0, len(origins), count)
+    return [Part(pair, size, origins[first : first + count], nbytes * count, first == firsts[-1]) for first in firsts]
+
+
+def tile_starts(length: int, size: int) -> list[int]:
+    """Return where tiles start along one axis of `length` >= `size` pixels: the last is moved inside the image.
+
+    Neighbours overlap by at least `RADIUS`, so that each pixel is seen with some surroundings in one of them.
+    """
+    return [*range(0, length - size, size - RADIUS), length - size]
+
+
+def encode_part(options: Options, part: Part) -> Encoded:
+    """Read, check and encode the records of a part.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read or its pixels cannot be used.
+    """
+    with open_pair(part.pair) as (image, mask):
+        windows = [
+            tuple(slice(start, min(start + length, end)) for start, length, end in zip(origin, part.size, mask.shape))
+            for origin in part.origins
+        ]
+        records, least, greatest = [], [], []
+        for origin, pixels, ids in zip(part.origins, image.windows(windows), mask.windows(windows)):
+            pixels = pixels if options.channels is None else pixels[..., options.channels]
+            pixels = pixels.astype(WIDER.get(pixels.dtype.name, pixels.dtype), copy=False)
+            channels = range(pixels.shape[2])
+            least.append([pixels[..., channel].min() for channel in channels])
+            greatest.append([pixels[..., channel].max() for channel in channels])
+            if not np.isfinite(least[-1] + greatest[-1]).all():  # both are NaN where a pixel is
+                raise Unusable(
+                    NOT_FINITE,
+                    f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0",
+                )
+            pixels, ids = pad_to(pixels, part.size), pad_to(class_ids(ids[..., 0], mask.path, options), part.size)
+            records.append(Record.encode(pixels, ids, *origin))
+    return Encoded(records, np.min(least, axis=0), np.max(greatest, axis=0))
+
+
+def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
+    """Return the class ids (H, W) that the values of a mask mean, in the database's mask type."""
+    if options.label_map is not None:
+        try:
+            return options.label_map.apply(mask)
+        except Unusable as error:
+            raise Unusable(error.kind, f"{path}: {error}") from None
+    if mask.dtype.kind == "i" and mask.min() < 0:
+        values = np.unique(mask)
+        raise Unusable(NEGATIVE, f"{path}: {advise(values.tolist())}")
+    return mask.astype(options.mask_dtype)
+
+
+def pad_to(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an array (H, W, ...) extended by reflection at its bottom and right to at least `size`."""
+    missing = [max(least - length, 0) for least, length in zip(size, array.shape)]
     if not any(missing):
         return array
     return np.pad(array, [(0, rows) for rows in missing] + [(0, 0)] * (array.ndim - 2), mode="reflect")
 
 
-def tile_origins(height: int, width: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the origins (row, column) of tiles that cover every pixel, the last row and column moved inside the image.
+def encode_or_problem(options: Options, part: Part) -> Union[Encoded, Problem]:
+    """Return the records of a part, or why its pair cannot be used; runs in a worker process."""
+    return problem_or(lambda: encode_part(options, part), part.pair)
 
-    Neighbours overlap by at least `RADIUS`, so that each pixel is seen with some surroundings in one of them.
+
+class Build:
+    """Has pairs encoded and appends their records; gathers what only pixels tell.
+
+    Parameters
+    ----------
+    workers : Workers
+    kinds : dict
+        Of the pairs that are usable so far.
+    options : Options
+
+    Attributes
+    ----------
+    problems : list of Problem
+        One for each pair that turned out to be unusable.
     """
-    for row in tile_starts(height, size):
-        for column in tile_starts(width, size):
-            yield row, column
+
+    def __init__(self, workers: "Workers", kinds: dict[Pair, Kind], options: Options) -> None:
+        if options.label_map is not None:
+            mask_dtype = options.label_map.dtype
+        else:
+            mask_dtype = np.result_type(*{kind.mask_dtype for kind in kinds.values()})
+        self._workers, self._kinds, self._options = workers, kinds, options._replace(mask_dtype=mask_dtype.name)
+        self._progress, self._done = Progress("building", len(kinds), "images"), 0
+        self.problems: list[Problem] = []
+
+    def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> list[tuple[float, float]]:
+        """Append the records of the pairs that are usable; return the least and greatest value of each channel."""
+        least, greatest = np.inf, -np.inf
+        parts = (
+            part for pair in pairs if pair in self._kinds for part in parts_of(pair, self._kinds[pair], self._options)
+        )
+        encode = functools.partial(encode_or_problem, self._options)
+        for part, encoded in self._workers.run(encode, parts, lambda part: part.nbytes):
+            if isinstance(encoded, Problem):
+                if not self.problems or self.problems[-1].path != encoded.path:
+                    self.problems.append(encoded)
+            elif self._options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
+                for record in encoded.records:
+                    writer.append(record, Path(part.pair.image).name)
+                least, greatest = np.minimum(least, encoded.least), np.maximum(greatest, encoded.greatest)
+            self._done += part.last
+            self._progress.update(self._done)
+        self._progress.close()
+        return list(zip(np.atleast_1d(least).tolist(), np.atleast_1d(greatest).tolist()))
 
 
-def tile_starts(length: int, size: int) -> list[int]:
-    """Return where tiles start along one axis of `length` >= `size` pixels."""
-    return [*range(0, length - size, size - RADIUS), length - size]
+# ---------------------------------------------------------------------------------------------- worker processes
 
 
-# ---------------------------------------------------------------------------------------------- reporting
+class Workers:
+    """Processes that do tasks, of which the results come in the order of the tasks; a context manager.
+
+    Parameters
+    ----------
+    count : int
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        # Spawned: what a process inherits by a fork, such as an open database, is not its own.
+        context = multiprocessing.get_context("spawn")
+        self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], nbytes: Callable[[Task], int] = lambda _: 0
+    ) -> Iterator[tuple[Task, Result]]:
+        """Yield each task with what `function` returns for it, in order.
+
+        Parameters
+        ----------
+        function : callable
+            Of a module, so that a process can find it.
+        tasks : iterable
+            Asked for a few ahead of the results.
+        nbytes : callable
+            What the result of a task takes; only results of about `AHEAD_BYTES` wait to be yielded.
+
+        Raises
+        ------
+        InputError
+            If a process dies.
+        """
+        pending: collections.deque[tuple[Task, concurrent.futures.Future[Result]]] = collections.deque()
+        ahead = 0
+        try:
+            for task in tasks:
+                pending.append((task, self._executor.submit(function, task)))
+                ahead += nbytes(task)
+                while len(pending) > AHEAD_TASKS * self._count or ahead > AHEAD_BYTES:
+                    ahead -= nbytes(pending[0][0])
+                    yield pending[0][0], pending[0][1].result()
+                    pending.popleft()
+            for task, future in pending:
+                yield task, future.result()
+        except BrokenProcessPool:
+            suspect: Any = pending[0][0]
+            raise InputError(
+                f"a process that read images died, with {getattr(suspect, 'pair', suspect).image} or one "
+                f"of the next {len(pending)} files: too little memory, or a damaged file that its decoder cannot bear; "
+                "try --num_workers 1, or without that file"
+            ) from None
+
+    def __enter__(self) -> "Workers":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop the processes; what has not begun is not done any more."""
+        self._executor.shutdown(cancel_futures=True)
 
 
-def report(target: Path, metadata: Metadata) -> None:
-    """Log what a database holds."""
+def start_worker() -> None:
+    """Have a process leave Ctrl-C to the main process, and end with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------- looking at a database
+
+
+def look_at(filepath: Path, preview: bool) -> None:
+    """Log what a database holds, with hints where that looks unusual; draw some of its records where asked for."""
+    with Database(filepath) as database:
+        for line in describe(filepath, database.metadata):
+            logging.info("%s", line)
+        for line in hints(database.metadata):
+            logging.warning("  %s", line)
+        if preview:
+            logging.info("  some of its records: %s", draw_preview(database, filepath.with_suffix(".png")))
+
+
+def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
+    """Yield lines that tell what a database holds and how it was made."""
+    info = metadata.info
     height, width, channels = metadata.image_shape
-    logging.info(
-        "%s: %d images, %d %s of %d x %d x %d %s",
-        target,
-        len(metadata.names),
-        metadata.count,
-        "tiles" if metadata.info["tile_size"] else "records",
-        height,
-        width,
-        channels,
-        metadata.info["image_dtype"],
+    yield (
+        f"{filepath}: {len(metadata.names)} images, {metadata.count} {'tiles' if info['tile_size'] else 'records'} of "
+        f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
+    made = {name: info[name] for name in ("seed", "train_fraction", "split_by", "label_map", "channels", "left_out")}
+    shown = ", ".join(f"{name} {value}" for name, value in made.items() if value)
+    yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
+    ranges = [f"{least:g} to {greatest:g}" for least, greatest in info["value_range"]]
+    yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
     total = int(metadata.pixel_counts.sum())
     for position, (class_id, pixels) in enumerate(zip(metadata.classes, metadata.pixel_counts)):
+        if position == MANY_CLASSES:
+            yield f"  and {len(metadata.classes) - position} more classes, to {metadata.classes[-1]}"
+            break
         records = len(metadata.records_of_class(position))
-        logging.info("  class %d: %d pixels (%.2f %%), in %d records", class_id, pixels, 100 * pixels / total, records)
-    if int(metadata.classes.max()) > len(metadata.classes) - 1:
-        logging.warning(
-            "  class ids have gaps: training needs --number_classes %d, or masks renumbered 0, 1, 2, ...%s",
-            int(metadata.classes.max()) + 1,
-            " (0 and 255 are usually meant as 0 and 1)" if metadata.classes.tolist() == [0, 255] else "",
+        yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
+
+
+def hints(metadata: Metadata) -> Iterator[str]:
+    """Yield what looks as if it was not meant so, with the option that mends it."""
+    classes = metadata.classes.tolist()
+    if classes[-1] > np.count_nonzero(classes) or len(classes) > MANY_CLASSES:
+        yield f"training needs --number_classes {classes[-1] + 1}; {advise(classes)}"
+    if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
+        yield (
+            "values of a small range: z-scoring only centres a channel whose standard deviation is at most 1; multiply "
+            "the images, for example by 1000, so that it scales them as well"
         )
+    constant = [channel for channel, (least, greatest) in enumerate(metadata.info["value_range"]) if least == greatest]
+    others = [channel for channel in range(metadata.image_shape[2]) if channel not in constant]
+    if constant and others:
+        chosen = metadata.info["channels"] or range(metadata.image_shape[2])
+        yield (
+            f"the same value everywhere in channel {', '.join(str(chosen[channel]) for channel in constant)} (alpha?): "
+            f"--channels {','.join(str(chosen[channel]) for channel in others)} leaves it out"
+        )
+
+
+def advise(values: Sequence[int]) -> str:
+    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it."""
+    shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
+    if len(values) > MANY_CLASSES:
+        below = f"{values[0]}-0:0" if values[0] < 0 else "0:0"
+        return (
+            f"found {len(values)} different values, {shown}: if they number single objects, "
+            f"--label_map{'= '[values[0] >= 0]}{below},1-{max(values[-1], 1)}:1 makes one class of them"
+        )
+    positive = [value for value in values if value > 0]
+    classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
+    entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
+    return f"found the values {shown}: --label_map{'= '[values[0] >= 0]}{entries} makes classes 0, 1, 2, ... of them"
+
+
+def draw_preview(database: Database, output: Path) -> Path:
+    """Draw random records with their masks; return where."""
+    from matplotlib.figure import Figure
+
+    metadata = database.metadata
+    count = min(PREVIEW_RECORDS, metadata.count)
+    chosen = sorted(np.random.default_rng(0).choice(metadata.count, count, replace=False).tolist())
+    rows = -(-count // PREVIEW_COLUMNS)
+    figure = Figure(figsize=(4 * PREVIEW_COLUMNS, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * PREVIEW_COLUMNS, squeeze=False).ravel()
+    for place in axes:
+        place.set_axis_off()
+    for left, right, index in zip(axes[::2], axes[1::2], chosen):
+        image, mask = database.read(index)
+        left.imshow(displayable(image), cmap="gray", vmin=0, vmax=1)
+        left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
+        ranks = np.searchsorted(metadata.classes, mask)  # so that gaps in the ids take no colours
+        right.imshow(ranks, cmap="viridis", vmin=0, vmax=max(len(metadata.classes) - 1, 1), interpolation="nearest")
+        right.set_title(f"classes {', '.join(map(str, np.unique(mask)[:6]))}", fontsize=7)
+    figure.savefig(output, dpi=100)
+    return output
+
+
+def displayable(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) as grays (H, W) or colours (H, W, 3) from 0 to 1, without the outermost values."""
+    picture = image.astype(np.float64) if image.shape[2] == 3 else image.mean(axis=2, dtype=np.float64)
+    darkest, brightest = np.percentile(picture, (0.5, 99.5))
+    return np.clip((picture - darkest) / max(brightest - darkest, 1e-9), 0, 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ TensorFlow, which would cost each of them 400 MB and seconds.
 
 import atexit
 import contextlib
-import io
+import functools
 import logging
 import multiprocessing
 import os
@@ -81,7 +81,7 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
 
 
 def read_image(
-    filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None
+    filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None, as_mask: bool = False
 ) -> np.ndarray:
     """Read an image file; parameters and errors are those of `ImageFile`.
 
@@ -90,7 +90,7 @@ def read_image(
     ndarray, shape (H, W, C)
         In the file's own pixel type.
     """
-    with ImageFile(filepath, size, channels) as image:
+    with ImageFile(filepath, size, channels, as_mask) as image:
         return next(image.windows([image.extent]))
 
 
@@ -109,6 +109,8 @@ class ImageFile:
         in a TIFF that does not say so.
     channels : int, optional
         Number of channels, where it is known (from the network).
+    as_mask : bool
+        Whether the pixels are class ids: those of a palette are its indices then, not its colours.
 
     Attributes
     ----------
@@ -119,6 +121,10 @@ class ImageFile:
         The file's own pixel type, in native byte order.
     segment_shape : (int, int)
         Rows and columns that are decoded together, those of a strip or tile; (1, W) where any row can be had.
+    divisible : bool
+        Whether a window can be had without decoding all of the file.
+    lossy : bool
+        Whether the file is or holds a JPEG, which has stray values.
     resolution : (float, float, int), optional
         A TIFF's pixels per unit along a row and along a column, and its code for the unit.
 
@@ -129,15 +135,21 @@ class ImageFile:
     """
 
     def __init__(
-        self, filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None
+        self,
+        filepath: PathLike,
+        size: Optional[tuple[int, int]] = None,
+        channels: Optional[int] = None,
+        as_mask: bool = False,
     ) -> None:
         self.path = Path(filepath)
         self.resolution: Optional[tuple[float, float, int]] = None
+        self.lossy = self.path.suffix.lower() in IMAGE_FORMATS["jpg"]
         self._open_file: Any = None  # a TiffFile
         with self._readable_errors():
-            self._source = self._open(size, channels)
+            self._source = self._open(size, channels, as_mask)
         self.shape, self.dtype, self.segment_shape = self._source.shape, self._source.dtype, self._source.segment_shape
-        if isinstance(self._source, _WholeImage) and self.nbytes > LARGE_IMAGE_BYTES:
+        self.divisible = not isinstance(self._source, _WholeImage)
+        if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
                 self.path, self.nbytes / 2**30,
@@ -215,15 +227,16 @@ class ImageFile:
                 f"cannot read {self.path}: {error or type(error).__name__}; is it damaged or another format?"
             ) from error
 
-    def _open(self, size: Optional[tuple[int, int]], channels: Optional[int]) -> Any:
+    def _open(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
         """Return the object that decodes windows of this file: one of the classes below."""
         if self.path.suffix.lower() not in IMAGE_FORMATS["tif"]:
-            array = _decode_png_or_jpeg(self.path)
-            return _WholeImage(array, Layout.find(array.shape, "YXS"[: array.ndim], self.path, size, channels))
+            shape, dtype, decode = _describe_png_or_jpeg(self.path, as_mask)
+            return _WholeImage(decode, dtype, Layout.find(shape, "YXS"[: len(shape)], self.path, size, channels))
         import tifffile
 
         self._open_file = tifffile.TiffFile(self.path)
         series = self._open_file.series[0]
+        self.lossy = series.keyframe.compression in JPEG_COMPRESSIONS
         layout = Layout.find(series.shape, series.axes, self.path, size, channels)
         if "XResolution" in series.keyframe.tags:
             self.resolution = (*series.keyframe.resolution, int(series.keyframe.resolutionunit))
@@ -231,7 +244,7 @@ class ImageFile:
             return _ContiguousTiff(self.path, series, layout)
         if _SegmentedTiff.suits(series, layout):
             return _SegmentedTiff(series, layout)
-        return _WholeImage(series.asarray(), layout)
+        return _WholeImage(series.asarray, series.dtype, layout)
 
 
 class Layout(NamedTuple):
@@ -283,12 +296,16 @@ class Layout(NamedTuple):
 
 
 class _WholeImage:
-    """An image in memory."""
+    """An image that is decoded as a whole, when its first window is asked for, and then held."""
 
-    def __init__(self, array: np.ndarray, layout: Layout) -> None:
-        self._array = layout.channels_last(array)
-        self.shape, self.dtype = layout.image_shape, array.dtype.newbyteorder("=")
+    def __init__(self, decode: Callable[[], np.ndarray], dtype: np.dtype, layout: Layout) -> None:
+        self._decode, self._layout = decode, layout
+        self.shape, self.dtype = layout.image_shape, dtype.newbyteorder("=")
         self.segment_shape = (1, self.shape[1])
+
+    @functools.cached_property
+    def _array(self) -> np.ndarray:
+        return self._layout.channels_last(self._decode())
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
         return (self._array[window].astype(self.dtype, copy=False) for window in plan)
@@ -409,16 +426,32 @@ class _SegmentedTiff:
         return DecodedSegment(pixels[0], row, column, number + sample)
 
 
-def _decode_png_or_jpeg(path: Path) -> np.ndarray:
-    """Return the pixels, (H, W) or (H, W, samples)."""
-    from skimage.io import imread
+def _describe_png_or_jpeg(path: Path, as_mask: bool) -> tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
+    """Return the shape, (H, W) or (H, W, samples), and pixel type of an image, and a function that decodes it."""
+    from PIL import Image  # comes with scikit-image
 
-    content = path.read_bytes()  # handed over in memory: imageio leaves a damaged file open
-    if content[1:4] == b"PNG" and content[24] == 16:  # bits per channel; Pillow would narrow RGB to 8 of them
+    Image.MAX_IMAGE_PIXELS = None  # large images are what this suite is for, not an attack
+    with Image.open(path) as picture:
+        (width, height), mode, bits = picture.size, picture.mode, 8
+        if picture.format == "PNG":
+            with open(path, "rb") as file:
+                bits, colour = file.read(26)[24:]  # bits per sample, type of colour
+    if bits == 16:  # Pillow would narrow RGB to 8 bits
         import imagecodecs
 
-        return imagecodecs.png_decode(content)
-    return imread(io.BytesIO(content))
+        shape = {0: (height, width), 2: (height, width, 3), 4: (height, width, 2), 6: (height, width, 4)}[colour]
+        return shape, np.dtype(np.uint16), lambda: imagecodecs.png_decode(path.read_bytes())
+    if mode == "P" and not as_mask:
+        mode = "RGB"
+    pixel = np.asarray(Image.new(mode, (1, 1)))
+
+    def decode() -> np.ndarray:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert(mode))
+        # Pillow stretches 2 and 4 bits of gray to 8.
+        return pixels // (255 // (2**bits - 1)) if as_mask and mode == "L" and bits < 8 else pixels
+
+    return (height, width, *pixel.shape[2:]), pixel.dtype, decode
 
 
 def z_score(image: np.ndarray, out: Optional[np.ndarray] = None, overwrite: bool = False) -> np.ndarray:

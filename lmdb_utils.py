@@ -12,6 +12,7 @@ bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncomp
 import argparse
 import array
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -24,7 +25,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Union
 
 import lmdb
 import numpy as np
@@ -105,7 +106,7 @@ def decode_record(value: Any) -> tuple[np.ndarray, np.ndarray]:
     magic, version, _, image_type, mask_type, height, width, channels = HEADER.unpack_from(value)
     if magic != RECORD_MAGIC or version != FORMAT_VERSION:
         raise InputError("a record is not of this suite's format; build the database again")
-    image_dtype, mask_dtype = np.dtype(image_type.rstrip(b"\0").decode()), np.dtype(mask_type.rstrip(b"\0").decode())
+    image_dtype, mask_dtype = stored_dtype(image_type), stored_dtype(mask_type)
     pixels = height * width
     mask_offset = HEADER.size + pixels * channels * image_dtype.itemsize
     if len(value) != mask_offset + pixels * mask_dtype.itemsize:
@@ -113,6 +114,11 @@ def decode_record(value: Any) -> tuple[np.ndarray, np.ndarray]:
     image = np.frombuffer(value, image_dtype, pixels * channels, HEADER.size).reshape(height, width, channels)
     mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
     return image, mask
+
+
+def stored_dtype(field: bytes) -> np.dtype:
+    """Return the type that a field of the header names."""
+    return np.dtype(field.rstrip(b"\0").decode())
 
 
 # ---------------------------------------------------------------------------------------------- metadata
@@ -211,6 +217,23 @@ class Metadata:
 # ---------------------------------------------------------------------------------------------- writing
 
 
+class Record(NamedTuple):
+    """An encoded record, and what the metadata tells of it."""
+
+    value: bytes
+    class_counts: dict[int, int]
+    row: int
+    column: int
+
+    @classmethod
+    def encode(cls, image: np.ndarray, mask: np.ndarray, row: int = 0, column: int = 0) -> "Record":
+        """Return the record of an image and its mask; parameters and errors are those of `encode_record`.
+
+        `row` and `column` are its origin in the file it comes from, in pixels.
+        """
+        return cls(encode_record(image, mask), count_classes(mask), row, column)
+
+
 class DatabaseWriter:
     """Append records to a new database file; the metadata is gathered on the way.
 
@@ -230,52 +253,43 @@ class DatabaseWriter:
         )
         self._pending: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
-        self._shape: Optional[tuple[int, ...]] = None
-        self._image_dtype = self._mask_dtype = ""
-        self._names: list[str] = []
-        self._origins: list[tuple[int, int, int]] = []
+        self._header = b""
+        # Compact, because there may be millions of records.
+        self._joined_names, self._last_name, self._images = bytearray(), "", 0
+        self._origins = array.array("i")  # image, row and column of each record
         self._pixel_counts: dict[int, int] = {}
         self._class_records: dict[int, array.array[int]] = {}
 
     def __len__(self) -> int:
         """Return the number of records appended so far."""
-        return len(self._origins)
+        return len(self._origins) // 3
 
-    def append(self, image: np.ndarray, mask: np.ndarray, name: str, row: int = 0, column: int = 0) -> None:
-        """Append one record.
-
-        Parameters
-        ----------
-        image : ndarray, shape (H, W, C)
-            Shape and dtype must be those of the first record.
-        mask : ndarray, shape (H, W)
-            Class ids, not negative.
-        name : str
-            File the record comes from.
-        row, column : int
-            Origin of the record in that file, in pixels.
+    def append(self, record: Record, name: str) -> None:
+        """Append one record, which comes from the file `name`.
 
         Raises
         ------
         ValueError
-            If shape or dtype differ from the first record's.
+            If its shape or types differ from the first record's.
         """
-        if self._shape is None:
-            self._shape, self._image_dtype, self._mask_dtype = image.shape, image.dtype.name, mask.dtype.name
-        elif (image.shape, image.dtype.name) != (self._shape, self._image_dtype):
-            raise ValueError(f"expected {self._shape} {self._image_dtype}, got {image.shape} {image.dtype} from {name}")
+        header = record.value[: HEADER.size]
+        self._header = self._header or header
+        if header != self._header:
+            raise ValueError(f"expected records like the first one, got another shape or type from {name}")
         index = len(self)
-        if not self._names or self._names[-1] != name:
-            self._names.append(name)
-        self._origins.append((len(self._names) - 1, row, column))
-        for class_id, count in count_classes(mask).items():
+        if not self._images or self._last_name != name:
+            self._joined_names += b"\0" * (self._images > 0) + name.encode()
+            self._last_name = name
+            self._images += 1
+        self._origins.extend((self._images - 1, record.row, record.column))
+        for class_id, count in record.class_counts.items():
             self._pixel_counts[class_id] = self._pixel_counts.get(class_id, 0) + count
             self._class_records.setdefault(class_id, array.array("i")).append(index)
-        self._put(record_key(index), encode_record(image, mask))
+        self._put(record_key(index), record.value)
 
     def finish(self, info: dict[str, Any]) -> Metadata:
         """Write the metadata, sync to disk and close. `info` is stored along (JSON-compatible values)."""
-        if self._shape is None:
+        if not self._header:
             raise ValueError("a database needs at least one record")
         metadata = self._make_metadata(info)
         self._put(METADATA_KEY, metadata.to_bytes())
@@ -291,20 +305,21 @@ class DatabaseWriter:
     def _make_metadata(self, info: dict[str, Any]) -> Metadata:
         classes = sorted(self._class_records)
         records = [np.asarray(self._class_records[class_id], np.int32) for class_id in classes]
-        origins = np.asarray(self._origins, np.int32)
+        origins = np.asarray(self._origins, np.int32).reshape(-1, 3)
+        _, _, _, image_type, mask_type, *shape = HEADER.unpack(self._header)
         return Metadata(
             info={
                 "count": len(self),
-                "image_shape": list(self._shape or ()),
-                "image_dtype": self._image_dtype,
-                "mask_dtype": self._mask_dtype,
+                "image_shape": shape,
+                "image_dtype": stored_dtype(image_type).name,
+                "mask_dtype": stored_dtype(mask_type).name,
                 **info,
             },
             classes=np.asarray(classes, np.int64),
             pixel_counts=np.asarray([self._pixel_counts[class_id] for class_id in classes], np.int64),
             record_offsets=np.cumsum([0] + [len(indices) for indices in records]).astype(np.int64),
             class_records=np.concatenate(records),
-            joined_names="\0".join(self._names).encode(),
+            joined_names=bytes(self._joined_names),
             record_image=origins[:, 0].copy(),
             record_row=origins[:, 1].copy(),
             record_column=origins[:, 2].copy(),
@@ -333,7 +348,7 @@ class DatabaseWriter:
 
 def count_classes(mask: np.ndarray) -> dict[int, int]:
     """Return ``{class id: number of pixels}`` of an integer array of any shape."""
-    if mask.dtype.itemsize <= 2 and mask.dtype.kind == "u":
+    if mask.min() >= 0 and mask.max() < 2**16:
         counts = np.bincount(mask.reshape(-1))
         classes = np.flatnonzero(counts)
         return dict(zip(classes.tolist(), counts[classes].tolist()))
@@ -345,8 +360,8 @@ def count_classes(mask: np.ndarray) -> dict[int, int]:
 def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
     """Create databases that appear under their names together, and only if the block ends without an exception.
 
-    They are written in a hidden folder beside the first target, which is removed whatever happens; a folder that a
-    killed build left is cleared first. An existing target stays readable until the moment it is replaced.
+    They are written in a hidden folder beside the first target, which is removed whatever happens; what a killed build
+    left there is cleared first. An existing target stays readable until the moment it is replaced.
 
     Parameters
     ----------
@@ -361,12 +376,10 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
     Raises
     ------
     InputError
-        If the folder cannot be written, the disk is full, or a target is a folder.
+        If the folder cannot be written, the disk is full, a target is a folder, or another build is writing it.
     """
     paths = [Path(target) for target in targets]
     folder = paths[0].parent
-    building = folder / f".building-{paths[0].name}"
-    writers: list[DatabaseWriter] = []
     for path in paths:
         if path.is_dir():
             raise InputError(
@@ -374,21 +387,46 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        writers += [DatabaseWriter(building / path.name) for path in paths]
-        yield writers
-        for path in paths:
-            os.replace(building / path.name, path)
-        sync_folder(folder)
+        with building_folder(paths[0]) as building, contextlib.ExitStack() as stack:
+            writers = [DatabaseWriter(building / path.name) for path in paths]
+            for writer in writers:
+                stack.callback(writer.close)
+            yield writers
+            for path in paths:
+                os.replace(building / path.name, path)
+            sync_folder(folder)
     except (OSError, lmdb.Error) as error:
         raise InputError(
             f"cannot write a database in {folder}: {error}; free some space or choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def building_folder(target: Path) -> Iterator[Path]:
+    """Create a hidden folder beside `target` that one process has at a time, empty, and remove it afterwards."""
+    folder = target.with_name(f".building-{target.name}")
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(lock), os.stat(folder / "lock"))
+    except (BlockingIOError, FileNotFoundError):
+        mine = False  # the other one works, or has just finished and removed the folder
+    except OSError:
+        mine = True  # a file system without locks
+    if not mine:
+        os.close(lock)
+        raise InputError(
+            f"another build is writing {target}; wait until it has finished, or choose another --dataset_name"
+        )
+    try:
+        for rubbish in folder.iterdir():  # of a build that was killed
+            if rubbish.name != "lock":
+                rubbish.unlink()
+        yield folder
     finally:
-        for writer in writers:
-            writer.close()
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def sync_folder(folder: PathLike) -> None:

@@ -1,15 +1,20 @@
 import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, build, make_pair, run_script, write_folders
+from conftest import ROOT, STORED, build, make_pair, run_script, write_folders, write_stored, write_tiff
 
 import build_lmdb
 from lmdb_utils import Database
@@ -27,14 +32,15 @@ def start(folder, *arguments):
 
 
 def refused(folder, *words, arguments=()):
-    """Assert that the build ends with code 2 and one line that holds all words, and writes nothing."""
+    """Assert that the build ends with code 2 and errors that hold all words, and writes nothing; return its output."""
     done = start(folder, *arguments)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
-    last = done.stdout.strip().splitlines()[-1]
+    errors = "\n".join(line for line in done.stdout.splitlines() if re.search(r"\bERROR\b|\berror:", line))
     for word in words:
-        assert word in last, last
+        assert word in errors, done.stdout
     assert not (folder / "db").exists() or os.listdir(folder / "db") == []
+    return done.stdout
 
 
 def test_help_shows_every_option_of_the_specification():
@@ -164,9 +170,11 @@ def test_a_bad_argument_is_refused(tmp_path, arguments, word):
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path):
     _, masks = write_folders(tmp_path, count=3)
     (masks / "cell1.tif").rename(masks / "cell1_mask.tif")
-    refused(tmp_path, "1 of 3 images have no mask", "cell1.tif")
+    output = refused(tmp_path, "images without a mask (1)", "cell1.tif", "masks without an image (1)", "--skip_bad 1")
+    assert "try --mask_suffix _mask" in output
     (tmp_path / "images" / "cell1.tif").unlink()
-    refused(tmp_path, "1 of 3 masks have no image", "cell1_mask.tif")
+    output = refused(tmp_path, "masks without an image (1)", "cell1_mask.tif")
+    assert "images without" not in output
 
 
 def test_two_files_of_one_stem_are_refused(tmp_path):
@@ -187,14 +195,23 @@ def bad_image(array, **options):
     "spoil, words",
     [
         (bad_mask(np.zeros((64, 64, 3), np.uint8)), ("single-channel mask", "masks/cell0.tif", "3 channels")),
-        (bad_mask(np.zeros((64, 64), np.float32)), ("masks/cell0.tif", "float32")),
-        (bad_mask(np.full((64, 64), -1, np.int32)), ("masks/cell0.tif", "found -1")),
-        (bad_mask(np.zeros((64, 60), np.uint8)), ("one size", "64 x 64", "64 x 60", "cell0.tif")),
-        (bad_image(np.zeros((64, 64), np.float64)), ("images/cell0.tif", "float64")),
-        (bad_image(np.full((64, 64), np.inf, np.float32)), ("finite pixels in", "images/cell0.tif")),
-        (bad_image(np.zeros((64, 64), np.uint8)), ("one type", "uint8", "uint16")),
-        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("one type", "3 channels", "1 of uint16")),
+        (bad_mask(np.zeros((64, 64), np.float32)), ("masks/cell0.tif", "float32", "whole numbers")),
+        (bad_mask(np.zeros((64, 64), np.uint32)), ("masks/cell0.tif", "uint32", "--label_map")),
+        (bad_mask(np.zeros((64, 64), np.uint8), compression="jpeg"), ("masks/cell0.tif", "JPEG")),
+        (bad_mask(np.full((64, 64), -1, np.int32)), ("masks with negative", "masks/cell0.tif", "--label_map=-1:0,0:0")),
+        (bad_mask(np.zeros((64, 60), np.uint8)), ("another size", "64 x 64", "64 x 60", "cell0.tif")),
+        (bad_image(np.zeros((64, 64), np.float64)), ("images/cell0.tif", "float64", "to float32")),
+        (bad_image(np.zeros((64, 64), np.uint32)), ("images/cell0.tif", "uint32", "to int32")),
+        (bad_image(np.zeros((64, 64), np.complex64)), ("images/cell0.tif", "complex64")),
+        (
+            bad_image(np.zeros((64, 64), np.uint8)),
+            ("another type", "images/cell0.tif", "1 channels of uint8", "(2 of 3)"),
+        ),
+        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("another type", "3 channels", "1 channels of uint16")),
+        (bad_image(np.zeros((5, 64, 64), np.uint16), metadata={"axes": "ZYX"}), ("images/cell0.tif", "axes ZYX")),
+        (bad_image(np.zeros((5, 64, 64), np.uint16), imagej=True, metadata={"axes": "TYX"}), ("cell0.tif", "axes TYX")),
         (lambda folder: (folder / "images" / "cell0.tif").write_bytes(b""), ("cannot read", "images/cell0.tif")),
+        (lambda folder: (folder / "masks" / "cell0.tif").write_bytes(b""), ("cannot read", "masks/cell0.tif")),
         (lambda folder: os.truncate(folder / "images" / "cell0.tif", 1000), ("images/cell0.tif",)),
         (lambda folder: (folder / "images" / "cell0.tif").write_text("text"), ("cannot read", "images/cell0.tif")),
     ],
@@ -210,7 +227,7 @@ def test_mixed_sizes_are_refused_without_tiling_and_built_with_it(tmp_path):
     image, mask = make_pair(9, (128, 160, 1))
     tifffile.imwrite(tmp_path / "images" / "cell0.tif", image[..., 0])
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", mask)
-    refused(tmp_path, "one size", "--use_tiling 1")
+    refused(tmp_path, "another size than most (1)", "128 x 160", "--use_tiling 1")
     assert start(tmp_path, "--use_tiling", 1, "--tile_size", 128).returncode == 0
 
 
@@ -231,7 +248,10 @@ def test_masks_of_0_and_255_get_a_hint(tmp_path):
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, tifffile.imread(path) * 255)
     output = start(tmp_path).stdout
-    assert "--number_classes 256" in output and "0 and 255 are usually meant as 0 and 1" in output
+    assert "--number_classes 256" in output and "--label_map 0:0,255:1" in output
+    for side in "train", "test":
+        with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+            assert database.metadata.classes.tolist() == [0, 255]
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -239,6 +259,358 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     done = start(tmp_path, "--output_folder", tmp_path / "file" / "db")
     assert done.returncode == 2 and "cannot write a database" in done.stdout and "Traceback" not in done.stdout
+
+
+def masks_of(database):
+    """Return the masks of a database by the name of their image."""
+    metadata = database.metadata
+    return {
+        metadata.names[metadata.record_image[index]]: database.read(index)[1].copy() for index in range(len(database))
+    }
+
+
+def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
+    images, masks = write_folders(tmp_path, count=12)
+    for index in range(5):
+        tifffile.imwrite(masks / f"cell{index}.tif", np.zeros((64, 60), np.uint8))
+    (masks / "cell5.tif").unlink()
+    (images / "cell6.tif").write_bytes(b"II*\0")
+    tifffile.imwrite(images / "cell7.tif", np.zeros((64, 64), np.float64))
+    output = refused(
+        tmp_path, "masks of another size than their images (5):", "cell0.tif is", "cell2.tif is", "and 2 more",
+        "images without a mask (1):", "files that cannot be read (1):", "images that cannot be stored (1):",
+        "8 files cannot be used",
+    )  # fmt: skip
+    assert "cell4.tif is" not in output
+
+
+def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
+    write_folders(tmp_path, count=6, dtype="float32")
+    for index, value in enumerate((np.nan, np.inf, -np.inf)):
+        image = make_pair(index, dtype="float32")[0]
+        image[5, 7] = value
+        write_tiff(tmp_path / "images" / f"cell{index}.tif", image)
+    tifffile.imwrite(tmp_path / "masks" / "cell3.tif", np.full((64, 64), -7, np.int16))
+    refused(
+        tmp_path,
+        "images with NaN or infinity (3):",
+        "cell0.tif",
+        "cell2.tif",
+        "masks with negative values (1):",
+        "-7:0",
+    )
+
+
+def test_bad_files_are_left_out_and_listed(tmp_path):
+    images, masks = write_folders(tmp_path, count=8, shape=(144, 130, 1))
+    (masks / "cell0.tif").unlink()
+    tifffile.imwrite(masks / "cell1.tif", np.full((144, 130), -1, np.int8))
+    tifffile.imwrite(masks / "cell2.tif", np.zeros((5, 5), np.uint8))
+    os.truncate(images / "cell3.tif", 9000)
+    more = ["--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.4]
+    done = start(tmp_path, *more)
+    assert done.returncode == 0 and "left out 4 files" in done.stdout, done.stdout
+    listed = (tmp_path / "db" / "skipped-t.tsv").read_text().splitlines()
+    assert listed[0] == "file\treason"
+    assert sorted(Path(line.split("\t")[0]).name for line in listed[1:]) == [f"cell{index}.tif" for index in range(4)]
+    names = []
+    for side in "train", "test":
+        with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+            names += database.metadata.names
+            assert len(database) == 4 * len(database.metadata.names) and database.metadata.info["left_out"] == 4
+    assert sorted(names) == [f"cell{index}.tif" for index in range(4, 8)]
+    for path in list(images.iterdir()) + list(masks.iterdir()):
+        if path.name in {f"cell{index}.tif" for index in range(4)}:
+            path.unlink()
+    assert start(tmp_path, *more).returncode == 0
+    assert not (tmp_path / "db" / "skipped-t.tsv").exists()
+
+
+def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
+    images, _ = write_folders(tmp_path, count=4, shape=(144, 128, 1), dtype="float32")
+    image, mask = make_pair(0, (6000, 1600, 1), "float32")
+    image[-1, -1] = np.nan
+    tifffile.imwrite(images / "cell1.tif", image[..., 0], tile=(256, 256))
+    tifffile.imwrite(tmp_path / "masks" / "cell1.tif", mask)
+    done = start(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
+    assert done.returncode == 0 and "images with NaN or infinity (1)" in done.stdout, done.stdout
+    for side in "train", "test":
+        with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+            assert len(database) == 2 * len(database.metadata.names) and "cell1.tif" not in database.metadata.names
+
+
+@pytest.mark.parametrize(
+    "label_map, dtype, values, expected",
+    [
+        ("0:0,255:1", "uint8", [0, 255], [0, 1]),
+        ("0:0,1-65535:1", "uint16", [0, 1, 7, 65535], [0, 1, 1, 1]),
+        ("-1:0,0-2:7,3:300", "int32", [-1, 0, 1, 3], [0, 7, 7, 300]),
+        ("-5--2:1,0:0", "int8", [0, -2, -5, -3], [0, 1, 1, 1]),
+        ("0:0,1-4294967295:1", "uint32", [0, 4000000000, 5, 1], [0, 1, 1, 1]),
+        ("0:0,1-9:2", "int64", [0, 9, 5, 1], [0, 2, 2, 2]),
+        ("0:1,1:0", "bool", [0, 1, 1, 0], [1, 0, 0, 1]),
+    ],
+)
+def test_mask_values_become_the_classes_of_the_label_map(tmp_path, label_map, dtype, values, expected):
+    write_folders(tmp_path, count=2, shape=(32, 32, 1))
+    chosen = np.random.default_rng(0).integers(len(values), size=(32, 32))
+    for path in (tmp_path / "masks").iterdir():
+        tifffile.imwrite(path, np.array(values).astype(dtype)[chosen])
+    done = start(tmp_path, f"--label_map={label_map}")
+    assert done.returncode == 0, done.stdout
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        mask = database.read(0)[1]
+        np.testing.assert_array_equal(mask, np.array(expected)[chosen])
+        assert mask.dtype == ("uint16" if 300 in expected else "uint8")
+        assert database.metadata.info["label_map"] == label_map
+        assert database.metadata.classes.tolist() == sorted(set(expected))
+
+
+def test_values_that_the_label_map_does_not_name_are_refused(tmp_path):
+    write_folders(tmp_path, count=2)
+    tifffile.imwrite(tmp_path / "masks" / "cell0.tif", np.full((64, 64), 7, np.uint8))
+    refused(tmp_path, "does not name (1)", "masks/cell0.tif", "found 7", arguments=["--label_map", "0:0,1:1"])
+
+
+@pytest.mark.parametrize(
+    "values, hint",
+    [
+        ([0, 1, 2, 4, 8], "--label_map 0:0,1:1,2:2,4:3,8:4 makes"),
+        ([3, 5], "--label_map 0:0,3:1,5:2 makes"),
+        (range(40), "if they number single objects, --label_map 0:0,1-39:1 makes"),
+    ],
+)
+def test_unusual_classes_get_a_hint_that_mends_them(tmp_path, values, hint):
+    write_folders(tmp_path, count=2)
+    for path in (tmp_path / "masks").iterdir():
+        tifffile.imwrite(path, np.resize(np.array(values, np.uint8), (64, 64)))
+    done = start(tmp_path)
+    assert done.returncode == 0 and hint in done.stdout, done.stdout
+    option = hint[hint.index("--label_map") :].split()[1]
+    done = start(tmp_path, "--label_map", option)
+    assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout
+
+
+def test_a_mask_with_negative_values_gets_a_hint_that_mends_it(tmp_path):
+    write_folders(tmp_path, count=2)
+    for path in (tmp_path / "masks").iterdir():
+        tifffile.imwrite(path, np.resize(np.array([-2, -1, 0, 3], np.int16), (64, 64)))
+    option = re.search(r"(--label_map=\S+) makes", refused(tmp_path, "negative"))[1]
+    assert start(tmp_path, option).returncode == 0
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        np.testing.assert_array_equal(np.unique(database.read(0)[1]), [0, 1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["palette png", "gray png", "palette tif", "gray tif"])
+def test_masks_of_few_bits_and_palettes_give_their_indices(tmp_path, kind, bits):
+    colours, suffix = kind.split()
+    write_folders(tmp_path, count=2, shape=(32, 32, 1))
+    ids = np.random.default_rng(bits).integers(2**bits, size=(32, 32)).astype(np.uint8)
+    for path in list((tmp_path / "masks").iterdir()):
+        path.unlink()
+        path = path.with_suffix(f".{suffix}")
+        if suffix == "tif":
+            palette = np.random.default_rng(0).integers(65535, size=(3, 256)).astype(np.uint16)
+            options = {"photometric": "palette", "colormap": palette} if colours == "palette" else {}
+            tifffile.imwrite(path, ids > 0 if kind == "gray tif" and bits == 1 else ids, **options)
+        else:
+            write_png(path, ids, bits, 3 if colours == "palette" else 0)
+    done = start(tmp_path)
+    assert done.returncode == 0, done.stdout
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        np.testing.assert_array_equal(database.read(0)[1], ids)
+
+
+def write_png(path, ids, bits, colour):
+    """Write a PNG of some bits per pixel, gray (colour 0) or with a palette (colour 3), by the specification alone."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    each_bit = np.unpackbits(ids[..., None], axis=2)[..., 8 - bits :]
+    rows = np.packbits(each_bit.reshape(len(ids), -1), axis=1)
+    header = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, colour, 0, 0, 0)
+    palette = np.random.default_rng(0).integers(256, size=3 * 2**bits).astype(np.uint8).tobytes()
+    parts = [chunk(b"IHDR", header), chunk(b"PLTE", palette) if colour == 3 else b""]
+    parts += [chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(
+    "stored, dtype", [("int8", "int32"), ("int16", "int32"), ("float16", "float32"), ("bool", "uint8")]
+)
+def test_types_that_widen_without_loss_are_widened_and_said_so(tmp_path, stored, dtype):
+    write_folders(tmp_path, count=2, shape=(32, 32, 1))
+    image = (make_pair(0, (32, 32, 1), "float32")[0][..., 0] - 100).astype(stored)
+    for path in (tmp_path / "images").iterdir():
+        tifffile.imwrite(path, image)
+    done = start(tmp_path)
+    assert f"2 files of {stored} are stored as {dtype}, which loses nothing" in done.stdout
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        got = database.read(0)[0]
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got[..., 0], image)
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_images_are_built_however_they_are_stored(tmp_path, kind):
+    write_folders(tmp_path, count=2)
+    for index in range(2):
+        write_stored(tmp_path / "images" / f"cell{index}.tif", make_pair(index, (64, 64, 3))[0], kind)
+    assert start(tmp_path).returncode == 0
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        index = int(database.metadata.names[0][4])
+        np.testing.assert_array_equal(database.read(0)[0], make_pair(index, (64, 64, 3))[0])
+
+
+def test_channels_are_selected_and_a_constant_one_is_pointed_out(tmp_path):
+    write_folders(tmp_path, count=2, shape=(32, 32, 4), dtype="uint8")
+    images = {}
+    for path in (tmp_path / "images").iterdir():
+        images[path.name] = make_pair(int(path.stem[4]), (32, 32, 4), "uint8")[0]
+        images[path.name][..., 3] = 255
+        tifffile.imwrite(path, images[path.name], photometric="rgb", extrasamples=["unassalpha"])
+    done = start(tmp_path)
+    assert "the same value everywhere in channel 3 (alpha?): --channels 0,1,2 leaves it out" in done.stdout
+    done = start(tmp_path, "--channels", "2,0")
+    assert done.returncode == 0 and "alpha" not in done.stdout
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        np.testing.assert_array_equal(database.read(0)[0], images[database.metadata.names[0]][..., [2, 0]])
+        assert database.metadata.info["channels"] == [2, 0]
+    shutil.rmtree(tmp_path / "db")
+    refused(tmp_path, "has 4 channels", "names 4", arguments=["--channels", "0,4"])
+
+
+def test_masks_with_a_suffix_are_found_also_beside_their_images(tmp_path):
+    images, masks = write_folders(tmp_path, count=4)
+    for path in list(masks.iterdir()):
+        path.rename(images / f"{path.stem}_mask.tif")
+    done = start(tmp_path, "--mask_folder", images, "--mask_suffix", "_mask")
+    assert done.returncode == 0, done.stdout
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        for name, mask in masks_of(database).items():
+            np.testing.assert_array_equal(mask, make_pair(int(name[4]))[1])
+    shutil.rmtree(tmp_path / "db")
+    refused(tmp_path, "the same files", arguments=["--mask_folder", images])
+
+
+def test_only_masks_of_the_mask_format_are_used(tmp_path):
+    _, masks = write_folders(tmp_path, count=2)
+    for path in list(masks.iterdir()):
+        skimage.io.imsave(path.with_suffix(".png"), 1 - tifffile.imread(path), check_contrast=False)
+    refused(tmp_path, "names that several files have (2)", "cell0.png and cell0.tif")
+    assert start(tmp_path, "--mask_format", "png").returncode == 0
+    with Database(tmp_path / "db" / "train-t.lmdb") as database:
+        for name, mask in masks_of(database).items():
+            np.testing.assert_array_equal(mask, 1 - make_pair(int(name[4]))[1])
+
+
+def test_jpeg_masks_are_refused_with_the_reason(tmp_path):
+    _, masks = write_folders(tmp_path, count=2)
+    for path in list(masks.iterdir()):
+        path.rename(path.with_suffix(".jpg"))
+    refused(tmp_path, "expected tif or png masks", ".jpg", "a JPEG mask has stray values")
+
+
+def test_files_of_a_group_go_to_one_side(tmp_path):
+    images, masks = write_folders(tmp_path, count=12)
+    for index in range(12):
+        for folder in (images, masks):
+            (folder / f"cell{index}.tif").rename(folder / f"slide{index % 4}_field{index}.tif")
+    for pattern in (r"^[^_]+", r"slide(\d)_"):
+        assert start(tmp_path, "--split_by", pattern, "--train_fraction", 0.5).returncode == 0
+        sides = []
+        for side in "train", "test":
+            with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+                sides.append({name[:6] for name in database.metadata.names})
+                assert len(database) == 6
+        assert len(sides[0]) == len(sides[1]) == 2 and not sides[0] & sides[1]
+    shutil.rmtree(tmp_path / "db")
+    refused(tmp_path, "finds nothing in the name of", arguments=["--split_by", "patient"])
+    refused(tmp_path, "at least 2 groups", arguments=["--split_by", "slide"])
+
+
+def test_any_number_of_workers_builds_the_same_bytes(tmp_path):
+    options = ["--use_tiling", 1, "--tile_size", 112]
+    contents = [
+        [path.read_bytes() for path in build(tmp_path / str(workers), *options, "--num_workers", workers, count=7,
+                                             shape=(300, 200, 2))]
+        for workers in (1, 2, 5)
+    ]  # fmt: skip
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_large_image_is_tiled_in_parts_with_the_same_result(tmp_path):
+    """A tiled file, which is read in parts, against one that can only be read as a whole."""
+    image, mask = make_pair(0, (5000, 1500, 1))
+    contents = []
+    for kind, options in (("parts", {"tile": (256, 256)}), ("whole", {"compression": "zlib", "rowsperstrip": 5000})):
+        write_folders(tmp_path / kind, count=1, shape=(128, 128, 1))
+        tifffile.imwrite(tmp_path / kind / "images" / "large.tif", image[..., 0], **options)
+        tifffile.imwrite(tmp_path / kind / "masks" / "large.tif", mask, **options)
+        assert start(tmp_path / kind, "--use_tiling", 1, "--tile_size", 128).returncode == 0
+        contents.append([(tmp_path / kind / "db" / f"{side}-t.lmdb").read_bytes() for side in ("train", "test")])
+    assert contents[0] == contents[1]
+
+
+def test_a_database_is_described_again_later_with_a_picture(tmp_path):
+    train, _ = build(tmp_path, "--label_map", "0:0,1:1", count=5)
+    done = run_script("build_lmdb.py", "--describe", train, "--preview", 1)
+    assert done.returncode == 0, done.stdout
+    expected = [
+        "4 images, 4 records of 64 x 64 x 1 uint16, masks uint8", "label_map 0:0,1:1", "train side of dataset t",
+        "class 1: 8192 pixels (50.00 %), in 4 records", "values 3", "train-t.png",
+    ]  # fmt: skip
+    for text in expected:
+        assert text in done.stdout, done.stdout
+    with Database(train) as database:
+        least, greatest = database.metadata.info["value_range"][0]
+        pixels = np.stack([database.read(index)[0] for index in range(4)])
+        assert (least, greatest) == (pixels.min(), pixels.max())
+    picture = skimage.io.imread(train.with_suffix(".png"))
+    assert picture.std(axis=(0, 1)).max() > 20
+    done = run_script("build_lmdb.py", "--describe", tmp_path / "images" / "cell0.tif")
+    assert done.returncode == 2 and "is not an LMDB database" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_second_build_of_the_same_database_is_refused_while_one_runs(tmp_path):
+    write_folders(tmp_path, count=40, shape=(512, 512, 1))
+    first = start_in_background(tmp_path)
+    refused_while_running = start(tmp_path)
+    assert first.poll() is None, first.communicate()[0]
+    assert refused_while_running.returncode == 2, refused_while_running.stdout
+    assert "another build is writing" in refused_while_running.stdout
+    first.send_signal(signal.SIGCONT)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 0, output
+    assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
+
+
+def start_in_background(folder):
+    """Start a build; return its process when it writes, stopped there."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder", folder / "masks",
+         "--output_folder", folder / "db", "--dataset_name", "t"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (folder / "db" / ".building-train-t.lmdb" / "train-t.lmdb").exists():
+        time.sleep(0.001)
+        assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def test_a_worker_that_is_killed_ends_the_build_with_a_reason(tmp_path):
+    write_folders(tmp_path, count=40, shape=(512, 512, 1))
+    process = start_in_background(tmp_path)
+    for worker in psutil.Process(process.pid).children():
+        if "spawn_main" in " ".join(worker.cmdline()) and "resource_tracker" not in " ".join(worker.cmdline()):
+            worker.kill()
+    process.send_signal(signal.SIGCONT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "a process that read images died" in output, output
+    assert "Traceback" not in output and os.listdir(tmp_path / "db") == []
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])

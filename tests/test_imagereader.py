@@ -328,13 +328,13 @@ def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, wor
 
 
 def test_balanced_classes_are_drawn_equally_often(tmp_path):
-    from lmdb_utils import new_databases
+    from lmdb_utils import Record, new_databases
 
     with new_databases(tmp_path / "a.lmdb") as [writer]:
         for index in range(20):  # class 2 in one image of twenty, class 0 in every one
             mask = np.zeros((16, 16), np.uint8)
             mask[0, 0] = 2 if index == 7 else 0
-            writer.append(np.full((16, 16, 1), index, np.uint8), mask, f"{index}.tif")
+            writer.append(Record.encode(np.full((16, 16, 1), index, np.uint8), mask), f"{index}.tif")
         writer.finish({})
     options = {"number_classes": 3, "batch_size": 50}
     shares = []

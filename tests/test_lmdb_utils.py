@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 import lmdb_utils
-from lmdb_utils import Database, DatabaseWriter, InputError, decode_record, encode_record, new_databases
+from lmdb_utils import Database, DatabaseWriter, InputError, Record, decode_record, encode_record, new_databases
 
 
 def write_small(path, count=3):
     with new_databases(path) as [writer]:
         for index in range(count):
-            writer.append(np.full((2, 3, 1), index, np.uint16), np.full((2, 3), index % 200, np.uint8), f"{index}.tif")
+            image, mask = np.full((2, 3, 1), index, np.uint16), np.full((2, 3), index % 200, np.uint8)
+            writer.append(Record.encode(image, mask), f"{index}.tif")
         writer.finish({"side": "train"})
 
 
@@ -43,7 +44,8 @@ def test_metadata_tells_classes_and_where_they_are(tmp_path):
     masks = [[[0, 0], [0, 5]], [[0, 0], [0, 0]], [[5, 5], [2, 2]]]
     with new_databases(tmp_path / "a.lmdb") as [writer]:
         for index, mask in enumerate(masks):
-            writer.append(np.zeros((2, 2, 1), np.uint8), np.array(mask, np.int32), f"{index}.tif", row=7, column=index)
+            record = Record.encode(np.zeros((2, 2, 1), np.uint8), np.array(mask, np.int32), row=7, column=index)
+            writer.append(record, f"{index}.tif")
         writer.finish({"seed": 3})
     with Database(tmp_path / "a.lmdb") as database:
         metadata = database.metadata
@@ -59,7 +61,7 @@ def test_the_map_grows_until_the_records_fit(tmp_path, monkeypatch):
     writer = DatabaseWriter(tmp_path / "a.lmdb", initial_map_bytes=64 * 1024)
     images = [np.random.default_rng(index).integers(0, 255, (100, 100, 3)).astype(np.uint8) for index in range(20)]
     for index, image in enumerate(images):
-        writer.append(image, np.zeros((100, 100), np.uint8), f"{index}.tif")
+        writer.append(Record.encode(image, np.zeros((100, 100), np.uint8)), f"{index}.tif")
     writer.finish({})
     with Database(tmp_path / "a.lmdb") as database:
         assert len(database) == 20
@@ -70,7 +72,7 @@ def test_the_map_grows_until_the_records_fit(tmp_path, monkeypatch):
 def test_a_failed_build_leaves_the_old_database_and_nothing_else(tmp_path):
     write_small(tmp_path / "a.lmdb")
     with pytest.raises(KeyboardInterrupt), new_databases(tmp_path / "a.lmdb") as [writer]:
-        writer.append(np.zeros((2, 3, 1), np.uint16), np.zeros((2, 3), np.uint8), "x.tif")
+        writer.append(Record.encode(np.zeros((2, 3, 1), np.uint16), np.zeros((2, 3), np.uint8)), "x.tif")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["a.lmdb"]
     with Database(tmp_path / "a.lmdb") as database:
@@ -85,7 +87,8 @@ def test_a_database_on_a_full_disk_is_reported_and_removed(tmp_path):
     try:
         with pytest.raises(InputError, match="cannot write a database"), new_databases(full / "a.lmdb") as [writer]:
             for index in range(40):
-                writer.append(np.zeros((300, 300, 1), np.uint8), np.zeros((300, 300), np.uint8), f"{index}.tif")
+                record = Record.encode(np.zeros((300, 300, 1), np.uint8), np.zeros((300, 300), np.uint8))
+                writer.append(record, f"{index}.tif")
             writer.finish({})
         assert os.listdir(full) == []
     finally:

@@ -18,7 +18,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np
 
-from lmdb_utils import new_databases
+from lmdb_utils import Record, new_databases
 
 logging.getLogger().addHandler(logging.NullHandler())  # starvation is what a consumer that never waits should cause
 
@@ -53,7 +53,7 @@ def synthetic_database(case, count=32):
         filepath = Path(folder) / "train-synthetic.lmdb"
         with new_databases(filepath) as [writer]:
             for index in range(count):
-                writer.append(*random_pair(rng, case), f"{index}.tif")
+                writer.append(Record.encode(*random_pair(rng, case)), f"{index}.tif")
             writer.finish({})
         yield filepath
 

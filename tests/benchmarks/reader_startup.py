@@ -14,7 +14,7 @@ import psutil
 from common import finish, machine, make_parser, synthetic_database
 
 from imagereader import ImageReader
-from lmdb_utils import Database, new_databases, positive_int
+from lmdb_utils import Database, Record, new_databases, positive_int
 
 
 def write_tiny_records(filepath, count):
@@ -23,7 +23,7 @@ def write_tiny_records(filepath, count):
     with new_databases(filepath) as [writer]:
         for index in range(count):
             mask[0, 0] = index % 3
-            writer.append(image, mask, f"an_image_with_a_name_as_long_as_they_are_{index:07d}.tif")
+            writer.append(Record.encode(image, mask), f"an_image_with_a_name_as_long_as_they_are_{index:07d}.tif")
         writer.finish({})
 
 
