@@ -9,6 +9,7 @@ TensorFlow, which would cost each of them 400 MB and seconds.
 
 import atexit
 import contextlib
+import errno
 import functools
 import logging
 import multiprocessing
@@ -643,29 +644,29 @@ class RingLayout:
         return np.ndarray(1 + self.num_workers, np.int64, memory)
 
 
-def allocate_shared_memory(layout: RingLayout) -> shared_memory.SharedMemory:
-    """Create the shared memory of a ring and reserve every page of it.
+def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
+    """Create shared memory of `size` bytes and reserve every page of it.
 
     Without the reservation a file system that is too small would answer later, with a bus error.
 
     Raises
     ------
-    InputError
+    OSError
         If ``/dev/shm`` cannot hold it.
     """
     # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
-    if layout.total_bytes > free_shared_memory():
-        raise _shared_memory_error(layout)
-    memory = shared_memory.SharedMemory(create=True, size=layout.total_bytes)
+    if size > free_shared_memory():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
+    memory = shared_memory.SharedMemory(create=True, size=size)
     path = f"{SHARED_MEMORY_FOLDER}/{memory.name.lstrip('/')}"
     if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
         descriptor = os.open(path, os.O_RDWR)
         try:
-            os.posix_fallocate(descriptor, 0, layout.total_bytes)
-        except OSError as error:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError:
             memory.close()
             memory.unlink()
-            raise _shared_memory_error(layout) from error
+            raise
         finally:
             os.close(descriptor)
     return memory
@@ -969,7 +970,10 @@ class ImageReader:
         self._forget_workers()  # and the failure of those before
         self._stopping.clear()
         with _signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
-            self._memory = allocate_shared_memory(self._layout)
+            try:
+                self._memory = allocate_shared_memory(self._layout.total_bytes)
+            except OSError as error:
+                raise _shared_memory_error(self._layout) from error
             # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
             atexit.register(self.shutdown)
             logging.info(

@@ -41,7 +41,9 @@ IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
 MASK_DTYPES = ("uint8", "uint16", "int32")
 
 INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
-COMMIT_BYTES = 64 * 2**20  # records held back for one transaction, replayed if the map was too small for them
+COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
+
+FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -218,9 +220,12 @@ class Metadata:
 
 
 class Record(NamedTuple):
-    """An encoded record, and what the metadata tells of it."""
+    """An encoded record, and what the metadata tells of it.
 
-    value: bytes
+    The value is an array of bytes (uint8), which processes can hand over without a copy.
+    """
+
+    value: np.ndarray
     class_counts: dict[int, int]
     row: int
     column: int
@@ -231,7 +236,7 @@ class Record(NamedTuple):
 
         `row` and `column` are its origin in the file it comes from, in pixels.
         """
-        return cls(encode_record(image, mask), count_classes(mask), row, column)
+        return cls(np.frombuffer(encode_record(image, mask), np.uint8), count_classes(mask), row, column)
 
 
 class DatabaseWriter:
@@ -251,7 +256,7 @@ class DatabaseWriter:
         self._environment = lmdb.open(
             os.fspath(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
         )
-        self._pending: list[tuple[bytes, bytes]] = []
+        self._pending: list[tuple[bytes, Union[bytes, memoryview]]] = []
         self._pending_bytes = 0
         self._header = b""
         # Compact, because there may be millions of records.
@@ -272,7 +277,7 @@ class DatabaseWriter:
         ValueError
             If its shape or types differ from the first record's.
         """
-        header = record.value[: HEADER.size]
+        header = record.value[: HEADER.size].tobytes()
         self._header = self._header or header
         if header != self._header:
             raise ValueError(f"expected records like the first one, got another shape or type from {name}")
@@ -285,7 +290,7 @@ class DatabaseWriter:
         for class_id, count in record.class_counts.items():
             self._pixel_counts[class_id] = self._pixel_counts.get(class_id, 0) + count
             self._class_records.setdefault(class_id, array.array("i")).append(index)
-        self._put(record_key(index), record.value)
+        self._put(record_key(index), record.value.data)
 
     def finish(self, info: dict[str, Any]) -> Metadata:
         """Write the metadata, sync to disk and close. `info` is stored along (JSON-compatible values)."""
@@ -325,7 +330,7 @@ class DatabaseWriter:
             record_column=origins[:, 2].copy(),
         )
 
-    def _put(self, key: bytes, value: bytes) -> None:
+    def _put(self, key: bytes, value: Union[bytes, memoryview]) -> None:
         self._pending.append((key, value))
         self._pending_bytes += len(value)
         if self._pending_bytes >= COMMIT_BYTES:
@@ -348,7 +353,10 @@ class DatabaseWriter:
 
 def count_classes(mask: np.ndarray) -> dict[int, int]:
     """Return ``{class id: number of pixels}`` of an integer array of any shape."""
-    if mask.min() >= 0 and mask.max() < 2**16:
+    least, greatest = int(mask.min()), int(mask.max())
+    if least >= 0 and greatest < FEW_CLASSES:
+        return {value: count for value in range(greatest + 1) if (count := int(np.count_nonzero(mask == value)))}
+    if least >= 0 and greatest < 2**16:
         counts = np.bincount(mask.reshape(-1))
         classes = np.flatnonzero(counts)
         return dict(zip(classes.tolist(), counts[classes].tolist()))
