@@ -363,8 +363,12 @@ def run(args: argparse.Namespace) -> None:
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
     """Return as many processes as there are cores, but no more than have enough to do to be worth their start."""
-    nbytes = sum(os.path.getsize(path) for pair in pairs for path in pair)
-    return min(len(os.sched_getaffinity(0)), 1 + nbytes // WORKER_BYTES)
+    cores, nbytes = len(os.sched_getaffinity(0)), 0
+    for pair in pairs:
+        nbytes += os.path.getsize(pair.image) + os.path.getsize(pair.mask)
+        if nbytes >= (cores - 1) * WORKER_BYTES:  # it takes long to ask about all of many files
+            return cores
+    return 1 + nbytes // WORKER_BYTES
 
 
 def describe_build(args: argparse.Namespace, left_out: int) -> dict[str, Any]:
@@ -453,11 +457,11 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
 
 def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; check the path")
+    from imagereader import list_files
+
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
-    entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    entries = list_files(folder)
     masks = [path for path in entries if path.suffix.lower() in extensions and path.stem.endswith(suffix)]
     if not masks:
         found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
@@ -508,10 +512,11 @@ def split_pairs(
     if len(groups) < 2:
         what = "images with masks" if split_by is None else "groups of images (--split_by)"
         raise InputError(f"expected at least 2 {what}, one to train and one to test, found {len(groups)}")
-    order = [list(groups.values())[index] for index in np.random.default_rng(seed).permutation(len(groups))]
+    members = list(groups.values())
+    order = [members[index] for index in np.random.default_rng(seed).permutation(len(members))]
     counts = np.cumsum([len(group) for group in order])[:-1]
     cut = int(np.argmin(np.abs(counts - train_fraction * len(pairs)))) + 1
-    return sorted(sum(order[:cut], [])), sorted(sum(order[cut:], []))
+    return sorted(itertools.chain(*order[:cut])), sorted(itertools.chain(*order[cut:]))
 
 
 def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:

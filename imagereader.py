@@ -66,11 +66,8 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
     InputError
         If the folder is missing or holds no such file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; check the path")
     suffixes = IMAGE_FORMATS[image_format]
-    entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    entries = list_files(folder)
     images = [path for path in entries if path.suffix.lower() in suffixes]
     if not images:
         found = sorted({path.suffix for path in entries})
@@ -79,6 +76,22 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
             f"{' of type ' + ', '.join(found) if found else ''}; check the folder or set --image_format"
         )
     return images
+
+
+def list_files(folder: PathLike) -> list[Path]:
+    """Return the files in a folder that are not hidden, sorted by name.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; check the path")
+    with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    return [folder / name for name in sorted(names)]
 
 
 def read_image(
