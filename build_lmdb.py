@@ -35,6 +35,7 @@ import numpy as np
 from lmdb_utils import (
     HEADER,
     IMAGE_DTYPES,
+    MANY_CLASSES,
     MASK_DTYPES,
     Database,
     DatabaseWriter,
@@ -43,6 +44,7 @@ from lmdb_utils import (
     Progress,
     Record,
     add_flag,
+    advise_label_map,
     configure_logging,
     log_settings,
     new_databases,
@@ -66,7 +68,6 @@ CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each 
 AHEAD_CHUNKS = 3  # for each process
 AHEAD_BYTES = 256 * 2**20  # of records that may wait for being appended
 SHOWN_PROBLEMS = 3  # of each kind
-MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
 
 Task = TypeVar("Task")
@@ -345,6 +346,8 @@ def run(args: argparse.Namespace) -> None:
         kinds, unusable = survey(workers, pairs, options)
         problems += unusable
         tell_problems(problems, options.skip_bad)
+        if not kinds:
+            raise InputError("no pair of files is left to build with; mend the files that were left out")
         with new_databases(*targets) as writers:
             build = Build(workers, kinds, options)
             ranges = [build.fill(side, writer) for side, writer in zip(sides, writers)]
@@ -356,7 +359,7 @@ def run(args: argparse.Namespace) -> None:
                         f"no image is left to {side} with; mend the files that were left out, or change --seed"
                     )
                 writer.finish({**describe_build(args, len(problems)), "side": side, "value_range": values})
-    list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
+            list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
     for target in targets:
         look_at(target, bool(args.preview))
 
@@ -654,7 +657,7 @@ def check_headers(image: Any, mask: Any, options: Options) -> Kind:
     Unusable
     """
     check_mask(mask, options)
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     if (height, width) != mask.shape[:2]:
         raise Unusable(
             OTHER_SIZE,
@@ -674,10 +677,12 @@ def check_headers(image: Any, mask: Any, options: Options) -> Kind:
             f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}",
         )
     if options.channels is not None:
-        if max(options.channels) >= channels:
-            raise Unusable(BAD_IMAGE, f"{image.path} has {channels} channels, --channels names {max(options.channels)}")
-        channels = len(options.channels)
-    return Kind(height, width, channels, (image.dtype.name, mask.dtype.name), image.divisible and mask.divisible)
+        try:
+            image.select_channels(options.channels)
+        except InputError as error:
+            raise Unusable(BAD_IMAGE, str(error)) from None
+    dtypes = image.dtype.name, mask.dtype.name
+    return Kind(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
 
 
 def check_mask(mask: Any, options: Options) -> None:
@@ -721,15 +726,12 @@ class Part(NamedTuple):
         Row and column of each record in the image.
     record_bytes : int
         Length of each of these records.
-    last : bool
-        Whether it is the last of its pair.
     """
 
     pair: Pair
     size: tuple[int, int]
     origins: list[tuple[int, int]]
     record_bytes: int
-    last: bool
 
     @property
     def nbytes(self) -> int:
@@ -745,14 +747,18 @@ class Encoded(NamedTuple):
     greatest: np.ndarray
 
 
+def grid_of(kind: Kind, tile_size: Optional[int]) -> tuple[tuple[int, int], list[int], list[int]]:
+    """Return height and width of the records of an image, and the rows and the columns at which they start."""
+    if tile_size is not None:
+        rows, columns = (tile_starts(max(length, tile_size), tile_size) for length in (kind.height, kind.width))
+        return (tile_size, tile_size), rows, columns
+    height, width = (length // SIZE_FACTOR * SIZE_FACTOR for length in (kind.height, kind.width))
+    return (height, width), [(kind.height - height) // 2], [(kind.width - width) // 2]
+
+
 def parts_of(pair: Pair, kind: Kind, options: Options) -> list[Part]:
     """Return the parts of a pair; whole rows of tiles, where these are not too large, so that little is read twice."""
-    if options.tile_size is None:
-        size = kind.height // SIZE_FACTOR * SIZE_FACTOR, kind.width // SIZE_FACTOR * SIZE_FACTOR
-        rows, columns = [(kind.height - size[0]) // 2], [(kind.width - size[1]) // 2]
-    else:
-        size = options.tile_size, options.tile_size
-        rows, columns = (tile_starts(max(length, options.tile_size), options.tile_size) for length in kind[:2])
+    size, rows, columns = grid_of(kind, options.tile_size)
     origins = [(row, column) for row in rows for column in columns]
     bytes_per_pixel = kind.channels * np.dtype(kind.image_dtype).itemsize + np.dtype(options.mask_dtype).itemsize
     record_bytes = HEADER.size + size[0] * size[1] * bytes_per_pixel
@@ -760,8 +766,7 @@ def parts_of(pair: Pair, kind: Kind, options: Options) -> list[Part]:
     count = max(most // record_bytes, 1)
     if len(columns) * record_bytes <= 4 * most:
         count = max(count // len(columns), 1) * len(columns)
-    firsts = range(0, len(origins), count)
-    return [Part(pair, size, origins[first : first + count], record_bytes, first == firsts[-1]) for first in firsts]
+    return [Part(pair, size, origins[first : first + count], record_bytes) for first in range(0, len(origins), count)]
 
 
 def tile_starts(length: int, size: int) -> list[int]:
@@ -781,13 +786,14 @@ def encode_part(options: Options, part: Part) -> Encoded:
         If a file cannot be read or its pixels cannot be used.
     """
     with open_pair(part.pair) as (image, mask):
+        if options.channels is not None:
+            image.select_channels(options.channels)
         windows = [
             tuple(slice(start, min(start + length, end)) for start, length, end in zip(origin, part.size, mask.shape))
             for origin in part.origins
         ]
         records, least, greatest = [], [], []
         for origin, pixels, ids in zip(part.origins, image.windows(windows), mask.windows(windows)):
-            pixels = pixels if options.channels is None else pixels[..., options.channels]
             pixels = pixels.astype(WIDER.get(pixels.dtype.name, pixels.dtype), copy=False)
             channels = range(pixels.shape[2])
             least.append([pixels[..., channel].min() for channel in channels])
@@ -811,7 +817,7 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
             raise Unusable(error.kind, f"{path}: {error}") from None
     if mask.dtype.kind == "i" and mask.min() < 0:
         values = np.unique(mask)
-        raise Unusable(NEGATIVE, f"{path}: {advise(values.tolist())}")
+        raise Unusable(NEGATIVE, f"{path}: {advise_label_map(values.tolist())}")
     return mask.astype(options.mask_dtype)
 
 
@@ -850,9 +856,14 @@ class Build:
         else:
             mask_dtype = np.result_type(*{kind.mask_dtype for kind in kinds.values()})
         self._workers, self._kinds, self._options = workers, kinds, options._replace(mask_dtype=mask_dtype.name)
-        examples = {kind: pair for pair, kind in kinds.items()}
-        workers.reserve(max(parts_of(pair, kind, self._options)[0].nbytes for kind, pair in examples.items()))
-        self._progress, self._done = Progress("building", len(kinds), "images"), 0
+        nbytes = records = 0
+        for kind, images in collections.Counter(kinds.values()).items():
+            parts = parts_of(Pair("", ""), kind, self._options)
+            nbytes = max(nbytes, parts[0].nbytes)
+            records += images * sum(len(part.origins) for part in parts)
+        workers.reserve(nbytes)
+        unit = "images" if options.tile_size is None else "tiles"
+        self._progress, self._done = Progress("building", records, unit), 0
         self.problems: list[Problem] = []
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> list[tuple[float, float]]:
@@ -870,7 +881,7 @@ class Build:
                 for record in encoded.records:
                     writer.append(record, os.path.basename(part.pair.image))
                 least, greatest = np.minimum(least, encoded.least), np.maximum(greatest, encoded.greatest)
-            self._done += part.last
+            self._done += len(part.origins)
             self._progress.update(self._done)
         self._progress.close()
         return list(zip(np.atleast_1d(least).tolist(), np.atleast_1d(greatest).tolist()))
@@ -1094,7 +1105,7 @@ def hints(metadata: Metadata) -> Iterator[str]:
     """Yield what looks as if it was not meant so, with the option that mends it."""
     classes = metadata.classes.tolist()
     if classes[-1] > np.count_nonzero(classes) or len(classes) > MANY_CLASSES:
-        yield f"training needs --number_classes {classes[-1] + 1}; {advise(classes)}"
+        yield f"training needs --number_classes {classes[-1] + 1}; {advise_label_map(classes)}"
     if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
         yield (
             "values of a small range: z-scoring only centres a channel whose standard deviation is at most 1; multiply "
@@ -1108,21 +1119,6 @@ def hints(metadata: Metadata) -> Iterator[str]:
             f"the same value everywhere in channel {', '.join(str(chosen[channel]) for channel in constant)} (alpha?): "
             f"--channels {','.join(str(chosen[channel]) for channel in others)} leaves it out"
         )
-
-
-def advise(values: Sequence[int]) -> str:
-    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it."""
-    shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
-    if len(values) > MANY_CLASSES:
-        below = f"{values[0]}-0:0" if values[0] < 0 else "0:0"
-        return (
-            f"found {len(values)} different values, {shown}: if they number single objects, "
-            f"--label_map{'= '[values[0] >= 0]}{below},1-{max(values[-1], 1)}:1 makes one class of them"
-        )
-    positive = [value for value in values if value > 0]
-    classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
-    entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
-    return f"found the values {shown}: --label_map{'= '[values[0] >= 0]}{entries} makes classes 0, 1, 2, ... of them"
 
 
 def draw_preview(database: Database, output: Path) -> Path:

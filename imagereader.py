@@ -27,7 +27,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import numpy as np
 
 import augment
-from lmdb_utils import Database, InputError, Metadata, PathLike, Progress
+from lmdb_utils import Database, InputError, Metadata, PathLike, Progress, advise_label_map
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
@@ -159,9 +159,11 @@ class ImageFile:
         self.resolution: Optional[tuple[float, float, int]] = None
         self.lossy = self.path.suffix.lower() in IMAGE_FORMATS["jpg"]
         self._open_file: Any = None  # a TiffFile
+        self._channels: Optional[list[int]] = None
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
-        self.shape, self.dtype, self.segment_shape = self._source.shape, self._source.dtype, self._source.segment_shape
+        self.shape: tuple[int, int, int] = self._source.shape
+        self.dtype, self.segment_shape = self._source.dtype, self._source.segment_shape
         self.divisible = not isinstance(self._source, _WholeImage)
         if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
@@ -199,7 +201,22 @@ class ImageFile:
         have below it.
         """
         with self._readable_errors():
-            yield from self._source.windows(plan)
+            for window in self._source.windows(plan):
+                yield window if self._channels is None else window[..., self._channels]
+
+    def select_channels(self, channels: Sequence[int]) -> None:
+        """Have the image consist of some of the file's channels, counted from 0.
+
+        Raises
+        ------
+        InputError
+            If the file has fewer.
+        """
+        if max(channels) >= self.shape[2]:
+            raise InputError(f"expected at least {max(channels) + 1} channels in {self.path}, found {self.shape[2]}")
+        self._channels = list(channels)
+        height, width, _ = self.shape
+        self.shape = height, width, len(channels)
 
     def blocks(self, values: int) -> list[Window]:
         """Return a plan that covers the image once, segment by segment or in blocks of about so many values."""
@@ -1215,11 +1232,10 @@ def check_classes(metadata: Metadata, number_classes: int, database: str) -> Non
     outside = np.flatnonzero((classes < 0) | (classes >= number_classes))
     if len(outside):
         example = metadata.describe_record(int(metadata.records_of_class(int(outside[0]))[0]))
-        shown = ", ".join(map(str, classes[:16])) + (", ..." if len(classes) > 16 else "")
         raise InputError(
-            f"expected classes 0 to {number_classes - 1} in {database}, found {shown} (for example class "
-            f"{classes[outside[0]]} in {example}); set --number_classes {int(classes.max()) + 1}, or renumber the "
-            "masks (0 background, 1, 2, ...) and build the database again"
+            f"expected classes 0 to {number_classes - 1} in {database}, found {classes[outside[0]]} in {example}; "
+            f"set --number_classes {int(classes.max()) + 1}, or build the database again with other classes "
+            f"({advise_label_map(classes.tolist())})"
         )
 
 

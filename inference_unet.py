@@ -223,6 +223,8 @@ class Model:
         Heights, widths and tile origins are multiples of it.
     features : int
         Of the network's top level; most of the memory it works in is proportional to it.
+    source_channels : sequence of int, optional
+        Channels of the images that the network was trained on, where it was not all of them.
     """
 
     predict: Any
@@ -231,6 +233,7 @@ class Model:
     radius: int
     size_factor: int
     features: int = PAPER_FEATURES
+    source_channels: Optional[Sequence[int]] = None
 
     @property
     def halo(self) -> int:
@@ -287,6 +290,7 @@ def load_model(filepath: str) -> Model:
         metadata.get("radius", RADIUS),
         metadata.get("size_factor", SIZE_FACTOR),
         metadata.get("baseline_feature_depth", PAPER_FEATURES),
+        metadata.get("source_channels"),
     )
 
 
@@ -496,6 +500,8 @@ def segment_file(
     from imagereader import ChannelStatistics, ImageFile
 
     with ImageFile(path, channels=model.channels) as image:
+        if model.source_channels and max(model.source_channels) < image.shape[2]:
+            image.select_channels(model.source_channels)
         check_image(image, model)
         statistics = ChannelStatistics.measure(image)
         while True:

@@ -25,7 +25,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Union
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
 
 import lmdb
 import numpy as np
@@ -43,6 +43,7 @@ MASK_DTYPES = ("uint8", "uint16", "int32")
 INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
 COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
 
+MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
 EXIT_BAD_INPUT = 2
@@ -362,6 +363,22 @@ def count_classes(mask: np.ndarray) -> dict[int, int]:
         return dict(zip(classes.tolist(), counts[classes].tolist()))
     classes, counts = np.unique(mask, return_counts=True)
     return dict(zip(classes.tolist(), counts.tolist()))
+
+
+def advise_label_map(values: Sequence[int]) -> str:
+    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it."""
+    shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
+    space = "=" if values[0] < 0 else " "  # a word that begins with a minus would look like another option
+    if len(values) > MANY_CLASSES:
+        below = f"{values[0]}-0:0" if values[0] < 0 else "0:0"
+        return (
+            f"found {len(values)} different values, {shown}: if they number single objects, "
+            f"--label_map{space}{below},1-{max(values[-1], 1)}:1 makes one class of them"
+        )
+    positive = [value for value in values if value > 0]
+    classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
+    entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
+    return f"found the values {shown}: --label_map{space}{entries} makes classes 0, 1, 2, ... of them"
 
 
 @contextlib.contextmanager

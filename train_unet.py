@@ -219,6 +219,13 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
             found.append(database.metadata)
         check_classes(found[-1], args.number_classes, filepath)
     train, test = found
+    for option in ("label_map", "channels"):
+        one, other = train.info.get(option), test.info.get(option)
+        if one != other:
+            raise InputError(
+                f"expected databases of one --{option}, found {one} in {args.train_database} and {other} in "
+                f"{args.test_database}; build them together with build_lmdb.py"
+            )
     if train.image_shape != test.image_shape:
         raise InputError(
             f"expected images of one size in both databases, found {train.image_shape} in {args.train_database} and "
@@ -307,13 +314,15 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def saved_model_metadata(args: argparse.Namespace, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def saved_model_metadata(args: argparse.Namespace, train: Metadata) -> dict[str, Any]:
     """Return what inference must know about the network."""
     from unet_model import RADIUS, SIZE_FACTOR
 
     return {
         "number_classes": args.number_classes,
-        "channels": image_shape[2],
+        "channels": train.image_shape[2],
+        "source_channels": train.info.get("channels"),
+        "label_map": train.info.get("label_map"),
         "radius": RADIUS,
         "size_factor": SIZE_FACTOR,
         "normalization": "z-score of each image and channel; only centred where the standard deviation is at most 1",
@@ -837,7 +846,7 @@ class Training:
     def _export(self) -> None:
         from unet_model import export_saved_model
 
-        metadata = saved_model_metadata(self._args, self._train_reader.get_image_size())
+        metadata = saved_model_metadata(self._args, self._train_reader.metadata)
         export_saved_model(self._portable, self._args.output_dir / "saved_model", metadata)
 
 

@@ -26,6 +26,7 @@ def numbers(value):
 
 
 SMALL = {
+    "build_database.py": ["--images", 3, "--turns", 1],
     "reader_throughput.py": ["--cases", "32:2:uint8", "--batches", 2, "--batch_size", 2, "--runs", 1],
     "augment_operations.py": ["--cases", "32:2:uint8", "--runs", 1],
     "hand_off.py": ["--case", "32:1:uint8", "--batch_size", 2, "--runs", 1],

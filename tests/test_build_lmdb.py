@@ -479,7 +479,7 @@ def test_channels_are_selected_and_a_constant_one_is_pointed_out(tmp_path):
         np.testing.assert_array_equal(database.read(0)[0], images[database.metadata.names[0]][..., [2, 0]])
         assert database.metadata.info["channels"] == [2, 0]
     shutil.rmtree(tmp_path / "db")
-    refused(tmp_path, "has 4 channels", "names 4", arguments=["--channels", "0,4"])
+    refused(tmp_path, "expected at least 5 channels", "found 4", arguments=["--channels", "0,4"])
 
 
 def test_masks_with_a_suffix_are_found_also_beside_their_images(tmp_path):

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import skimage.io
-from conftest import ROOT, build, run_script
+import tifffile
+from conftest import ROOT, build, run_script, write_folders, write_tiff
 
 import train_unet
 from lmdb_utils import InputError
@@ -121,13 +122,15 @@ def test_everything_promised_is_written(run):
 def test_tensorboard_gets_a_point_for_each_test_epoch(run):
     import tensorflow as tf
 
-    tags = {}
+    tags, pictures = {}, {}
     for name in ("train", "test"):
         for path in (run[0] / f"tensorboard-{name}").iterdir():
             for record in tf.data.TFRecordDataset(str(path)):
                 event = tf.compat.v1.Event.FromString(record.numpy())
                 for value in event.summary.value:
                     tags.setdefault(f"{name}/{value.tag}", []).append(event.step)
+                    if value.metadata.plugin_data.plugin_name == "images":
+                        pictures.setdefault(value.tag, []).append(tf.io.decode_png(value.tensor.string_val[2]).numpy())
     for tag in (
         "train/loss",
         "train/images_per_second",
@@ -137,6 +140,10 @@ def test_tensorboard_gets_a_point_for_each_test_epoch(run):
         "test/dice/class_1",
     ):
         assert tags[tag] == [15, 30, 45, 60], tag
+    for name in ("predictions", "confusion"):
+        assert tags[f"test/{name}"] == [15, 30, 45, 60]
+        assert all(picture.std() > 10 for picture in pictures[name]), "a picture shows nothing"
+    assert np.any(pictures["predictions"][0] != pictures["predictions"][3])
 
 
 def test_the_confusion_of_each_epoch_counts_every_test_pixel_and_agrees_with_the_scores(run):
@@ -285,6 +292,42 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(da
     assert re.search(r"ERROR cannot write .* checkpoints before are kept", done.stdout), done.stdout
     assert done.stdout.count("going on at step 10, after 1 test epochs") == 2
     assert done.stdout.split()[-2:] == ["000002", "000003"]
+
+
+def test_label_map_and_channels_travel_to_the_settings_and_to_inference(tmp_path):
+    images, masks = write_folders(tmp_path, count=6, shape=(64, 64, 4), dtype="uint8")
+    for path in masks.iterdir():
+        tifffile.imwrite(path, tifffile.imread(path) * 255)
+    options = ["--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path, "--channels", "3,1"]
+    done = run_script("build_lmdb.py", *options, "--label_map", "0:0,255:1")
+    assert done.returncode == 0, done.stdout
+    found = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
+    done = run_script(
+        "train_unet.py", *arguments(found, tmp_path / "run", "--max_epochs", 1, "--test_every_n_steps", 2)
+    )
+    assert done.returncode == 0, done.stdout
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["train_data"]["label_map"] == "0:0,255:1" and settings["test_data"]["channels"] == [3, 1]
+    metadata = json.loads((tmp_path / "run" / "saved_model" / "unet_metadata.json").read_text())
+    assert (metadata["label_map"], metadata["source_channels"], metadata["channels"]) == ("0:0,255:1", [3, 1], 2)
+    (tmp_path / "selected").mkdir()
+    for path in images.iterdir():
+        write_tiff(tmp_path / "selected" / path.name, tifffile.imread(path)[..., [3, 1]])
+    for folder in (images, tmp_path / "selected"):
+        output = tmp_path / f"masks of {folder.name}"
+        done = run_script("inference_unet.py", "--saved_model_filepath", tmp_path / "run" / "saved_model",
+                          "--image_folder", folder, "--output_folder", output)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    for path in images.iterdir():
+        one, other = (tifffile.imread(tmp_path / f"masks of {name}" / path.name) for name in ("images", "selected"))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
+    other = build(tmp_path, "--label_map", "0:1,1:0", count=5)
+    done = run_script("train_unet.py", *arguments([databases[0], other[1]], tmp_path / "out"))
+    assert done.returncode == 2 and "databases of one --label_map, found None" in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
 
 
 def test_auto_class_weights_let_all_classes_weigh_the_same_and_absent_ones_are_named(databases, caplog):
