@@ -333,7 +333,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Build both databases, or describe one."""
     if args.describe is not None:
-        look_at(args.describe, bool(args.preview))
+        look_at([args.describe], bool(args.preview))
         return
     log_settings(args)
     pairs, problems = find_pairs(args)
@@ -360,8 +360,7 @@ def run(args: argparse.Namespace) -> None:
                     )
                 writer.finish({**describe_build(args, len(problems)), "side": side, "value_range": values})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
-    for target in targets:
-        look_at(target, bool(args.preview))
+    look_at(targets, bool(args.preview))
 
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
@@ -1068,15 +1067,18 @@ def start_worker() -> None:
 # ---------------------------------------------------------------------------------------------- looking at a database
 
 
-def look_at(filepath: Path, preview: bool) -> None:
-    """Log what a database holds, with hints where that looks unusual; draw some of its records where asked for."""
-    with Database(filepath) as database:
-        for line in describe(filepath, database.metadata):
-            logging.info("%s", line)
-        for line in hints(database.metadata):
-            logging.warning("  %s", line)
-        if preview:
-            logging.info("  some of its records: %s", draw_preview(database, filepath.with_suffix(".png")))
+def look_at(filepaths: Sequence[Path], preview: bool) -> None:
+    """Log what databases hold, with hints where that looks unusual; draw some of their records where asked for."""
+    unusual = {}
+    for filepath in filepaths:
+        with Database(filepath) as database:
+            for line in describe(filepath, database.metadata):
+                logging.info("%s", line)
+            if preview:
+                logging.info("  some of its records: %s", draw_preview(database, filepath.with_suffix(".png")))
+            unusual.update(dict.fromkeys(hints(database.metadata)))
+    for line in unusual:
+        logging.warning("%s", line)
 
 
 def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
@@ -1103,9 +1105,9 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
 
 def hints(metadata: Metadata) -> Iterator[str]:
     """Yield what looks as if it was not meant so, with the option that mends it."""
-    classes = metadata.classes.tolist()
-    if classes[-1] > np.count_nonzero(classes) or len(classes) > MANY_CLASSES:
-        yield f"training needs --number_classes {classes[-1] + 1}; {advise_label_map(classes)}"
+    advice = advise_label_map(metadata.classes.tolist())
+    if advice:
+        yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
     if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
         yield (
             "values of a small range: z-scoring only centres a channel whose standard deviation is at most 1; multiply "

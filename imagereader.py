@@ -1232,10 +1232,10 @@ def check_classes(metadata: Metadata, number_classes: int, database: str) -> Non
     outside = np.flatnonzero((classes < 0) | (classes >= number_classes))
     if len(outside):
         example = metadata.describe_record(int(metadata.records_of_class(int(outside[0]))[0]))
+        advice = advise_label_map(classes.tolist())
         raise InputError(
             f"expected classes 0 to {number_classes - 1} in {database}, found {classes[outside[0]]} in {example}; "
-            f"set --number_classes {int(classes.max()) + 1}, or build the database again with other classes "
-            f"({advise_label_map(classes.tolist())})"
+            f"set --number_classes {int(classes.max()) + 1}{advice and ', or build the database again: '}{advice}"
         )
 
 

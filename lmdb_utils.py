@@ -366,7 +366,10 @@ def count_classes(mask: np.ndarray) -> dict[int, int]:
 
 
 def advise_label_map(values: Sequence[int]) -> str:
-    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it."""
+    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it.
+
+    Empty where it is just that already.
+    """
     shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
     space = "=" if values[0] < 0 else " "  # a word that begins with a minus would look like another option
     if len(values) > MANY_CLASSES:
@@ -376,6 +379,8 @@ def advise_label_map(values: Sequence[int]) -> str:
             f"--label_map{space}{below},1-{max(values[-1], 1)}:1 makes one class of them"
         )
     positive = [value for value in values if value > 0]
+    if values[0] >= 0 and values[-1] == len(positive):
+        return ""
     classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
     entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
     return f"found the values {shown}: --label_map{space}{entries} makes classes 0, 1, 2, ... of them"

@@ -330,6 +330,18 @@ def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
     assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
 
 
+def test_masks_of_0_and_255_are_refused_with_the_label_map_that_mends_them(tmp_path):
+    images, masks = write_folders(tmp_path, count=3)
+    for path in masks.iterdir():
+        tifffile.imwrite(path, tifffile.imread(path) * 255)
+    run_script("build_lmdb.py", "--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path)
+    found = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
+    done = run_script("train_unet.py", *arguments(found, tmp_path / "out"))
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    for text in ("found 255 in record 0 (cell", "--number_classes 256", "--label_map 0:0,255:1"):
+        assert text in done.stdout, done.stdout
+
+
 def test_auto_class_weights_let_all_classes_weigh_the_same_and_absent_ones_are_named(databases, caplog):
     args = train_unet.build_parser().parse_args(
         [*map(str, arguments(databases, "x", "--class_weights", "auto", "--number_classes", 4))]
