@@ -74,7 +74,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 # Kinds of problems.
-NO_MASK, NO_IMAGE, SEVERAL = "images without a mask", "masks without an image", "names that several files have"
+NO_MASK, NO_IMAGE, SEVERAL = "images without a mask", "masks without an image", "files that share a name"
 UNREADABLE, OTHER_SIZE = "files that cannot be read", "masks of another size than their images"
 BAD_IMAGE, BAD_MASK = "images that cannot be stored", "masks that hold no class ids"
 MIXED_TYPES, MIXED_SIZES = "images of another type than most", "images of another size than most"
@@ -443,18 +443,29 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
         if not suffix and set(image_paths) & set(mask_paths):
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
         image_paths = [path for path in image_paths if not suffix or not path.stem.endswith(suffix)]
-    images, problems = by_stem(image_paths, args.image_folder, "")
-    masks, more = by_stem(mask_paths, args.mask_folder, suffix)
-    problems += more
-    ambiguous = {stem for stems in (images, masks) for stem, path in stems.items() if path is None}
-    stems = sorted((images.keys() & masks.keys()) - ambiguous)
+    images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
+    problems = [
+        Problem(
+            SEVERAL, str(path), f"{path}: there is also {', '.join(other.name for other in group if other != path)}"
+        )
+        for stems in (images, masks)
+        for group in stems.values()
+        for path in group
+        if len(group) > 1
+    ]
     lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
     hint = "names must be equal but for the extension" + guess_suffix(lone_images, lone_masks)
-    for kind, lone, paths in ((NO_MASK, lone_images, images), (NO_IMAGE, lone_masks, masks)):
+    for kind, lone, stems in ((NO_MASK, lone_images, images), (NO_IMAGE, lone_masks, masks)):
         problems += [
-            Problem(kind, str(paths[stem]), f"{paths[stem]}: {hint}") for stem in lone if stem not in ambiguous
+            Problem(kind, str(path), f"{path}: {hint}")
+            for stem in lone
+            for path in stems[stem]
+            if len(stems[stem]) == 1
         ]
-    return [Pair(str(images[stem]), str(masks[stem])) for stem in stems], problems
+    shared = sorted(images.keys() & masks.keys())
+    return [
+        Pair(str(images[stem][0]), str(masks[stem][0])) for stem in shared if len(images[stem] + masks[stem]) == 2
+    ], problems
 
 
 def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
@@ -474,20 +485,12 @@ def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Pa
     return masks
 
 
-def by_stem(paths: Sequence[Path], folder: Path, suffix: str) -> tuple[dict[str, Optional[Path]], list[Problem]]:
-    """Return the paths by name without extension and suffix: None for a name of several, which are problems."""
-    stems: dict[str, Optional[Path]] = {}
-    first: dict[str, Path] = {}
-    problems = []
+def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
+    """Return the paths by name without extension and suffix."""
+    stems: dict[str, list[Path]] = {}
     for path in paths:
-        stem = path.stem[: len(path.stem) - len(suffix)]
-        if stem in first:
-            stems[stem] = None
-            message = f"{first[stem].name} and {path.name} in {folder} have one stem; remove or rename one"
-            problems.append(Problem(SEVERAL, str(path), message))
-        else:
-            stems[stem] = first[stem] = path
-    return stems, problems
+        stems.setdefault(path.stem[: len(path.stem) - len(suffix)], []).append(path)
+    return stems
 
 
 def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
