@@ -400,7 +400,7 @@ def tell_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
     for kind, group in kinds.items():
-        log("%s (%d):", kind, len(group))
+        log("%d %s:", len(group), kind)
         for problem in group[:SHOWN_PROBLEMS]:
             log("  %s", problem.message)
         if len(group) > SHOWN_PROBLEMS:
@@ -418,9 +418,9 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
     if not problems:
         path.unlink(missing_ok=True)
         return
-    lines = [f"{problem.path}\t{problem.message}\n" for problem in problems]
-    path.write_text("file\treason\n" + "".join(lines))
-    logging.warning("left out %d files, which are listed in %s", len(problems), path)
+    lines = [f"{problem.path}\t{problem.kind}\t{problem.message}\n" for problem in problems]
+    path.write_text("file\tproblem\tdetails\n" + "".join(lines))
+    logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
 
 
 # ---------------------------------------------------------------------------------------------- pairing and splitting
@@ -456,12 +456,8 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
     hint = "names must be equal but for the extension" + guess_suffix(lone_images, lone_masks)
     for kind, lone, stems in ((NO_MASK, lone_images, images), (NO_IMAGE, lone_masks, masks)):
-        problems += [
-            Problem(kind, str(path), f"{path}: {hint}")
-            for stem in lone
-            for path in stems[stem]
-            if len(stems[stem]) == 1
-        ]
+        paths = [str(path) for stem in lone for path in stems[stem] if len(stems[stem]) == 1]
+        problems += [Problem(f"{kind}; {hint}", path, path) for path in paths]
     shared = sorted(images.keys() & masks.keys())
     return [
         Pair(str(images[stem][0]), str(masks[stem][0])) for stem in shared if len(images[stem] + masks[stem]) == 2
@@ -1093,7 +1089,7 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
     made = {name: info[name] for name in ("seed", "train_fraction", "split_by", "label_map", "channels", "left_out")}
-    shown = ", ".join(f"{name} {value}" for name, value in made.items() if value)
+    shown = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
     yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
     ranges = [f"{least:g} to {greatest:g}" for least, greatest in info["value_range"]]
     yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
@@ -1108,6 +1104,8 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
 
 def hints(metadata: Metadata) -> Iterator[str]:
     """Yield what looks as if it was not meant so, with the option that mends it."""
+    if len(metadata.classes) == 1:
+        yield f"only class {metadata.classes[0]} occurs, so that there is nothing to learn: are these the right masks?"
     advice = advise_label_map(metadata.classes.tolist())
     if advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"

@@ -170,17 +170,17 @@ def test_a_bad_argument_is_refused(tmp_path, arguments, word):
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path):
     _, masks = write_folders(tmp_path, count=3)
     (masks / "cell1.tif").rename(masks / "cell1_mask.tif")
-    output = refused(tmp_path, "images without a mask (1)", "cell1.tif", "masks without an image (1)", "--skip_bad 1")
+    output = refused(tmp_path, "1 images without a mask", "cell1.tif", "1 masks without an image", "--skip_bad 1")
     assert "try --mask_suffix _mask" in output
     (tmp_path / "images" / "cell1.tif").unlink()
-    output = refused(tmp_path, "masks without an image (1)", "cell1_mask.tif")
+    output = refused(tmp_path, "1 masks without an image", "cell1_mask.tif")
     assert "images without" not in output
 
 
 def test_two_files_of_one_stem_are_refused(tmp_path):
     images, _ = write_folders(tmp_path, count=2)
     (images / "cell0.tiff").write_bytes((images / "cell0.tif").read_bytes())
-    output = refused(tmp_path, "files that share a name (2)", "cell0.tif: there is also cell0.tiff")
+    output = refused(tmp_path, "2 files that share a name", "cell0.tif: there is also cell0.tiff")
     assert "without" not in output
 
 
@@ -228,7 +228,7 @@ def test_mixed_sizes_are_refused_without_tiling_and_built_with_it(tmp_path):
     image, mask = make_pair(9, (128, 160, 1))
     tifffile.imwrite(tmp_path / "images" / "cell0.tif", image[..., 0])
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", mask)
-    refused(tmp_path, "another size than most (1)", "128 x 160", "--use_tiling 1")
+    refused(tmp_path, "1 images of another size than most", "128 x 160", "--use_tiling 1")
     assert start(tmp_path, "--use_tiling", 1, "--tile_size", 128).returncode == 0
 
 
@@ -278,8 +278,8 @@ def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
     (images / "cell6.tif").write_bytes(b"II*\0")
     tifffile.imwrite(images / "cell7.tif", np.zeros((64, 64), np.float64))
     output = refused(
-        tmp_path, "masks of another size than their images (5):", "cell0.tif is", "cell2.tif is", "and 2 more",
-        "images without a mask (1):", "files that cannot be read (1):", "images that cannot be stored (1):",
+        tmp_path, "5 masks of another size than their images:", "cell0.tif is", "cell2.tif is", "and 2 more",
+        "1 images without a mask;", "1 files that cannot be read:", "1 images that cannot be stored:",
         "8 files cannot be used",
     )  # fmt: skip
     assert "cell4.tif is" not in output
@@ -294,10 +294,10 @@ def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
     tifffile.imwrite(tmp_path / "masks" / "cell3.tif", np.full((64, 64), -7, np.int16))
     refused(
         tmp_path,
-        "images with NaN or infinity (3):",
+        "3 images with NaN or infinity:",
         "cell0.tif",
         "cell2.tif",
-        "masks with negative values (1):",
+        "1 masks with negative values:",
         "-7:0",
     )
 
@@ -310,9 +310,9 @@ def test_bad_files_are_left_out_and_listed(tmp_path):
     os.truncate(images / "cell3.tif", 9000)
     more = ["--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.4]
     done = start(tmp_path, *more)
-    assert done.returncode == 0 and "left out 4 files" in done.stdout, done.stdout
+    assert done.returncode == 0 and "left out 4 files, listed in" in done.stdout, done.stdout
     listed = (tmp_path / "db" / "skipped-t.tsv").read_text().splitlines()
-    assert listed[0] == "file\treason"
+    assert listed[0] == "file\tproblem\tdetails"
     assert sorted(Path(line.split("\t")[0]).name for line in listed[1:]) == [f"cell{index}.tif" for index in range(4)]
     names = []
     for side in "train", "test":
@@ -334,7 +334,7 @@ def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
     tifffile.imwrite(images / "cell1.tif", image[..., 0], tile=(256, 256))
     tifffile.imwrite(tmp_path / "masks" / "cell1.tif", mask)
     done = start(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
-    assert done.returncode == 0 and "images with NaN or infinity (1)" in done.stdout, done.stdout
+    assert done.returncode == 0 and "1 images with NaN or infinity" in done.stdout, done.stdout
     for side in "train", "test":
         with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
             assert len(database) == 2 * len(database.metadata.names) and "cell1.tif" not in database.metadata.names
@@ -370,7 +370,13 @@ def test_mask_values_become_the_classes_of_the_label_map(tmp_path, label_map, dt
 def test_values_that_the_label_map_does_not_name_are_refused(tmp_path):
     write_folders(tmp_path, count=2)
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", np.full((64, 64), 7, np.uint8))
-    refused(tmp_path, "does not name (1)", "masks/cell0.tif", "found 7", arguments=["--label_map", "0:0,1:1"])
+    refused(
+        tmp_path,
+        "1 masks with values that --label_map does not name:",
+        "masks/cell0.tif",
+        "found 7",
+        arguments=["--label_map", "0:0,1:1"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,7 +506,7 @@ def test_only_masks_of_the_mask_format_are_used(tmp_path):
     _, masks = write_folders(tmp_path, count=2)
     for path in list(masks.iterdir()):
         skimage.io.imsave(path.with_suffix(".png"), 1 - tifffile.imread(path), check_contrast=False)
-    refused(tmp_path, "files that share a name (4)", "cell0.png: there is also cell0.tif")
+    refused(tmp_path, "4 files that share a name", "cell0.png: there is also cell0.tif")
     assert start(tmp_path, "--mask_format", "png").returncode == 0
     with Database(tmp_path / "db" / "train-t.lmdb") as database:
         for name, mask in masks_of(database).items():
@@ -588,18 +594,45 @@ def test_a_second_build_of_the_same_database_is_refused_while_one_runs(tmp_path)
     assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
 
 
-def start_in_background(folder):
+def start_in_background(folder, **options):
     """Start a build; return its process when it writes, stopped there."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder", folder / "masks",
          "--output_folder", folder / "db", "--dataset_name", "t", "--num_workers", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
     while not (folder / "db" / ".building-train-t.lmdb" / "train-t.lmdb").exists():
         time.sleep(0.001)
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGSTOP)
     return process
+
+
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_ends_the_build_quietly(tmp_path):
+    write_folders(tmp_path, count=40, shape=(512, 512, 1))
+    process = start_in_background(tmp_path, start_new_session=True)
+    os.killpg(process.pid, signal.SIGCONT)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert os.listdir(tmp_path / "db") == []
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_databases(tmp_path):
+    (tmp_path / "db").mkdir()
+    if os.system(f"mount -t tmpfs -o size=4m tmpfs {tmp_path / 'db'} 2>/dev/null"):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        before = [path.read_bytes() for path in build(tmp_path, count=2)]
+        write_folders(tmp_path, count=20, shape=(512, 512, 1))
+        for workers in (1, 2):
+            done = start(tmp_path, "--num_workers", workers)
+            assert done.returncode == 2 and "cannot write a database in" in done.stdout, done.stdout
+            assert "Traceback" not in done.stdout
+            assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
+            assert [(tmp_path / "db" / f"{side}-t.lmdb").read_bytes() for side in ("train", "test")] == before
+    finally:
+        os.system(f"umount {tmp_path / 'db'}")
 
 
 def test_a_worker_that_is_killed_ends_the_build_with_a_reason(tmp_path):
