@@ -104,6 +104,7 @@ def test_a_job_ends_with_the_same_result_whatever_happens_to_it(slurm, databases
     assert found["JobState"] == "COMPLETED", log
     assert log.count("started before: ") == 1 + (event != "none") and "Traceback" not in log
     assert ("going on at step" in log) == (event != "none"), log
+    assert event != "warned of the time limit" or "Unable to confirm allocation" not in log, log
     assert_same_end(folder, undisturbed)
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"train_unet-{job}*"))
 
