@@ -39,6 +39,7 @@ from lmdb_utils import (
     MASK_DTYPES,
     Database,
     DatabaseWriter,
+    HelpFormatter,
     InputError,
     Metadata,
     Progress,
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_lmdb",
         description="Script which converts two folders of images and masks into a pair of lmdb databases for training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_file_options(parser.add_argument_group("files"))
     add_split_options(parser.add_argument_group("split and tiles"))

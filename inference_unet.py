@@ -28,6 +28,7 @@ import numpy as np
 
 from lmdb_utils import (
     EXIT_BAD_INPUT,
+    HelpFormatter,
     InputError,
     Progress,
     add_flag,
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="inference",
         description="Script to segment the images of a folder with the selected unet model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_data_options(parser)
     add_run_options(parser)

@@ -590,6 +590,13 @@ def log_settings(args: argparse.Namespace) -> None:
     logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def add_flag(group: Any, name: str, default: int, text: str) -> None:
     """Add an option that takes 0 or 1 to an argument group."""
     group.add_argument(name, metavar=name[2:].upper(), type=int, choices=(0, 1), default=default, help=text)

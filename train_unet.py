@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 import numpy as np
 
 from lmdb_utils import (
+    HelpFormatter,
     InputError,
     Metadata,
     Progress,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_unet",
         description="Script which trains a unet model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_data_options(parser.add_argument_group("data"))
     add_training_options(parser.add_argument_group("training"))
