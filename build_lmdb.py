@@ -39,14 +39,15 @@ from lmdb_utils import (
     MASK_DTYPES,
     Database,
     DatabaseWriter,
-    HelpFormatter,
     InputError,
     Metadata,
+    Parser,
     Progress,
     Record,
     add_flag,
     advise_label_map,
     configure_logging,
+    image_format,
     log_settings,
     new_databases,
     positive_int,
@@ -111,10 +112,9 @@ class Unusable(InputError):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
-        prog="build_lmdb",
-        description="Script which converts two folders of images and masks into a pair of lmdb databases for training.",
-        formatter_class=HelpFormatter,
+    parser = Parser(
+        "build_lmdb",
+        "Script which converts two folders of images and masks into a pair of lmdb databases for training.",
     )
     add_file_options(parser.add_argument_group("files"))
     add_split_options(parser.add_argument_group("split and tiles"))
@@ -127,60 +127,73 @@ def add_file_options(group: Any) -> None:
     """Add what is read and written."""
     text = "filepath to the folder containing the images"
     group.add_argument("--image_folder", type=Path, default="data/images/", help=text)
-    text = "filepath to the folder containing the masks: tif or png, with the names of their images"
+    text = "filepath to the folder containing the masks, with the names of their images"
     group.add_argument("--mask_folder", type=Path, default="data/masks/", help=text)
     text = "filepath to the folder where the outputs will be placed"
     group.add_argument("--output_folder", type=Path, default="data/", help=text)
-    text = "name of the dataset to be used in creating the lmdb files"
+    text = "name of the dataset to be used in creating the lmdb files: train-NAME.lmdb and test-NAME.lmdb"
     group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
-    group.add_argument(
-        "--image_format",
-        metavar="IMAGE_FORMAT",
-        choices=("tif", "png", "jpg"),
-        default="tif",
-        help="format (extension) of the input images. E.g {tif, jpg, png)",
-    )
+    text = "format (extension) of the input images: tif, png or jpg"
+    group.add_argument("--image_format", type=image_format, default="tif", help=text)
     text = "format (extension) of the masks, tif or png; both where it is not given"
-    group.add_argument("--mask_format", metavar="MASK_FORMAT", choices=tuple(MASK_FORMATS), help=text)
+    group.add_argument("--mask_format", type=mask_format, help=text)
     text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
     group.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
 
 
 def add_split_options(group: Any) -> None:
     """Add how images are split and tiled."""
-    text = "what fraction of the dataset to use for training (0.0, 1.0)"
+    text = "what fraction of the images to use for training (0.0, 1.0); the others tell how well it does on new ones"
     group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
-    add_flag(group, "--use_tiling", 0, "Whether to shard the image into tiles [0 = False, 1 = True]")
+    add_flag(
+        group,
+        "--use_tiling",
+        0,
+        "Whether to shard the image into tiles [0 = False, 1 = True]; without, images are cropped about the centre to "
+        f"multiples of {SIZE_FACTOR}",
+    )
     group.add_argument(
         "--tile_size",
         type=tile_size,
         default=512,
         help="The size of the tiles to crop out of the source images, striding across all available pixels in the "
-        f"source images; a multiple of {SIZE_FACTOR}",
+        f"source images; in pixels, a multiple of {SIZE_FACTOR}",
     )
-    group.add_argument("--seed", type=seed_int, default=0, help="seed of the split into train and test")
-    text = "what in an image's name (without extension) tells its slide, patient or field, of which all images go to "
-    text += "one side, such as '^[^_]+' for slide7_03.tif; a (group) narrows what counts"
+    group.add_argument(
+        "--seed",
+        type=seed_int,
+        default=0,
+        help="seed of the split into train and test, which is by image, never by tile",
+    )
+    text = (
+        "regular expression for what in an image's name (without extension) tells its slide, patient or field, such as "
+    )
+    text += "'^[^_]+' for slide7_03.tif; a (group) narrows what counts. All images of one go to one side, since a test "
+    text += "image of a slide that was trained on makes the test loss look better than it is"
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
 
 
 def add_content_options(group: Any) -> None:
     """Add what becomes of mask values and channels."""
-    text = (
-        "class of each mask value or range of values, such as 0:0,255:1 or 0:0,1-65535:1; values not named in it are "
-    )
-    text += "refused; write --label_map=-1:0,... where the first is negative"
+    text = "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
+    text += "objects; values that it does not name are refused; write --label_map=-1:0,... where the first is negative"
     group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
-    text = "channels of the images to use, counted from 0, such as 0,1,2"
+    text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
-    add_flag(group, "--skip_bad", 0, "whether to leave out files that cannot be used, instead of ending [0, 1]")
+    add_flag(
+        group,
+        "--skip_bad",
+        0,
+        "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]",
+    )
 
 
 def add_look_options(group: Any) -> None:
     """Add who works, and how to look at a database."""
     text = (
-        "number of processes that read and encode; as many as there are cores where it is not given, fewer for little"
+        "number of processes that read, check and encode; as many as there are cores where it is not given, fewer for "
     )
+    text += "little work; the result is the same for any number"
     group.add_argument("--num_workers", type=positive_int, help=text)
     add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks beside the database [0, 1]")
     text = "print what is in a database, and build nothing"
@@ -192,6 +205,14 @@ def file_stem(text: str) -> str:
     if not text or "/" in text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a name without slashes, got {text!r}")
     return text
+
+
+def mask_format(text: str) -> str:
+    """Return `text` as the format of masks, tif or png; the ``type`` of ``--mask_format``."""
+    name = image_format(text)
+    if name not in MASK_FORMATS:
+        raise argparse.ArgumentTypeError(f"expected tif or png, got {text!r}: JPEG alters class ids")
+    return name
 
 
 def open_fraction(text: str) -> float:
@@ -1108,7 +1129,12 @@ def hints(metadata: Metadata) -> Iterator[str]:
     if len(metadata.classes) == 1:
         yield f"only class {metadata.classes[0]} occurs, so that there is nothing to learn: are these the right masks?"
     advice = advise_label_map(metadata.classes.tolist())
-    if advice:
+    if len(metadata.classes) > MANY_CLASSES and metadata.classes[0] > 0:
+        yield (
+            f"no mask pixel is 0, background, but {len(metadata.classes)} other values occur: are --image_folder and "
+            "--mask_folder the right way round?"
+        )
+    elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
     if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
         yield (

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import inspect
 import logging
 import multiprocessing
 import os
@@ -70,10 +71,11 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
     entries = list_files(folder)
     images = [path for path in entries if path.suffix.lower() in suffixes]
     if not images:
-        found = sorted({path.suffix for path in entries})
+        types = ", ".join(sorted({path.suffix or "none" for path in entries}))
+        folders = ", ".join(sorted(path.name for path in Path(folder).iterdir() if path.is_dir())[:4])
         raise InputError(
-            f"expected {image_format} images in {folder}, found {len(entries)} files"
-            f"{' of type ' + ', '.join(found) if found else ''}; check the folder or set --image_format"
+            f"expected {image_format} images in {folder}, found {len(entries)} files{types and f' of type {types}'}"
+            f"{folders and f' and the folders {folders}'}; check the folder or set --image_format"
         )
     return images
 
@@ -1076,15 +1078,7 @@ class ImageReader:
 
     def augmentation_limits(self) -> dict[str, Any]:
         """Return the limits set in ``__init__`` by the names that `augment.sample_transformation` gives them."""
-        names = (
-            "reflection_flag",
-            "rotation_flag",
-            "jitter_augmentation_severity",
-            "noise_augmentation_severity",
-            "scale_augmentation_severity",
-            "blur_max_sigma",
-            "intensity_augmentation_severity",
-        )
+        names = inspect.signature(augment.sample_transformation).parameters
         return {name: getattr(self, f"_{name}") for name in names if hasattr(self, f"_{name}")}
 
     def _watch(self) -> None:

@@ -28,13 +28,14 @@ import numpy as np
 
 from lmdb_utils import (
     EXIT_BAD_INPUT,
-    HelpFormatter,
     InputError,
+    Parser,
     Progress,
     add_flag,
     configure_logging,
     count_classes,
     existing_folder,
+    image_format,
     log_settings,
     positive_int,
     run_script,
@@ -67,11 +68,7 @@ PAPER_FEATURES = 64  # of a model that does not tell its own
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
-        prog="inference",
-        description="Script to segment the images of a folder with the selected unet model",
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser("inference", "Script to segment the images of a folder with the selected unet model")
     add_data_options(parser)
     add_run_options(parser)
     return parser
@@ -80,19 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what the specification lists: the model, the images, and where masks go."""
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
-    text = "SavedModel filepath to the model to use (Required)"
+    text = "SavedModel filepath to the model to use: the folder saved_model of a training run (Required)"
     parser.add_argument("--saved_model_filepath", **required, help=text)
     text = "filepath to the folder containing the images to inference (Required)"
     parser.add_argument("--image_folder", type=existing_folder, **required, help=text)
-    text = "filepath to the folder where the masks will be placed (Required)"
+    text = "filepath to the folder where the masks will be placed, under the names of their images (Required)"
     parser.add_argument("--output_folder", type=Path, **required, help=text)
-    parser.add_argument(
-        "--image_format",
-        metavar="IMAGE_FORMAT",
-        choices=("tif", "png", "jpg"),
-        default="tif",
-        help="format (extension) of the input images. E.g {tif, jpg, png)",
-    )
+    text = "format (extension) of the input images: tif, png or jpg"
+    parser.add_argument("--image_format", type=image_format, default="tif", help=text)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -100,15 +92,21 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile_size",
         type=positive_int,
-        help="largest edge in pixels of the tiles that larger images are cut into, overlap included; the result does "
-        "not depend on it, memory and speed do (None = tiles of the shape that suits an image and half of the free "
-        f"memory, of up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels)",
+        help="largest edge in pixels of the tiles that larger images are cut into, halo included; changes memory and "
+        "speed, not the result. Without it, tiles have the shape that makes least work for an image in half of the "
+        f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels; should "
+        "memory run out all the same, they are halved",
     )
-    text = "whether to write the probability of each class too, as float32 TIFF in OUTPUT_FOLDER/probabilities"
+    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in "
+    text += "OUTPUT_FOLDER/probabilities"
     add_flag(parser, "--save_probabilities", 0, f"{text} [0 = false, 1 = true]")
-    text = "whether to draw the outlines of the classes over each image, as PNG in OUTPUT_FOLDER/overlays"
+    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in "
+    text += "OUTPUT_FOLDER/overlays"
     add_flag(parser, "--save_overlay", 0, f"{text} [0 = false, 1 = true]")
-    text = "whether to replace masks that exist already [0 = false, 1 = true]; otherwise their images are skipped"
+    text = (
+        "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
+    )
+    text += "a run that was interrupted goes on"
     add_flag(parser, "--overwrite", 0, text)
     parser.add_argument(
         "--shard",
@@ -262,9 +260,11 @@ def load_model(filepath: str) -> Model:
     """
     folder = Path(filepath)
     if not (folder / "saved_model.pb").is_file():
+        found = "no saved_model.pb" if folder.is_dir() else "no such folder"
+        inside = folder / "saved_model"
         raise InputError(
-            f"expected a SavedModel in {folder}, found no saved_model.pb; give the folder saved_model that "
-            "train_unet.py wrote in its --output_dir"
+            f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
+            f"in its --output_dir{f', {inside}' if inside.is_dir() else ''}"
         )
     import tensorflow as tf
 

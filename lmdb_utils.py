@@ -12,7 +12,9 @@ bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncomp
 import argparse
 import array
 import contextlib
+import difflib
 import fcntl
+import glob
 import io
 import json
 import logging
@@ -25,7 +27,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Union
 
 import lmdb
 import numpy as np
@@ -471,6 +473,12 @@ def sync_folder(folder: PathLike) -> None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
+def similar_databases(start: str) -> str:
+    """Return the end of a sentence that names databases whose paths begin so; empty where there is none."""
+    found = sorted(glob.glob(f"{glob.escape(start)}*.lmdb"))[:4]
+    return f"; there is {', '.join(found)}" if found else ""
+
+
 class Database:
     """A finished database, opened read-only; a context manager.
 
@@ -497,11 +505,15 @@ class Database:
 
     def __init__(self, filepath: PathLike) -> None:
         self.filepath = os.fspath(filepath)
-        if not os.path.exists(self.filepath):
-            raise FileNotFoundError(f"no database {self.filepath}; make one with build_lmdb.py or check the path")
         if os.path.isdir(self.filepath):
             raise InputError(
                 f"{self.filepath} is a folder; a database of this suite is one file, made by build_lmdb.py"
+                f"{similar_databases(os.path.join(self.filepath, ''))}"
+            )
+        if not os.path.exists(self.filepath):
+            raise FileNotFoundError(
+                f"no database {self.filepath}; make one with build_lmdb.py or check the path"
+                f"{similar_databases(self.filepath)}"
             )
         try:
             self._environment = lmdb.open(self.filepath, subdir=False, readonly=True, lock=False, readahead=False)
@@ -590,6 +602,24 @@ def log_settings(args: argparse.Namespace) -> None:
     logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows defaults, and which tells a mistake in one line instead of a page of usage."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, with the option that was meant where a word is near to one, and exit."""
+        meant = [name for word in message.split() for name in self._options_near(word)]
+        suggestion = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{suggestion} (-h lists all options)\n")
+
+    def _options_near(self, word: str) -> list[str]:
+        known = self._option_string_actions
+        name = word.partition("=")[0]
+        return difflib.get_close_matches(name, known, 1) if name.startswith("--") and name not in known else []
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there are any."""
 
@@ -600,6 +630,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_flag(group: Any, name: str, default: int, text: str) -> None:
     """Add an option that takes 0 or 1 to an argument group."""
     group.add_argument(name, metavar=name[2:].upper(), type=int, choices=(0, 1), default=default, help=text)
+
+
+def image_format(text: str) -> str:
+    """Return `text` as tif, png or jpg; the ``type`` of command-line options that take an extension."""
+    name = text.lower().lstrip(".")
+    name = {"tiff": "tif", "jpeg": "jpg"}.get(name, name)
+    if name not in ("tif", "png", "jpg"):
+        raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
+    return name
 
 
 def positive_int(text: str) -> int:

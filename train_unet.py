@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 import numpy as np
 
 from lmdb_utils import (
-    HelpFormatter,
     InputError,
     Metadata,
+    Parser,
     Progress,
     add_flag,
     configure_logging,
@@ -63,11 +63,7 @@ EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to go on
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
-        prog="train_unet",
-        description="Script which trains a unet model",
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser("train_unet", "Script which trains a unet model")
     add_data_options(parser.add_argument_group("data"))
     add_training_options(parser.add_argument_group("training"))
     add_run_options(parser.add_argument_group("network and run"))
@@ -77,35 +73,43 @@ def build_parser() -> argparse.ArgumentParser:
 def add_data_options(group: Any) -> None:
     """Add the required options: where the data is and where results go."""
     required = {"required": True, "default": argparse.SUPPRESS}
-    for side, use in (("train", "for training"), ("test", "for testing")):
+    for side in ("train", "test"):
         metavar = f"{side.upper()}_DATABASE_FILEPATH"
-        group.add_argument(
-            f"--{side}_database", metavar=metavar, **required, help=f"lmdb database to use {use} (Required)"
-        )
-    text = "Folder where outputs will be saved (Required)"
+        text = f"lmdb database to use for {side}ing, from build_lmdb.py (Required)"
+        group.add_argument(f"--{side}_database", metavar=metavar, **required, help=text)
+    text = "Folder where outputs will be saved: a new one, or that of a run to go on with (Required)"
     group.add_argument("--output_dir", metavar="OUTPUT_FOLDER", type=Path, **required, help=text)
 
 
 def add_training_options(group: Any) -> None:
     """Add what the specification lists besides the data."""
-    group.add_argument("--batch_size", type=positive_int, default=4, help="training batch size, for each GPU")
-    group.add_argument("--number_classes", type=positive_int, default=2, help="classes, background (0) included")
-    group.add_argument("--learning_rate", type=positive_float, default=3e-4, help="of the Adam optimizer")
+    group.add_argument("--batch_size", type=positive_int, default=4, help="images in a batch, for each GPU")
+    group.add_argument(
+        "--number_classes", type=positive_int, default=2, help="classes being segmented, background (0) included"
+    )
+    text = "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps"
+    group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
     group.add_argument(
         "--test_every_n_steps",
         type=positive_int,
         default=1000,
-        help="number of gradient update steps to take between test epochs",
+        help="number of gradient update steps to take between test epochs, which makes an epoch here, however small "
+        "the data set",
     )
-    text = "whether to balance classes [0 = false, 1 = true]: each is drawn equally often, then an image that holds it"
+    text = "whether to balance classes [0 = false, 1 = true]: draw each equally often, then an image that holds it"
     add_flag(group, "--balance_classes", 0, text)
-    add_flag(group, "--use_augmentation", 1, "whether to use data augmentation [0 = false, 1 = true]")
+    add_flag(
+        group,
+        "--use_augmentation",
+        1,
+        "whether to use data augmentation [0 = false, 1 = true]: transform each training image at random",
+    )
     group.add_argument(
         "--early_stopping",
         metavar="EARLY_STOPPING_COUNT",
         type=positive_int,
         default=10,
-        help="Perform early stopping when the test loss does not improve for N epochs.",
+        help="Perform early stopping when the test loss does not improve (by more than 1e-4) for N test epochs",
     )
     group.add_argument(
         "--reader_count",
@@ -121,21 +125,24 @@ def add_run_options(group: Any) -> None:
         "--baseline_feature_depth",
         type=positive_int,
         default=64,
-        help="features of the network's top level, doubled at each of the four levels below; fewer for small computers",
+        help="features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop",
     )
-    text = "stop after so many test epochs (None = no limit)"
+    text = "stop after so many test epochs; without it only --early_stopping ends a run"
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
-    text = "seed of the image order, the augmentation and the network's first weights"
+    text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
-    text = "whether to go on with a run that OUTPUT_FOLDER holds (auto), or to insist on an empty folder (never)"
+    text = "auto goes on with the run that OUTPUT_FOLDER holds, never insists on an empty folder"
     group.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
     group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
-    text = "factor of each class in the loss, such as 1,5,5, or auto: all classes weigh the same in total"
+    text = "factor of each class in the loss, such as 1,5,5; auto lets all classes weigh the same in total"
     group.add_argument("--class_weights", type=class_weights, help=text)
-    text = "share of the target that is spread over all classes alike while training, 0 to below 1"
+    text = "share of the target, 0 to below 1, that is spread over all classes while training"
     group.add_argument("--label_smoothing", type=share_float, default=0.0, help=text)
-    text = "whether to compute in float16, with float32 weights; for GPUs that are faster so [0 = false, 1 = true]"
+    text = (
+        "whether to compute in float16 with float32 weights and a scaled loss, for GPUs that are faster so (V100 and "
+    )
+    text += "later); the exported model is float32 [0 = false, 1 = true]"
     add_flag(group, "--mixed_precision", 0, text)
     text = "whether to repeat a run bit by bit on the same machine, more slowly [0 = false, 1 = true]"
     add_flag(group, "--deterministic", 0, text)
@@ -212,7 +219,6 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
     """Return the metadata of both databases, which must hold images of one kind."""
     from imagereader import check_classes
     from lmdb_utils import Database
-    from unet_model import SIZE_FACTOR
 
     found = []
     for filepath in (args.train_database, args.test_database):
@@ -232,12 +238,34 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
             f"expected images of one size in both databases, found {train.image_shape} in {args.train_database} and "
             f"{test.image_shape} in {args.test_database}; build them together with build_lmdb.py"
         )
+    compare_sides(args, train, test)
+    from unet_model import SIZE_FACTOR  # late: it loads TensorFlow, which takes seconds and has a lot to say
+
     height, width, _ = train.image_shape
     if height % SIZE_FACTOR or width % SIZE_FACTOR:
         raise InputError(
             f"expected image sizes that are multiples of {SIZE_FACTOR}, found {height} x {width}; build again"
         )
     return train, test
+
+
+def compare_sides(args: argparse.Namespace, train: Metadata, test: Metadata) -> None:
+    """Refuse to test on the training data, and warn where the test loss may look better than the network is."""
+    if fingerprint(train) == fingerprint(test):
+        raise InputError(
+            f"{args.train_database} and {args.test_database} hold the same images; give the train and the test "
+            "database that build_lmdb.py wrote"
+        )
+    if (train.info.get("side"), test.info.get("side")) == ("test", "train"):
+        logging.warning("--train_database is the test side of a dataset, --test_database the train side: swapped?")
+    shared = set(train.names) & set(test.names)
+    if shared:
+        logging.warning(
+            "%d names of images are in both databases, such as %s: if these are the same images, the test loss looks "
+            "better than the network is; take the train and test database of one build",
+            len(shared),
+            min(shared),
+        )
 
 
 def weights_of_classes(args: argparse.Namespace, train: Metadata) -> Optional[list[float]]:
@@ -286,11 +314,30 @@ def make_strategy(cluster: "Cluster", deterministic: bool = False) -> Any:
     if gpus:
         logging.info("training on %d GPU%s: %s", len(gpus), "s" * (len(gpus) > 1), ", ".join(gpu.name for gpu in gpus))
     else:
-        logging.info("training on the CPU: TensorFlow %s sees no GPU", tf.__version__)
+        report_no_gpu(tf.__version__, tf.test.is_built_with_cuda())
     if cluster.processes > 1:
         logging.info("process %d of %d, waiting for the others", cluster.process + 1, cluster.processes)
         return tf.distribute.MultiWorkerMirroredStrategy()
     return tf.distribute.MirroredStrategy(None if gpus else ["CPU:0"])
+
+
+def report_no_gpu(version: str, with_cuda: bool) -> None:
+    """Say that the CPU trains, and warn with the way out where a GPU seems to have been meant for it."""
+    logging.info("training on the CPU: TensorFlow %s sees no GPU", version)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not (os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_JOB_GPUS")):
+        return
+    if with_cuda:
+        logging.warning(
+            "this node has a GPU, but TensorFlow cannot use it: python -m pip install 'tensorflow[and-cuda]==%s' "
+            "brings the libraries that it needs; nvidia-smi tells whether the driver works",
+            version,
+        )
+    else:
+        logging.warning(
+            "this node has a GPU, but TensorFlow %s was built without CUDA: install one for GPUs (see the README)",
+            version,
+        )
 
 
 def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, replicas: int) -> None:
@@ -489,22 +536,22 @@ class RunState:
         return cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
 
 
+def fingerprint(metadata: Metadata) -> str:
+    """Return a short text that two databases share only if they hold the same."""
+    content = json.dumps(metadata.info, sort_keys=True).encode() + metadata.joined_names
+    return hashlib.sha256(content + metadata.pixel_counts.tobytes()).hexdigest()[:12]
+
+
 def identity_of(args: argparse.Namespace, train: Metadata, test: Metadata) -> dict[str, Any]:
     """Return the settings that a run cannot change half-way; databases by their content, as jobs copy them about."""
-
-    def describe(metadata: Metadata) -> str:
-        content = json.dumps(metadata.info, sort_keys=True).encode() + metadata.joined_names
-        digest = hashlib.sha256(content + metadata.pixel_counts.tobytes()).hexdigest()[:12]
-        return f"{metadata.count} images, fingerprint {digest}"
-
     return {
         "number_classes": args.number_classes,
         "channels": train.image_shape[2],
         "baseline_feature_depth": args.baseline_feature_depth,
         "mixed_precision": args.mixed_precision,
         "seed": args.seed,
-        "train_database": describe(train),
-        "test_database": describe(test),
+        "train_database": f"{train.count} images, fingerprint {fingerprint(train)}",
+        "test_database": f"{test.count} images, fingerprint {fingerprint(test)}",
     }
 
 
@@ -1000,6 +1047,11 @@ class Report:
         for class_id in self._classes:
             iou, dice = best[f"iou_{class_id}"], best[f"dice_{class_id}"]
             logging.info("class %d: %s", class_id, f"IoU {iou}, Dice {dice}" if iou else "absent from the test images")
+            if iou and float(iou) == 0:
+                logging.warning(
+                    "the network finds nothing of class %d: train longer, with a lower --learning_rate, or let rare "
+                    "classes weigh more with --balance_classes 1 or --class_weights auto", class_id,
+                )  # fmt: skip
         logging.info("the model is in %s", self._folder / "saved_model")
         logging.info(
             "look at predictions.png and curves.png in %s, or at: tensorboard --logdir %s", self._folder, self._folder

@@ -1,6 +1,7 @@
 """Small data sets that tests build, and how they start the scripts as a user does."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,15 +13,16 @@ import tifffile
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES_BEFORE = pytest.StashKey[set]()
 sys.path.insert(0, str(ROOT))
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_script(name, *arguments, timeout=300, **options):
+def run_script(name, *arguments, timeout=300, python=sys.executable, **options):
     """Run a script of the suite; return its finished process, with standard output and error in ``stdout``."""
     return subprocess.run(
-        [sys.executable, ROOT / name, *map(str, arguments)],
+        [python, ROOT / name, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,9 +105,30 @@ def databases(tmp_path_factory):
     return build(tmp_path_factory.mktemp("databases"), "--train_fraction", "0.77", count=21)
 
 
+def shared_memory_of(pid):
+    """Return the paths of the shared memory that a process has mapped."""
+    return set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+
+
+IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """Fail a test that leaves a file in shared memory."""
+    """Fail a test that leaves a file in shared memory; among several processes the end of the session tells."""
     before = set(os.listdir("/dev/shm"))
     yield
-    assert not set(os.listdir("/dev/shm")) - before
+    assert IS_ONE_OF_SEVERAL or not set(os.listdir("/dev/shm")) - before
+
+
+def pytest_sessionstart(session):
+    """Remember what was in shared memory before."""
+    session.config.stash[FILES_BEFORE] = set(os.listdir("/dev/shm"))
+
+
+def pytest_sessionfinish(session):
+    """Fail a session of several processes that leaves a file in shared memory; with ``-n 0`` the test fails itself."""
+    left = set(os.listdir("/dev/shm")) - session.config.stash[FILES_BEFORE]
+    if left and not IS_ONE_OF_SEVERAL:
+        print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; -n 0 tells which test does that")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

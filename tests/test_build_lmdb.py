@@ -538,13 +538,18 @@ def test_files_of_a_group_go_to_one_side(tmp_path):
     refused(tmp_path, "at least 2 groups", arguments=["--split_by", "slide"])
 
 
-def test_any_number_of_workers_builds_the_same_bytes(tmp_path):
-    options = ["--use_tiling", 1, "--tile_size", 112]
+@pytest.mark.parametrize(
+    "options, folders",
+    [
+        (["--use_tiling", 1, "--tile_size", 112], {"count": 7, "shape": (300, 200, 2)}),
+        ([], {"count": 300, "shape": (32, 32, 1)}),  # results come through the same pieces of shared memory again
+    ],
+)
+def test_any_number_of_workers_builds_the_same_bytes(tmp_path, options, folders):
     contents = [
-        [path.read_bytes() for path in build(tmp_path / str(workers), *options, "--num_workers", workers, count=7,
-                                             shape=(300, 200, 2))]
+        [path.read_bytes() for path in build(tmp_path / str(workers), *options, "--num_workers", workers, **folders)]
         for workers in (1, 2, 5)
-    ]  # fmt: skip
+    ]
     assert contents[0] == contents[1] == contents[2]
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, build, run_script, write_folders, write_tiff
+from conftest import ROOT, build, run_script, shared_memory_of, write_folders, write_tiff
 
 import train_unet
 from lmdb_utils import InputError
@@ -261,13 +261,14 @@ def start(databases, folder, log, *more, **options):
 
 
 def test_a_second_signal_ends_at_once(databases, tmp_path):
-    before = set(os.listdir("/dev/shm"))
     process = start(databases, tmp_path / "out", tmp_path / "log")
+    wait_for(lambda: len(shared_memory_of(process.pid)) == 2)  # of the train and the test reader
+    held = shared_memory_of(process.pid)
     for _ in range(3):  # two at one moment may be delivered as one
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(60) in (128 + signal.SIGINT, train_unet.EXIT_STOPPED)
-    wait_for(lambda: not set(os.listdir("/dev/shm")) - before, 10)  # the readers notice a little later
+    wait_for(lambda: not any(map(os.path.exists, held)), 10)  # the readers notice a little later
 
 
 def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
@@ -431,7 +432,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, t
 
 @pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])
 def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
-    before = set(os.listdir("/dev/shm"))
     command = [
         sys.executable,
         ROOT / "train_unet.py",
@@ -444,7 +444,8 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         )
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        assert len(workers) == 2
+        held = shared_memory_of(process.pid)
+        assert len(workers) == len(held) == 2
         if event == "interrupted":
             os.killpg(process.pid, signal.SIGINT)
         elif event == "killed":
@@ -458,7 +459,7 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         output = log.read()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
-    assert not set(os.listdir("/dev/shm")) - before
+    assert not any(map(os.path.exists, held))
     assert "Traceback" not in output, output
     if event == "reader killed":
         assert process.returncode == 1
