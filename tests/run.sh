@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Checks style and types and runs the tests, in .venv unless an environment is active already.
-# Arguments go to pytest, for example: bash tests/run.sh -k augment
+# Arguments go to pytest, for example: bash tests/run.sh -n 0 -k augment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . data/environment.sh requirements.txt tests/requirements.txt
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -16,8 +16,8 @@ write_configuration() {
     chmod 700 "$root/key"
     head -c 1024 /dev/urandom >"$root/key/munge"
     chmod 400 "$root/key/munge"
-    for node in 0 1; do ln -sfn /dev/null "$root/dev/gpu$node"; done
-    echo "Name=gpu File=$root/dev/gpu[0-1]" >"$root/etc/gres.conf"
+    for gpu in 0 1 2 3; do ln -sfn /dev/null "$root/dev/gpu$gpu"; done
+    echo "Name=gpu File=$root/dev/gpu[0-3]" >"$root/etc/gres.conf"
     cat >"$SLURM_CONF" <<END
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
@@ -56,8 +56,8 @@ PreemptMode=REQUEUE
 END
     for node in $(seq "$nodes"); do # names that resolve without /etc/hosts
         mkdir -p "$root/spool-127.0.0.$((node + 1))"
-        echo "NodeName=127.0.0.$((node + 1)) NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=16" \
-            "RealMemory=4000 Gres=gpu:2 State=UNKNOWN" >>"$SLURM_CONF"
+        echo "NodeName=127.0.0.$((node + 1)) NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=32" \
+            "RealMemory=4000 Gres=gpu:4 State=UNKNOWN" >>"$SLURM_CONF"
     done
     cat >>"$SLURM_CONF" <<END
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
@@ -92,20 +92,14 @@ start() {
 }
 
 stop() {
-    local file process
+    local file
     scancel --user="$(id -un)" 2>/dev/null || true
     for _ in $(seq 100); do
         [ -z "$(squeue -h 2>/dev/null)" ] && break
         sleep 0.1
     done
     for file in "$root"/run/*.process; do # the compute nodes first
-        process=$(cat "$file")
-        kill "$process" 2>/dev/null || continue
-        for _ in $(seq 50); do
-            kill -0 "$process" 2>/dev/null || break
-            sleep 0.1
-        done
-        kill -9 "$process" 2>/dev/null || true
+        kill -9 "$(cat "$file")" 2>/dev/null || true # nothing of it is needed any more
     done
 }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+import tifffile
+from conftest import ROOT, make_pair, readme_commands
 from test_train_unet import SHORT, assert_same_end, read_csv, undisturbed, wait_for  # noqa: F401
 
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
@@ -79,6 +80,37 @@ def submit_training(slurm, databases, folder, *options, nodes=1):
     small = ["--gres=gpu:1", "--cpus-per-task=2", f"--nodes={nodes}", f"--output={folder.parent}/job.log"]
     more = ["--baseline_feature_depth", 4, "--batch_size", 2 // nodes, *SHORT, *options]
     return slurm.submit(*small, "train_unet.sbatch", *databases, folder, *more, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def project(databases, tmp_path_factory):
+    """Return a folder with the scripts, databases and images, as the README has them."""
+    folder = tmp_path_factory.mktemp("project")
+    for path in [*ROOT.glob("*.py"), ROOT / "train_unet.sbatch"]:
+        (folder / path.name).symlink_to(path)
+    (folder / "data" / "images").mkdir(parents=True)
+    for side, database in zip(("train", "test"), databases):
+        shutil.copy(database, folder / "data" / f"{side}-cells.lmdb")
+    for number in range(5):
+        tifffile.imwrite(folder / "data" / "images" / f"{number}.tif", make_pair(number)[0][..., 0])
+    return folder
+
+
+TINY = "--baseline_feature_depth 2 --test_every_n_steps 2 --max_epochs 1 --batch_size 1"
+# By how a command begins: what makes it take seconds, and what it writes below results/.
+OF_THE_README = {
+    "sbatch train_unet.sbatch": (TINY, "slurm/saved_model/saved_model.pb"),
+    "sbatch --nodes=2": (TINY, "two_nodes/saved_model/saved_model.pb"),
+    "sbatch --array=1-2": ("", "slurm_masks/4.tif"),
+}
+
+
+@pytest.mark.parametrize("command", [command for command in readme_commands() if command.startswith("sbatch")])
+def test_a_command_of_the_readme_runs_as_it_is_written(slurm, project, command):
+    more, result = OF_THE_README[" ".join(command.split()[:2])]
+    job = re.search(r"Submitted batch job (\d+)", slurm("bash", "-c", f"{command} {more}", cwd=project))[1]
+    wait_for(lambda: not slurm("squeue", "-h", "-j", job))
+    assert (project / "results" / result).exists(), [path.read_text() for path in project.glob("*-*.*o*")]
 
 
 def wait_for_step(folder):

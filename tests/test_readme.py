@@ -1,0 +1,117 @@
+"""What the README says is what is there: options, commands, messages, files."""
+
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, readme_commands
+from option_tables import SCRIPTS, place_of, table
+from test_benchmarks import SMALL
+
+TEXT = (ROOT / "README.md").read_text()
+# What makes a command take seconds; an option that is given twice counts as it is given last.
+TINY = ["--baseline_feature_depth", "2", "--test_every_n_steps", "2", "--max_epochs", "1"]
+RUN_HERE = {
+    "bash data/run_example.sh": TINY,
+    "python build_lmdb.py": [],
+    "python train_unet.py": TINY,
+    "python inference_unet.py": [],
+    "python tests/benchmarks/augmentation_sheet.py": [],
+}
+RUN_ELSEWHERE = {f"python tests/benchmarks/{name}" for name in SMALL}  # test_benchmarks.py
+RUN_ELSEWHERE |= {"sbatch train_unet.sbatch", "sbatch --nodes=2", "sbatch --array=1-2"}  # test_slurm.py
+RUN_ELSEWHERE |= {". .venv/bin/activate", "bash tests/run.sh"}  # whoever runs these tests
+
+
+def beginning(command):
+    return " ".join(shlex.split(command)[:2])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_options_is_that_of_the_parser(script):
+    written = place_of(script, TEXT)[0]
+    assert written == table(importlib.import_module(script).build_parser()), "python tests/option_tables.py mends this"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Return a copy of the project as a fresh clone would be, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("a fresh") / "clone"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.lmdb", "example", "results")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+def test_every_command_is_run_by_some_test():
+    assert {beginning(command) for command in readme_commands()} == RUN_HERE.keys() | RUN_ELSEWHERE
+
+
+@pytest.mark.parametrize("command", [each for each in readme_commands() if beginning(each) in RUN_HERE])
+def test_a_command_runs_as_it_is_written(project, command):
+    more = shlex.join(RUN_HERE[beginning(command)])
+    done = run_in(project, "bash", "-c", f"{command} {more}")
+    assert done.returncode == 0, done.stdout
+
+
+def run_in(folder, *command):
+    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+
+
+def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
+    databases, masks = (sorted((project / "data" / "example").glob(name)) for name in ("*.lmdb", "masks/*.tif"))
+    assert (len(databases), len(masks)) == (2, 40)
+    before = {path: path.stat().st_mtime_ns for path in databases + masks}
+    one_epoch_more = [*TINY[:-1], "2"]
+    done = run_in(tmp_path, "bash", project / "data" / "run_example.sh", *one_epoch_more)
+    assert done.returncode == 0 and "going on at step 2, after 1 test epochs" in done.stdout, done.stdout
+    assert [path for path in before if path.stat().st_mtime_ns == before[path]] == databases
+
+
+def messages_of_the_code():
+    """Return all strings of the modules; what is put into them at run time as "...", one string to a line."""
+    found = []
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[-.\w]*[sdfg]", "...", node.value))
+    return "\n".join(found)
+
+
+def test_messages_that_are_explained_are_those_of_the_code():
+    section = TEXT.split("## When something is wrong")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    assert len(rows) >= 12
+    code = messages_of_the_code()
+    missing = [message for message in re.findall(r"`(.*?)`", "".join(rows)) if message not in code]
+    assert not missing
+
+
+def test_files_that_are_named_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:data|tests)/[\w/]+\.\w+)`", TEXT):
+        assert (ROOT / name).exists() or name.endswith((".lmdb", ".tsv")) or name.startswith("data/example/"), name
+
+
+def test_the_block_of_augmentation_parameters_is_that_of_the_reader():
+    block = re.search(r"^```python\n(# setup the image data augmentation.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    assert block
+    for line in block[1].splitlines():
+        assert line in (ROOT / "imagereader.py").read_text(), line
+
+
+def test_the_worked_example_of_an_augmentation_applies_and_passes_its_test(project):
+    patch = re.search(r"^```diff\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    subprocess.run(["git", "apply", "-"], input=patch[1], text=True, check=True, cwd=project)
+    done = run_in(project, sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_augment.py")
+    assert done.returncode == 0, done.stdout
+    code = "from imagereader import ImageReader as R; print(R('data/train-cells.lmdb').augmentation_limits())"
+    assert "'gamma_augmentation_severity': 0.2" in run_in(project, sys.executable, "-c", code).stdout
