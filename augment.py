@@ -77,6 +77,7 @@ def sample_transformation(
     Parameters
     ----------
     rng : numpy.random.Generator
+        Source of the ten draws.
     height, width : int
         Size of the image in pixels.
     reflection_flag : bool
@@ -123,12 +124,14 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
     Parameters
     ----------
     transformation : Transformation
+        Of which only the geometry counts.
     height, width : int
         Size of the image in pixels.
 
     Returns
     -------
     matrix : ndarray of float64, shape (2, 2)
+        Rotation, magnification and reflection.
     offset : ndarray of float64, shape (2,)
         Input (row, column) = ``matrix @ (row, column) + offset``. The image is reflected, then scaled, then rotated
         about its centre, then shifted.
@@ -213,6 +216,7 @@ class Augmenter:
         Parameters
         ----------
         transformation : Transformation
+            What to do.
         image : ndarray, shape (H, W, C)
             Any real dtype; computed with as float32, which holds whole numbers up to 2**24 exactly.
         mask : ndarray, shape (H, W)
@@ -382,6 +386,7 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
     Parameters
     ----------
     kernel : ndarray, shape (2 * radius + 1,)
+        Weights of the neighbours, from `gaussian_kernel`.
     size : int
         Length of the axis in pixels; the image is continued by reflection about its border pixels.
 

@@ -860,9 +860,11 @@ class Build:
     Parameters
     ----------
     workers : Workers
+        Who encodes.
     kinds : dict
         Of the pairs that are usable so far.
     options : Options
+        From the command line.
 
     Attributes
     ----------

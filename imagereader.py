@@ -59,6 +59,7 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
     Parameters
     ----------
     folder : path
+        Only its own files count, not those of folders in it.
     image_format : str
         A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif, ``.jpeg`` as jpg, in any case.
 

@@ -361,6 +361,7 @@ class TileSizer:
     Parameters
     ----------
     model : Model
+        Tells halo and grid.
     pixels : int
         Largest area that the network takes at once, halos included.
     longest : int, optional
@@ -561,6 +562,7 @@ def segment(
     Parameters
     ----------
     image : ImageFile
+        Opened for reading.
     statistics : ChannelStatistics
         Of the whole image.
     tiles : sequence of Tile
@@ -568,6 +570,7 @@ def segment(
     batch_size : int
         Tiles that the network takes at once.
     model : Model
+        The network, with what is known about it.
 
     Yields
     ------
@@ -786,9 +789,11 @@ class TiledTiff:
     Parameters
     ----------
     path : path
+        Where the file appears when it is whole.
     shape : (int, int) or (int, int, int)
         Height, width and, if there are several values for each pixel, their number.
     dtype : dtype
+        Of the values.
     resolution : (float, float, int), optional
         Pixels per unit along a row and along a column, and the code for the unit.
     """

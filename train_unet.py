@@ -561,7 +561,9 @@ class Checkpoints:
     Parameters
     ----------
     output_dir : path
+        Of the run; they lie in its folder ``checkpoint``.
     trainer : UNetTrainer
+        Whose variables are saved and restored.
     identity : dict
         From `identity_of`; a checkpoint with another is refused.
     cluster : Cluster
@@ -679,9 +681,13 @@ class Training:
     Parameters
     ----------
     args : argparse.Namespace
+        The command line.
     cluster : Cluster
+        The processes that train together.
     strategy : tf.distribute.Strategy
+        From `make_strategy`.
     stop : StopRequest
+        Asked after each step.
     metadata : (Metadata, Metadata)
         Of the training and the test database.
     weights : list of float, optional
@@ -985,6 +991,7 @@ class Report:
     Parameters
     ----------
     args : argparse.Namespace
+        The command line.
     epoch : int
         Test epochs done; what the files hold of later ones, from a run that was killed, is dropped.
     """
@@ -1012,6 +1019,7 @@ class Report:
         Parameters
         ----------
         state : RunState
+            Where the run stands.
         train : dict
             ``loss`` and ``learning_rate``, and of what was measured ``images_per_second`` and `Supply`'s figures.
         test : dict

@@ -48,6 +48,7 @@ def build_unet(
     channels : int
         Channels of the image.
     number_classes : int
+        Classes, background included.
     baseline_feature_depth : int
         Features of the top level, doubled with each level; the paper's network has 64.
     dropout_rate : float
@@ -143,6 +144,7 @@ def per_pixel_loss(
     masks : tensor of integers, shape (N, H, W)
         Class ids.
     logits : tensor of float32, shape (N, H, W, classes)
+        What the network gives.
     label_smoothing : float
         Share of the target that is spread over all classes alike.
     class_weights : sequence of float, optional
@@ -151,6 +153,7 @@ def per_pixel_loss(
     Returns
     -------
     tensor of float32, shape (N, H, W)
+        In natural units.
     """
     masks = tf.cast(masks, tf.int32)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(masks, logits)
@@ -168,10 +171,13 @@ def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tenso
     Parameters
     ----------
     masks : tensor of integers, shape (N, H, W)
+        True class ids.
     logits : tensor of float32, shape (N, H, W, classes)
+        What the network gives; the largest is the predicted class.
     weights : tensor of float32, shape (N,)
         Images of weight 0 do not count.
     number_classes : int
+        Classes, background included.
 
     Returns
     -------
@@ -191,11 +197,14 @@ class UNetTrainer:
     Parameters
     ----------
     strategy : tf.distribute.Strategy
+        Over the replicas.
     model : callable
         Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
         ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``.
     number_classes : int
+        Classes, background included.
     learning_rate : float
+        Of Adam; may be changed between steps.
     seed : int
         Of dropout.
     label_smoothing : float
@@ -281,7 +290,9 @@ class UNetTrainer:
 
         Parameters
         ----------
-        batch, requests
+        batch : tuple
+            As for `train_step`.
+        requests : sequence of float
             As for `train_step`.
 
         Returns

@@ -7,4 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ruff check .
 ruff format --check .
 mypy
+python -m numpydoc lint ./*.py
 python -m pytest --numprocesses=2 --dist=loadfile "$@"
