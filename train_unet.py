@@ -58,6 +58,7 @@ ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with 
 SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
 FIRST_PORT, PORTS = 15000, 10000  # for the processes of a Slurm job to talk to each other
 EXIT_FAILURE = 1
+GPU_DEVICE = "/dev/nvidiactl"  # what the driver of NVIDIA makes, where it finds a GPU
 EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to go on
 
 
@@ -325,7 +326,7 @@ def report_no_gpu(version: str, with_cuda: bool) -> None:
     """Say that the CPU trains, and warn with the way out where a GPU seems to have been meant for it."""
     logging.info("training on the CPU: TensorFlow %s sees no GPU", version)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or not (os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_JOB_GPUS")):
+    if hidden or not (os.path.exists(GPU_DEVICE) or os.environ.get("SLURM_JOB_GPUS")):
         return
     if with_cuda:
         logging.warning(

@@ -160,11 +160,45 @@ def test_png_and_jpg_images_with_png_masks(tmp_path):
         (("--seed", "-1"), "-1"),
         (("--image_folder", "nowhere"), "there is no folder nowhere"),
         (("--dataset_name", "a/b"), "a/b"),
+        (("--mask_format", "jpeg"), "expected tif or png, got 'jpeg'"),
+        (("--use_tilling", "1"), "did you mean --use_tiling?"),
+        (("--train_fracton=0.5",), "did you mean --train_fraction?"),
+        (("--image_folder", str(ROOT)), "and the folders "),
+        (("--describe", str(ROOT)), "is a folder"),
     ],
 )
-def test_a_bad_argument_is_refused(tmp_path, arguments, word):
+def test_a_bad_argument_is_refused_in_one_line(tmp_path, arguments, word):
     write_folders(tmp_path, count=2)
-    refused(tmp_path, word, arguments=arguments)
+    output = refused(tmp_path, word, arguments=arguments)
+    assert len([line for line in output.splitlines() if " INFO " not in line]) == 1, output
+
+
+@pytest.mark.parametrize("text", ["TIF", ".tif", "tiff"])
+def test_an_extension_may_be_written_in_other_ways(tmp_path, text):
+    write_folders(tmp_path, count=2)
+    assert start(tmp_path, "--image_format", text, "--mask_format", text).returncode == 0
+
+
+def test_images_given_as_masks_are_noticed(tmp_path):
+    write_folders(tmp_path, count=3)
+    done = run_script("build_lmdb.py", "--image_folder", tmp_path / "masks", "--mask_folder", tmp_path / "images",
+                      "--output_folder", tmp_path / "db")  # fmt: skip
+    assert "are --image_folder and --mask_folder the right way round?" in done.stdout, done.stdout
+    assert "--label_map" not in done.stdout
+
+
+def test_masks_of_different_integer_types_are_stored_in_one_that_holds_all(tmp_path):
+    write_folders(tmp_path, count=4)
+    masks = [
+        np.full((64, 64), value, dtype) for value, dtype in ((1, "uint8"), (300, "uint16"), (2, "uint8"), (3, "int32"))
+    ]
+    for index, mask in enumerate(masks):
+        tifffile.imwrite(tmp_path / "masks" / f"cell{index}.tif", mask)
+    assert start(tmp_path).returncode == 0
+    for side in ("train", "test"):
+        with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+            for index, name in enumerate(database.metadata.names):
+                np.testing.assert_array_equal(database.read(index)[1], masks[int(name[4])])
 
 
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path):

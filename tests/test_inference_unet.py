@@ -433,6 +433,7 @@ def only_multiples_of_128(image):
 def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_found(tmp_path):
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "damaged").mkdir()
+    (tmp_path / "results" / "saved_model").mkdir(parents=True)
     (tmp_path / "damaged" / "saved_model.pb").write_bytes(b"x")
     save_function(tmp_path / "vector", lambda value: 2 * value, [3])
     save_function(tmp_path / "fixed size", lambda image: tf.concat([image, image], -1), [None, 256, 256, 1])
@@ -443,7 +444,8 @@ def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_
     save_function(tmp_path / "fails", only_multiples_of_128, [*ANY, 1])
     tf.saved_model.save(tf.Module(), tmp_path / "no signature")
     for name, found in {
-        "nowhere": "no saved_model.pb",
+        "nowhere": "no such folder",
+        "results": "results/saved_model$",
         "images": "no saved_model.pb",
         "damaged": "no SavedModel that can be loaded",
         "vector": r"found float32 \(3,\)",

@@ -402,13 +402,67 @@ def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
         (("--number_classes", "1"), "--number_classes 2"),
         (("--train_database", "nowhere.lmdb"), "no database nowhere.lmdb"),
         (("--test_database", str(ROOT / "README.md")), "README.md"),
+        (("--epochs", "3"), "did you mean --max_epochs?"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(databases, tmp_path, more, words):
     done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *more))
     assert done.returncode == 2, done.stdout
-    assert words in done.stdout.strip().splitlines()[-1] and "Traceback" not in done.stdout
+    assert words in done.stdout and len(done.stdout.splitlines()) == 1, done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_that_are_nearly_right_lead_to_the_databases(databases, tmp_path):
+    for wrong in (databases[0].parent, databases[0].with_suffix("")):
+        done = run_script("train_unet.py", *arguments([wrong, databases[1]], tmp_path / "out"))
+        assert done.returncode == 2 and f"there is {databases[1].parent}" in done.stdout, done.stdout
+
+
+def test_a_test_on_the_training_images_is_refused_or_warned_of(databases, tmp_path):
+    done = run_script("train_unet.py", *arguments([databases[0], databases[0]], tmp_path / "out"))
+    assert done.returncode == 2 and "hold the same images" in done.stdout, done.stdout
+    other_split = build(tmp_path, "--train_fraction", "0.77", "--seed", 5, count=21)
+    once = ["--max_epochs", 1, "--test_every_n_steps", 1]
+    done = run_script("train_unet.py", *arguments([other_split[1], databases[0]], tmp_path / "out", *once))
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"WARNING \d names of images are in both databases, such as cell\d+.tif", done.stdout)
+    assert "WARNING --train_database is the test side of a dataset" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "hidden, gpus_of_job, with_cuda, advice",
+    [
+        ("", "0", True, None),
+        (None, None, True, None),
+        (None, "0,1", True, "'tensorflow[and-cuda]==2.x'"),
+        (None, "0", False, "TensorFlow 2.x was built without CUDA"),
+    ],
+)
+def test_a_gpu_that_tensorflow_cannot_use_is_told_with_the_way_out(
+    monkeypatch, caplog, hidden, gpus_of_job, with_cuda, advice
+):
+    for name, value in (("CUDA_VISIBLE_DEVICES", hidden), ("SLURM_JOB_GPUS", gpus_of_job)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_unet, "GPU_DEVICE", "/nowhere")
+    train_unet.report_no_gpu("2.x", with_cuda)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [advice in warning for warning in warnings] == ([True] if advice else [])
+
+
+def test_a_class_that_is_never_found_is_told_at_the_end(tmp_path):
+    images, masks = write_folders(tmp_path, count=4)
+    for index, path in enumerate(sorted(masks.iterdir())):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[index, :2] = 1  # as good as invisible
+        tifffile.imwrite(path, mask)
+    run_script("build_lmdb.py", "--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path)
+    found = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
+    more = ["--max_epochs", 3, "--test_every_n_steps", 5, "--learning_rate", 1e-2]
+    done = run_script("train_unet.py", *arguments(found, tmp_path / "out", *more))
+    assert done.returncode == 0 and "WARNING the network finds nothing of class 1" in done.stdout, done.stdout
 
 
 def test_databases_of_different_sizes_are_refused(databases, tmp_path):
