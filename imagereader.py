@@ -945,11 +945,7 @@ class ImageReader:
         processes: int = 1,
         first_sample: int = 0,
     ) -> None:
-        if num_workers < 1 or batch_size < 1:
-            raise InputError(f"expected at least 1 reader and 1 image per batch, got {num_workers} and {batch_size}")
-        if balance_classes and not shuffle:
-            raise InputError("an unshuffled pass shows every image once and cannot balance classes; switch one off")
-
+        check_options(num_workers, batch_size, balance_classes, shuffle)
         # setup the image data augmentation parameters
         self._reflection_flag = True
         self._rotation_flag = True
@@ -1213,6 +1209,14 @@ def make_layout(
     budget = min(RING_BYTES, free_shared_memory() / 2)  # the other half is for the other reader: train and test
     slots = min(max(int(budget // (one.slot_bytes * num_workers)), least), most)
     return RingLayout(num_workers, slots, batch_size, image_shape, mask_dtype)
+
+
+def check_options(num_workers: int, batch_size: int, balance_classes: bool, shuffle: bool) -> None:
+    """Refuse options of a reader that make no sense, or not together."""
+    if num_workers < 1 or batch_size < 1:
+        raise InputError(f"expected at least 1 reader and 1 image per batch, got {num_workers} and {batch_size}")
+    if balance_classes and not shuffle:
+        raise InputError("an unshuffled pass shows every image once and cannot balance classes; switch one off")
 
 
 def check_classes(metadata: Metadata, number_classes: int, database: str) -> None:

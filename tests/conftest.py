@@ -113,8 +113,8 @@ def databases(tmp_path_factory):
 
 
 def shared_memory_of(pid):
-    """Return the paths of the shared memory that a process has mapped."""
-    return set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+    """Return the paths of the shared memory that a process has mapped, its readers' batches."""
+    return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
 
 
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ

@@ -251,11 +251,25 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(databa
     assert_same_end(folder, undisturbed)
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """End what a test that failed has left running."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+
+
 def start(databases, folder, log, *more, **options):
     """Start a run in the background; return its process when the network is built."""
     command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **options)
+    STARTED.append(process)
     wait_for(lambda: "network of" in log.read_text() or process.poll() is not None)
     return process
 
@@ -486,31 +500,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, t
 
 @pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])
 def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
-    command = [
-        sys.executable,
-        ROOT / "train_unet.py",
-        *arguments(databases, tmp_path / "out", "--test_every_n_steps", 3),
-    ]
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, start_new_session=True)
-        wait_for(
-            lambda: (tmp_path / "out" / "metrics.csv").exists() and len(read_csv(tmp_path / "out" / "metrics.csv")) > 1
-        )
-        children = psutil.Process(process.pid).children(recursive=True)
-        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        held = shared_memory_of(process.pid)
-        assert len(workers) == len(held) == 2
-        if event == "interrupted":
-            os.killpg(process.pid, signal.SIGINT)
-        elif event == "killed":
-            process.kill()
-        else:
-            workers[0].kill()
-            # At once, even where the main thread is busy exporting a model.
-            wait_for(lambda: "exit code -9" in (tmp_path / "log").read_text(), seconds=10)
-        process.wait(60)
-        log.seek(0)
-        output = log.read()
+    folder, log = tmp_path / "out", tmp_path / "log"
+    process = start(databases, folder, log, "--test_every_n_steps", 3, start_new_session=True)
+    wait_for(lambda: (folder / "metrics.csv").exists() and len(read_csv(folder / "metrics.csv")) > 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    held = shared_memory_of(process.pid)
+    assert len(workers) == len(held) == 2
+    if event == "interrupted":
+        os.killpg(process.pid, signal.SIGINT)
+    elif event == "killed":
+        process.kill()
+    else:
+        workers[0].kill()
+        # At once, even where the main thread is busy exporting a model.
+        wait_for(lambda: "exit code -9" in log.read_text(), seconds=10)
+    process.wait(60)
+    output = log.read_text()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
     assert not any(map(os.path.exists, held))
@@ -545,8 +551,11 @@ def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
     assert [train_unet.learning_rate_at(state, args) for state in states] == pytest.approx([0.1, 0.1, 1, 1])
 
 
-@pytest.mark.parametrize("queue, wait, advised", [(0, 0.05, True), (4, 0.05, False), (0, 0, False)])
-def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue, wait, advised, caplog):
+@pytest.mark.parametrize("queue, wait, advised", [(0, 5, True), (4, 5, False), (0, 0.25, False)])
+def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue, wait, advised, monkeypatch, caplog):
+    seconds = [0.0]
+    monkeypatch.setattr(train_unet, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
     class Reader:
         def get_queue_size(self):
             return queue
@@ -559,15 +568,16 @@ def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue,
 
     def batches():
         while True:
-            time.sleep(wait)
+            seconds[0] += wait
             yield "batch"
 
     supply = train_unet.Supply(batches(), Reader())
     for _ in range(3):
         assert supply.take() == "batch"
-        time.sleep(0.01)
+        seconds[0] += 10
     figures = supply.figures()
     assert figures["reader/queue_fill"] == queue / 4
-    assert figures["reader/wait_milliseconds"] >= 1000 * wait
+    assert figures["reader/wait_milliseconds"] == pytest.approx(1000 * wait)
+    assert figures["reader/wait_share"] == pytest.approx(wait / (wait + 10))
     supply.advise(2)
     assert ("raise --reader_count (now 2)" in caplog.text) == advised
