@@ -337,25 +337,27 @@ def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
 
 
 def test_bad_files_are_left_out_and_listed(tmp_path):
-    images, masks = write_folders(tmp_path, count=8, shape=(144, 130, 1))
+    images, masks = write_folders(tmp_path, count=9, shape=(144, 130, 1))
     (masks / "cell0.tif").unlink()
     tifffile.imwrite(masks / "cell1.tif", np.full((144, 130), -1, np.int8))
     tifffile.imwrite(masks / "cell2.tif", np.zeros((5, 5), np.uint8))
     os.truncate(images / "cell3.tif", 9000)
+    write_tiff(images / "cell8.tif", make_pair(8, (144, 130, 2))[0])
+    bad = {f"cell{index}.tif" for index in (0, 1, 2, 3, 8)}
     more = ["--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.4]
     done = start(tmp_path, *more)
-    assert done.returncode == 0 and "left out 4 files, listed in" in done.stdout, done.stdout
+    assert done.returncode == 0 and "left out 5 files, listed in" in done.stdout, done.stdout
     listed = (tmp_path / "db" / "skipped-t.tsv").read_text().splitlines()
     assert listed[0] == "file\tproblem\tdetails"
-    assert sorted(Path(line.split("\t")[0]).name for line in listed[1:]) == [f"cell{index}.tif" for index in range(4)]
+    assert sorted(Path(line.split("\t")[0]).name for line in listed[1:]) == sorted(bad)
     names = []
     for side in "train", "test":
         with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
             names += database.metadata.names
-            assert len(database) == 4 * len(database.metadata.names) and database.metadata.info["left_out"] == 4
+            assert len(database) == 4 * len(database.metadata.names) and database.metadata.info["left_out"] == 5
     assert sorted(names) == [f"cell{index}.tif" for index in range(4, 8)]
     for path in list(images.iterdir()) + list(masks.iterdir()):
-        if path.name in {f"cell{index}.tif" for index in range(4)}:
+        if path.name in bad:
             path.unlink()
     assert start(tmp_path, *more).returncode == 0
     assert not (tmp_path / "db" / "skipped-t.tsv").exists()
@@ -672,6 +674,16 @@ def test_a_full_disk_is_reported_and_leaves_the_old_databases(tmp_path):
             assert [(tmp_path / "db" / f"{side}-t.lmdb").read_bytes() for side in ("train", "test")] == before
     finally:
         os.system(f"umount {tmp_path / 'db'}")
+
+
+def test_what_a_killed_build_left_does_not_get_into_the_next_one(tmp_path):
+    train, _ = build(tmp_path, count=5)
+    whole = train.read_bytes()
+    (tmp_path / "db" / ".building-train-t.lmdb").mkdir()
+    shutil.copy(train, tmp_path / "db" / ".building-train-t.lmdb" / train.name)
+    assert start(tmp_path).returncode == 0
+    assert train.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
 
 
 def test_a_worker_that_is_killed_ends_the_build_with_a_reason(tmp_path):
