@@ -677,10 +677,11 @@ def test_a_full_disk_is_reported_and_leaves_the_old_databases(tmp_path):
 
 
 def test_what_a_killed_build_left_does_not_get_into_the_next_one(tmp_path):
+    other, _ = build(tmp_path / "other", count=7, shape=(32, 32, 1))
     train, _ = build(tmp_path, count=5)
     whole = train.read_bytes()
     (tmp_path / "db" / ".building-train-t.lmdb").mkdir()
-    shutil.copy(train, tmp_path / "db" / ".building-train-t.lmdb" / train.name)
+    shutil.copy(other, tmp_path / "db" / ".building-train-t.lmdb" / train.name)
     assert start(tmp_path).returncode == 0
     assert train.read_bytes() == whole
     assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
