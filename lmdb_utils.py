@@ -616,7 +616,7 @@ class Parser(argparse.ArgumentParser):
 
     def _options_near(self, word: str) -> list[str]:
         known = self._option_string_actions
-        name = word.partition("=")[0]
+        name = word.partition("=")[0].rstrip(":,")  # as argparse writes it in a sentence
         return difflib.get_close_matches(name, known, 1) if name.startswith("--") and name not in known else []
 
 
