@@ -1133,8 +1133,8 @@ def hints(metadata: Metadata) -> Iterator[str]:
     advice = advise_label_map(metadata.classes.tolist())
     if len(metadata.classes) > MANY_CLASSES and metadata.classes[0] > 0:
         yield (
-            "no mask pixel is 0, background, but many other values occur: are --image_folder and --mask_folder the right "
-            "way round?"
+            "no mask pixel is 0, background, but many other values occur: are --image_folder and --mask_folder the "
+            "right way round?"
         )
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
