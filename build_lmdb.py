@@ -167,16 +167,18 @@ def add_split_options(group: Any) -> None:
     )
     text = (
         "regular expression for what in an image's name (without extension) tells its slide, patient or field, such as "
+        "'^[^_]+' for slide7_03.tif; a (group) narrows what counts. All images of one go to one side, since a test "
+        "image of a slide that was trained on makes the test loss look better than it is"
     )
-    text += "'^[^_]+' for slide7_03.tif; a (group) narrows what counts. All images of one go to one side, since a test "
-    text += "image of a slide that was trained on makes the test loss look better than it is"
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
 
 
 def add_content_options(group: Any) -> None:
     """Add what becomes of mask values and channels."""
-    text = "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
-    text += "objects; values that it does not name are refused; write --label_map=-1:0,... where the first is negative"
+    text = (
+        "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
+        "objects; values that it does not name are refused; write --label_map=-1:0,... where the first is negative"
+    )
     group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
@@ -192,8 +194,8 @@ def add_look_options(group: Any) -> None:
     """Add who works, and how to look at a database."""
     text = (
         "number of processes that read, check and encode; as many as there are cores where it is not given, fewer for "
+        "little work; the result is the same for any number"
     )
-    text += "little work; the result is the same for any number"
     group.add_argument("--num_workers", type=positive_int, help=text)
     add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks beside the database [0, 1]")
     text = "print what is in a database, and build nothing"

@@ -97,16 +97,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels; should "
         "memory run out all the same, they are halved",
     )
-    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in "
-    text += "OUTPUT_FOLDER/probabilities"
+    text = (
+        "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in "
+        "OUTPUT_FOLDER/probabilities"
+    )
     add_flag(parser, "--save_probabilities", 0, f"{text} [0 = false, 1 = true]")
-    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in "
-    text += "OUTPUT_FOLDER/overlays"
+    text = (
+        "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in "
+        "OUTPUT_FOLDER/overlays"
+    )
     add_flag(parser, "--save_overlay", 0, f"{text} [0 = false, 1 = true]")
     text = (
         "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
+        "a run that was interrupted goes on"
     )
-    text += "a run that was interrupted goes on"
     add_flag(parser, "--overwrite", 0, text)
     parser.add_argument(
         "--shard",

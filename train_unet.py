@@ -142,8 +142,8 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--label_smoothing", type=share_float, default=0.0, help=text)
     text = (
         "whether to compute in float16 with float32 weights and a scaled loss, for GPUs that are faster so (V100 and "
+        "later); the exported model is float32 [0 = false, 1 = true]"
     )
-    text += "later); the exported model is float32 [0 = false, 1 = true]"
     add_flag(group, "--mixed_precision", 0, text)
     text = "whether to repeat a run bit by bit on the same machine, more slowly [0 = false, 1 = true]"
     add_flag(group, "--deterministic", 0, text)
