@@ -676,6 +676,16 @@ def test_a_full_disk_is_reported_and_leaves_the_old_databases(tmp_path):
         os.system(f"umount {tmp_path / 'db'}")
 
 
+def test_a_database_that_is_in_use_stays_as_it_was_when_it_is_built_anew(tmp_path):
+    train, _ = build(tmp_path, count=8)
+    file = train.stat().st_ino
+    with Database(train) as database:
+        before = database.read(0)[0].copy()
+        assert start(tmp_path, "--seed", 1).returncode == 0
+        assert train.stat().st_ino != file, "written over"
+        np.testing.assert_array_equal(database.read(0)[0], before)
+
+
 def test_what_a_killed_build_left_does_not_get_into_the_next_one(tmp_path):
     other, _ = build(tmp_path / "other", count=7, shape=(32, 32, 1))
     train, _ = build(tmp_path, count=5)
