@@ -134,6 +134,7 @@ def nothing_left_behind():
 SHARED = ("slurm", "project", "undisturbed", "run", "gray_model")  # fixtures that take long to set up
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Have tests that share a slow fixture run in one process, in order; any process may take any other test."""
     for item in items:
