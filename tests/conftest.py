@@ -131,18 +131,6 @@ def nothing_left_behind():
         time.sleep(0.1)
 
 
-SHARED = ("slurm", "project", "undisturbed", "run", "gray_model")  # fixtures that take long to set up
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """Have tests that share a slow fixture run in one process, in order; any process may take any other test."""
-    for item in items:
-        shared = [name for name in SHARED if name in item.fixturenames]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {shared[0]}"))
-
-
 def pytest_sessionstart(session):
     """Remember what was in shared memory before."""
     session.config.stash[FILES_BEFORE] = set(os.listdir("/dev/shm"))

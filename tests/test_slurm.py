@@ -13,7 +13,8 @@ import psutil
 import pytest
 import tifffile
 from conftest import ROOT, make_pair, readme_commands
-from test_train_unet import SHORT, assert_same_end, read_csv, undisturbed, wait_for  # noqa: F401
+from test_interruptions import SHORT, assert_same_end, undisturbed, wait_for  # noqa: F401
+from test_train_unet import read_csv
 
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"

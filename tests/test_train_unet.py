@@ -1,22 +1,17 @@
 import csv
 import json
 import math
-import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, build, run_script, shared_memory_of, write_folders, write_tiff
+from conftest import ROOT, build, run_script, write_folders, write_tiff
 
 import train_unet
 from lmdb_utils import InputError
@@ -202,111 +197,6 @@ def test_another_database_is_refused_and_a_copy_of_the_same_is_not(run, database
     more = ["--test_every_n_steps", 15, "--max_epochs", 4]
     done = run_script("train_unet.py", *arguments((copied, databases[1]), run[0], *more))
     assert done.returncode == 0, done.stdout
-
-
-SHORT = ["--test_every_n_steps", 10, "--max_epochs", 3, "--learning_rate", 3e-3, "--deterministic", 1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(databases, tmp_path_factory):
-    """Return the output folder of a run of 30 steps that nothing has disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = run_script("train_unet.py", *arguments(databases, folder, *SHORT))
-    assert done.returncode == 0, done.stdout
-    return folder
-
-
-def last_weights(folder):
-    """Return all variables of the newest checkpoint of a run."""
-    import tensorflow as tf
-
-    newest = max((folder / "checkpoint").iterdir()) / "weights"
-    variables = tf.train.load_checkpoint(str(newest))
-    names = [name for name in variables.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name]
-    return {name: variables.get_tensor(name) for name in names if "save_counter" not in name}
-
-
-def assert_same_end(folder, expected):
-    for name in ("metrics.csv", "confusion.csv", "test_loss.csv"):
-        assert (folder / name).read_text() == (expected / name).read_text()
-    weights, others = last_weights(folder), last_weights(expected)
-    assert weights.keys() == others.keys() and len(weights) > 50
-    for name, value in weights.items():
-        np.testing.assert_array_equal(value, others[name], err_msg=name)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(databases, undisturbed, tmp_path, number):
-    rng, folder, codes = np.random.default_rng(), tmp_path / "out", []
-    more = [*SHORT, "--checkpoint_minutes", 0.001]
-    for attempt, stop in enumerate((True, True, False)):
-        process = start(databases, folder, tmp_path / f"log{attempt}", *more)
-        if stop:
-            time.sleep(rng.uniform(0, 5))
-            process.send_signal(number)
-        codes.append(process.wait(120))
-    output = "".join((tmp_path / f"log{attempt}").read_text() for attempt in range(3))
-    assert codes[-1] == 0 and set(codes) <= {0, train_unet.EXIT_STOPPED if number == signal.SIGTERM else -9}, output
-    assert "Traceback" not in output, output
-    assert_same_end(folder, undisturbed)
-
-
-STARTED = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_goes_on():
-    """End what a test that failed has left running."""
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()
-        process.wait()
-
-
-def start(databases, folder, log, *more, **options):
-    """Start a run in the background; return its process when the network is built."""
-    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
-    with open(log, "w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **options)
-    STARTED.append(process)
-    wait_for(lambda: "network of" in log.read_text() or process.poll() is not None)
-    return process
-
-
-def test_a_second_signal_ends_at_once(databases, tmp_path):
-    process = start(databases, tmp_path / "out", tmp_path / "log")
-    wait_for(lambda: len(shared_memory_of(process.pid)) == 2)  # of the train and the test reader
-    held = shared_memory_of(process.pid)
-    for _ in range(3):  # two at one moment may be delivered as one
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.01)
-    assert process.wait(60) in (128 + signal.SIGINT, train_unet.EXIT_STOPPED)
-    wait_for(lambda: not any(map(os.path.exists, held)), 10)  # the readers notice a little later
-
-
-def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("a mount namespace needs root")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    more = ["--test_every_n_steps", 10, "--learning_rate", 3e-3]
-    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
-    first, second = (shlex.join(map(str, [*command, "--max_epochs", epochs])) for epochs in (1, 3))
-    place = shlex.quote(str(folder))
-    # One checkpoint takes about 1.5 MB, the exported model about 1 MB; what is left is filled up.
-    script = (
-        f"mount -t tmpfs -o size=20m tmpfs {place} && {first} && "
-        f"head -c $(( $(df --output=avail -B1 {place} | tail -1) - 1200000 )) /dev/zero > {place}/filler; "
-        f"{second}; echo code $?; rm {place}/filler; {second}; echo code $?; ls -A {place}/checkpoint"
-    )
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert "Traceback" not in done.stdout and re.findall(r"^code (\d+)", done.stdout, re.M) == ["1", "0"], done.stdout
-    assert re.search(r"ERROR cannot write .* checkpoints before are kept", done.stdout), done.stdout
-    assert done.stdout.count("going on at step 10, after 1 test epochs") == 2
-    assert done.stdout.split()[-2:] == ["000002", "000003"]
 
 
 def test_label_map_and_channels_travel_to_the_settings_and_to_inference(tmp_path):
@@ -496,43 +386,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, t
     [records] = re.findall(r"The batch was (record .*)", message[0])
     reader = ImageReader(databases[0], use_augmentation=True, batch_size=2)
     assert records == ", ".join(reader.describe_step(int(message[1]) - 1)) and records.count("cell") == 2
-
-
-@pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])
-def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
-    folder, log = tmp_path / "out", tmp_path / "log"
-    process = start(databases, folder, log, "--test_every_n_steps", 3, start_new_session=True)
-    wait_for(lambda: (folder / "metrics.csv").exists() and len(read_csv(folder / "metrics.csv")) > 1)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-    held = shared_memory_of(process.pid)
-    assert len(workers) == len(held) == 2
-    if event == "interrupted":
-        os.killpg(process.pid, signal.SIGINT)
-    elif event == "killed":
-        process.kill()
-    else:
-        workers[0].kill()
-        # At once, even where the main thread is busy exporting a model.
-        wait_for(lambda: "exit code -9" in log.read_text(), seconds=10)
-    process.wait(60)
-    output = log.read_text()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive
-    assert not any(map(os.path.exists, held))
-    assert "Traceback" not in output, output
-    if event == "reader killed":
-        assert process.returncode == 1
-        assert re.search(r"ERROR train reader worker 0 \(process \d+\).*killed by SIGKILL, exit code -9", output)
-    elif event == "interrupted":
-        assert process.returncode == 85 and "stopped by SIGINT at step" in output
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_early_stopping_counts_epochs_without_improvement():
