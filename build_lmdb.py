@@ -971,6 +971,8 @@ class Workers:
         InputError
             If a process dies.
         """
+        from imagereader import signals_held
+
         if self._executor is None:
             yield from ((task, function(task)) for task in tasks)
             return
@@ -979,7 +981,8 @@ class Workers:
         try:
             for chunk_tasks in chunks_of(tasks, nbytes):
                 slot = self._free.pop() if self._free else None
-                future = self._executor.submit(do_chunk, function, chunk_tasks, slot)
+                with signals_held():  # this may start a process
+                    future = self._executor.submit(do_chunk, function, chunk_tasks, slot)
                 pending.append(Chunk(chunk_tasks, sum(map(nbytes, chunk_tasks)), slot, future))
                 while len(pending) >= self._most_chunks or sum(chunk.nbytes for chunk in pending) > AHEAD_BYTES:
                     yield from self._results(pending[0])
@@ -1011,11 +1014,13 @@ class Workers:
 
     def __exit__(self, *exception: object) -> None:
         """Stop the processes; what has not begun is not done any more."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-        if self._memory is not None:
-            self._memory.close()
-            self._memory.unlink()
+        try:
+            if self._executor is not None:
+                self._executor.shutdown(cancel_futures=True)
+        finally:  # a Ctrl-C may come while it waits
+            if self._memory is not None:
+                self._memory.close()
+                self._memory.unlink()
 
 
 class Slot(NamedTuple):
@@ -1078,7 +1083,10 @@ def attached_memory(name: str) -> Any:
 
 def start_worker() -> None:
     """Have a process leave Ctrl-C to the main process, and end with it, however that ends."""
+    from imagereader import STOP_SIGNALS
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back while it was started
 
     def follow() -> None:
         parent = multiprocessing.parent_process()

@@ -15,6 +15,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 import traceback
@@ -690,19 +691,41 @@ def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
     # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
     if size > free_shared_memory():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
-    memory = shared_memory.SharedMemory(create=True, size=size)
-    path = f"{SHARED_MEMORY_FOLDER}/{memory.name.lstrip('/')}"
+    name = f"psm_{secrets.token_hex(8)}"
+    path = f"{SHARED_MEMORY_FOLDER}/{name}"
+    try:
+        memory = shared_memory.SharedMemory(name, create=True, size=size)
+    except BaseException:  # a Ctrl-C in the midst of it leaves a file that multiprocessing does not know of
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
     if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
         descriptor = os.open(path, os.O_RDWR)
         try:
             os.posix_fallocate(descriptor, 0, size)
-        except OSError:
+        except BaseException:
             memory.close()
             memory.unlink()
             raise
         finally:
             os.close(descriptor)
     return memory
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back `STOP_SIGNALS` while child processes are started, which inherit that until they let them through.
+
+    Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
+    the process that multiprocessing tidies up with would be ended by SIGUSR1.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # lets some of the signals through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def free_shared_memory() -> float:
@@ -998,7 +1021,7 @@ class ImageReader:
             return
         self._forget_workers()  # and the failure of those before
         self._stopping.clear()
-        with _signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
+        with signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
             try:
                 self._memory = allocate_shared_memory(self._layout.total_bytes)
             except OSError as error:
@@ -1264,19 +1287,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back signals while child processes are started, which inherit that for good.
-
-    Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
-    the process that multiprocessing tidies up with would be ended by SIGUSR1.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # lets some of the signals through again
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

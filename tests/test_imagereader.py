@@ -401,7 +401,22 @@ def test_no_batch_changes_while_tensorflow_or_its_user_holds_it(databases):
                 held.clear()
 
 
+def tensorflow_copies_everything():
+    """Whether batches are copied even if they are as TensorFlow needs them: 2.18 does that, with numpy 2."""
+    import tensorflow as tf
+
+    batch = np.zeros(2**16, np.float32)
+    batch = batch[-batch.ctypes.data % 4096 // 4 :]
+    taken = next(
+        iter(tf.data.Dataset.from_generator(lambda: iter([batch]), output_signature=tf.TensorSpec(batch.shape)))
+    )
+    batch[:] = 1
+    return not taken.numpy().any()
+
+
 def test_tensorflow_takes_a_batch_over_without_a_second_copy(databases, monkeypatch):
+    if tensorflow_copies_everything():
+        pytest.skip("this TensorFlow copies every batch")
     with ImageReader(databases[0], batch_size=2) as reader:
         blocks, take_block = [], reader._recycler.take
 
