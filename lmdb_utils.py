@@ -48,6 +48,8 @@ COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the m
 MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
+CLEAR_LINE = "\r\x1b[K"  # of a terminal
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -594,7 +596,10 @@ def configure_logging(level: int = logging.INFO) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
     for name in ("absl", "matplotlib", "tensorflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout, force=True)
+    # A log line takes the place of the progress line that may stand in a terminal.
+    start = CLEAR_LINE if sys.stdout.isatty() else ""
+    line = f"{start}%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=level, format=line, stream=sys.stdout, force=True)
 
 
 def log_settings(args: argparse.Namespace) -> None:
@@ -717,7 +722,7 @@ class Progress:
             f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"
         )
         if self._terminal:
-            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stdout.write(f"{CLEAR_LINE}{line[: shutil.get_terminal_size().columns - 1]}")
             sys.stdout.flush()
         else:
             logging.info("%s", line)
@@ -725,5 +730,5 @@ class Progress:
     def close(self) -> None:
         """Clear the terminal's line, so that the next log line starts in an empty one."""
         if self._terminal:
-            sys.stdout.write("\r\x1b[K")
+            sys.stdout.write(CLEAR_LINE)
             sys.stdout.flush()

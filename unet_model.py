@@ -279,7 +279,7 @@ class UNetTrainer:
         """
         return self._train_step(batch, tf.constant([float(request) for request in requests], tf.float32)).numpy()
 
-    @tf.function
+    @tf.function(autograph=False)  # no Python condition in a step depends on a tensor, so nothing needs translating
     def _train_step(self, batch: Any, requests: "tf.Tensor") -> "tf.Tensor":
         sums = self._strategy.run(self._train_replica, args=(*batch, requests))
         self.step.assign_add(1)
@@ -305,7 +305,7 @@ class UNetTrainer:
         sums, confusion = self._test_step(batch, tf.constant([float(request) for request in requests], tf.float32))
         return sums.numpy(), confusion.numpy()
 
-    @tf.function
+    @tf.function(autograph=False)
     def _test_step(self, batch: Any, requests: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
         sums, confusions = self._strategy.run(self._test_replica, args=(*batch, requests))
         reduce = self._strategy.reduce
@@ -398,7 +398,9 @@ def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict
     module = tf.Module()  # of the weights and the function alone: whatever Keras would save is of no use here
     module.weights = model.weights
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, model.input_shape[-1]], tf.float32, name="image")])
+    signature = tf.TensorSpec([None, None, None, model.input_shape[-1]], tf.float32, name="image")
+
+    @tf.function(input_signature=[signature], autograph=False)
     def predict(image: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         return {"softmax": tf.nn.softmax(tf.cast(model(image, training=False), tf.float32))}
 

@@ -1,5 +1,10 @@
 import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -113,6 +118,90 @@ def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage, m
         path.mkdir()
     with pytest.raises((InputError, FileNotFoundError), match="a.lmdb"):
         Database(path)
+
+
+def test_a_database_of_another_program_is_refused(tmp_path):
+    with lmdb.open(str(tmp_path / "a.lmdb"), subdir=False) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"key", b"value")
+    with pytest.raises(InputError, match="a.lmdb is an LMDB database, but not one of build_lmdb.py"):
+        Database(tmp_path / "a.lmdb")
+
+
+def test_a_folder_is_not_replaced_by_a_database(tmp_path):
+    (tmp_path / "a.lmdb").mkdir()
+    with pytest.raises(InputError, match="a.lmdb is a folder, where a database file has to go"):
+        write_small(tmp_path / "a.lmdb")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        (np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8)),
+        (np.zeros((2, 3, 1), np.uint8), np.zeros((3, 2), np.uint8)),
+        (np.zeros((2, 3, 1), np.float64), np.zeros((2, 3), np.uint8)),
+        (np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.float32)),
+    ],
+)
+def test_a_record_that_cannot_be_stored_is_refused(image, mask):
+    with pytest.raises(ValueError, match=r"expected image|cannot store"):
+        encode_record(image, mask)
+
+
+def test_all_records_of_a_database_are_alike(tmp_path):
+    with (
+        pytest.raises(ValueError, match="another shape or type from b.tif"),
+        new_databases(tmp_path / "a.lmdb") as [writer],
+    ):
+        writer.append(Record.encode(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
+        writer.append(Record.encode(np.zeros((2, 4, 1), np.uint8), np.zeros((2, 4), np.uint8)), "b.tif")
+
+
+@pytest.mark.parametrize("most", [2, 9, 300, 70_000])
+@pytest.mark.parametrize("least", [0, -3])
+def test_pixels_are_counted_whatever_the_class_ids(least, most):
+    mask = np.random.default_rng(0).integers(least, most, (40, 50), dtype=np.int32)
+    counts = Record.encode(np.zeros((40, 50, 1), np.uint8), mask).class_counts
+    assert counts == {int(value): int((mask == value).sum()) for value in np.unique(mask)}
+
+
+SHOW_PROGRESS = """
+import lmdb_utils
+lmdb_utils.configure_logging()
+progress = lmdb_utils.Progress("building", 200, "images", first=50)
+for done in (60, 100):
+    progress._shown = -1000.0
+    progress.update(done, "of cells")
+    progress.update(done + 1)
+lmdb_utils.logging.warning("a reader is slow")
+progress.close()
+"""
+
+
+def show_progress(**options):
+    environment = dict(os.environ, COLUMNS="30")
+    script = [sys.executable, "-c", SHOW_PROGRESS]
+    return subprocess.run(script, cwd=Path(lmdb_utils.__file__).parent, env=environment, check=True, **options)
+
+
+def test_progress_rewrites_one_line_in_a_terminal():
+    terminal, its_end = pty.openpty()
+    show_progress(stdout=its_end)
+    os.close(its_end)
+    first, second, warning, last = os.read(terminal, 10_000).decode().split("\r\x1b[K")[1:]
+    assert first.startswith("building 60/200 images of cel") and second.startswith("building 100/200 images of ce")
+    assert warning.endswith("WARNING a reader is slow\r\n")
+    assert len(first) == len(second) == 29 and last == ""  # it never wraps, and is gone in the end
+    os.close(terminal)
+
+
+def test_progress_is_a_log_line_now_and_then_in_a_file():
+    lines = show_progress(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.splitlines()
+    assert lines.pop().endswith(" WARNING a reader is slow")
+    assert [line.split(" INFO ")[1].split(" of cells ")[0] for line in lines] == [
+        "building 60/200 images",
+        "building 100/200 images",
+    ]
+    assert all("images/s, 0:00:0" in line and line.endswith(" left") for line in lines)
 
 
 def test_keys_sort_in_the_order_of_insertion():
