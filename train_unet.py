@@ -132,7 +132,7 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
-    text = "auto goes on with the run that OUTPUT_FOLDER holds, never insists on an empty folder"
+    text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
     group.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
     group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
