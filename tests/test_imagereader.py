@@ -185,6 +185,37 @@ def test_each_part_of_a_file_is_decoded_once_and_let_go_after_its_last_window(tm
         assert len(decoded) == sum(len(page.dataoffsets) for page in tif.pages)
 
 
+def test_tiles_that_a_file_leaves_out_are_empty(tmp_path):
+    tile = np.full((32, 32), 7, np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", iter([tile, None, None, tile]), shape=(50, 60), dtype=np.uint16, tile=(32, 32))
+    expected = np.zeros((50, 60, 1), np.uint16)
+    expected[:32, :32] = expected[32:, 32:] = 7
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert file.segment_shape == (32, 32)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_tiles_have_the_tables_of_their_page(tmp_path, channels):
+    image = np.random.default_rng(0).integers(0, 255, (150, 130, channels)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image.squeeze(), tile=(64, 48), compression="jpeg")
+    expected = tifffile.imread(tmp_path / "a.tif").reshape(image.shape)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_workers": 0}, "at least 1 reader"),
+        ({"batch_size": 0}, "1 image per batch"),
+        ({"shuffle": False, "balance_classes": True}, "cannot balance classes"),
+    ],
+)
+def test_options_of_a_reader_that_make_no_sense_are_refused(databases, options, words):
+    with pytest.raises(InputError, match=words):
+        ImageReader(databases[0], **{"batch_size": 2, **options})
+
+
 def test_a_tiled_file_that_ends_early_is_refused_by_name_when_its_end_is_read(tmp_path):
     write_stored(tmp_path / "a.tif", np.ones((150, 130, 3), np.uint16), "uncompressed tiles")
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:

@@ -303,6 +303,9 @@ def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
         (("--batch_size", "0"), "at least 1"),
         (("--reader_count", "x"), "at least 1"),
         (("--learning_rate", "-1"), "above 0"),
+        (("--learning_rate", "fast"), "got 'fast'"),
+        (("--label_smoothing", "1"), "from 0 to below 1"),
+        (("--label_smoothing", "much"), "got 'much'"),
         (("--number_classes", "1"), "--number_classes 2"),
         (("--train_database", "nowhere.lmdb"), "no database nowhere.lmdb"),
         (("--test_database", str(ROOT / "README.md")), "README.md"),
@@ -314,6 +317,23 @@ def test_bad_input_is_refused_in_one_line(databases, tmp_path, more, words):
     assert done.returncode == 2, done.stdout
     assert words in done.stdout and len(done.stdout.splitlines()) == 1, done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_files_that_are_no_run_to_go_on_with_is_refused(databases, tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step\n1,10\n")
+    for more, words in (
+        ([], "holds results but no checkpoint"),
+        (["--resume", "never"], "expected an empty --output_dir"),
+    ):
+        done = run_script("train_unet.py", *arguments(databases, tmp_path, *more))
+        assert done.returncode == 2 and words in done.stdout, done.stdout
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(databases, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "file" / "run"))
+    assert done.returncode == 2 and "cannot write to --output_dir" in done.stdout, done.stdout
 
 
 def test_paths_that_are_nearly_right_lead_to_the_databases(databases, tmp_path):
