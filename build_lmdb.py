@@ -23,7 +23,6 @@ import pickle
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import shared_memory
@@ -32,11 +31,25 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 
+from imagereader import (
+    IMAGE_FORMATS,
+    STOP_SIGNALS,
+    ImageFile,
+    allocate_shared_memory,
+    end_with_parent,
+    free_shared_memory,
+    image_format,
+    list_files,
+    list_images,
+    signals_held,
+)
 from lmdb_utils import (
     HEADER,
     IMAGE_DTYPES,
     MANY_CLASSES,
     MASK_DTYPES,
+    RADIUS,
+    SIZE_FACTOR,
     Database,
     DatabaseWriter,
     InputError,
@@ -47,19 +60,15 @@ from lmdb_utils import (
     add_flag,
     advise_label_map,
     configure_logging,
-    image_format,
     log_settings,
     new_databases,
+    number_type,
     positive_int,
     run_script,
     seed_int,
 )
 
-# The same as in unet_model.py, which cannot be imported without TensorFlow; a test compares them.
-SIZE_FACTOR = 16
-RADIUS = 96
-
-MASK_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",)}
+MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 SIDES = ("train", "test")
 WIDER = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}  # types that lose nothing so
 
@@ -217,15 +226,7 @@ def mask_format(text: str) -> str:
     return name
 
 
-def open_fraction(text: str) -> float:
-    """Return `text` as a number strictly between 0 and 1; the ``type`` of ``--train_fraction``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, both excluded, got {text!r}; try 0.8")
-    return value
+open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
 
 
 def tile_size(text: str) -> int:
@@ -458,8 +459,6 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     InputError
         If there is no image or no mask at all.
     """
-    from imagereader import list_images
-
     suffix = args.mask_suffix or ""
     mask_paths = list_masks(args.mask_folder, args.mask_format, suffix)
     image_paths = list_images(args.image_folder, args.image_format)
@@ -490,8 +489,6 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
 
 def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
-    from imagereader import list_files
-
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
     entries = list_files(folder)
@@ -663,15 +660,13 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
 
 
 @contextlib.contextmanager
-def open_pair(pair: Pair) -> Iterator[tuple[Any, Any]]:
+def open_pair(pair: Pair) -> Iterator[tuple[ImageFile, ImageFile]]:
     """Yield both files, opened; the size of the mask tells where the channels of the image are."""
-    from imagereader import ImageFile
-
     with ImageFile(pair.mask, as_mask=True) as mask, ImageFile(pair.image, size=mask.shape[:2]) as image:
         yield image, mask
 
 
-def check_headers(image: Any, mask: Any, options: Options) -> Kind:
+def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> Kind:
     """Return the kind of a pair of files whose headers are in order.
 
     Raises
@@ -707,7 +702,7 @@ def check_headers(image: Any, mask: Any, options: Options) -> Kind:
     return Kind(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
 
 
-def check_mask(mask: Any, options: Options) -> None:
+def check_mask(mask: ImageFile, options: Options) -> None:
     """Refuse a mask whose header tells that it holds no class ids."""
     if mask.shape[2] != 1:
         raise Unusable(
@@ -810,9 +805,10 @@ def encode_part(options: Options, part: Part) -> Encoded:
     with open_pair(part.pair) as (image, mask):
         if options.channels is not None:
             image.select_channels(options.channels)
+        (rows, columns), (height, width, _) = part.size, mask.shape
         windows = [
-            tuple(slice(start, min(start + length, end)) for start, length, end in zip(origin, part.size, mask.shape))
-            for origin in part.origins
+            (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
+            for row, column in part.origins
         ]
         records, least, greatest = [], [], []
         for origin, pixels, ids in zip(part.origins, image.windows(windows), mask.windows(windows)):
@@ -937,8 +933,6 @@ class Workers:
 
     def reserve(self, nbytes: int) -> None:
         """Provide shared memory for results of up to `nbytes`, as far as there is enough of it."""
-        from imagereader import allocate_shared_memory, free_shared_memory
-
         nbytes = max(nbytes, CHUNK_BYTES) + 2**12
         count = int(min(self._most_chunks, AHEAD_BYTES // nbytes, free_shared_memory() / 2 // nbytes))
         if self._executor is not None and count:
@@ -971,8 +965,6 @@ class Workers:
         InputError
             If a process dies.
         """
-        from imagereader import signals_held
-
         if self._executor is None:
             yield from ((task, function(task)) for task in tasks)
             return
@@ -1083,18 +1075,9 @@ def attached_memory(name: str) -> Any:
 
 def start_worker() -> None:
     """Have a process leave Ctrl-C to the main process, and end with it, however that ends."""
-    from imagereader import STOP_SIGNALS
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back while it was started
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 # ---------------------------------------------------------------------------------------------- looking at a database

@@ -7,6 +7,7 @@ what the network sees. Workers are spawned (forking after TensorFlow has started
 TensorFlow, which would cost each of them 400 MB and seconds.
 """
 
+import argparse
 import atexit
 import contextlib
 import errno
@@ -52,6 +53,15 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # for the main p
 READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 # ---------------------------------------------------------------------------------------------- image files
+
+
+def image_format(text: str) -> str:
+    """Return the key of `IMAGE_FORMATS` that an extension stands for; the ``type`` of command-line options."""
+    extension = f".{text.lower().lstrip('.')}"
+    for name, extensions in IMAGE_FORMATS.items():
+        if extension in extensions:
+            return name
+    raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
 
 
 def list_images(folder: PathLike, image_format: str) -> list[Path]:
@@ -866,7 +876,7 @@ def run_worker(task: WorkerTask) -> None:
     # The main process decides what a signal means; a Ctrl-C reaches the whole group, a scancel every process.
     for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
     record: Optional[int] = None
     try:
         memory = shared_memory.SharedMemory(task.memory_name)
@@ -900,12 +910,15 @@ def _wait_for_slot(task: WorkerTask, memory: shared_memory.SharedMemory, turn: i
     return False
 
 
-def _exit_with_parent() -> None:
-    """End this process as soon as the main process is gone, however that came about."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+def end_with_parent() -> None:
+    """Have this process end as soon as the main process is gone, however that came about."""
+    parent: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------- the reader

@@ -22,12 +22,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
 
+from imagereader import ChannelStatistics, ImageFile, image_format, list_images
 from lmdb_utils import (
     EXIT_BAD_INPUT,
+    RADIUS,
+    SIZE_FACTOR,
     InputError,
     Parser,
     Progress,
@@ -35,14 +38,11 @@ from lmdb_utils import (
     configure_logging,
     count_classes,
     existing_folder,
-    image_format,
     log_settings,
     positive_int,
+    replacing,
     run_script,
 )
-
-if TYPE_CHECKING:
-    from imagereader import ChannelStatistics, ImageFile
 
 Item = TypeVar("Item")
 
@@ -130,8 +130,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Segment all images; a bad one is reported and the others go on."""
-    from imagereader import list_images
-
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
     shard = args.shard or shard_from_slurm(os.environ)
@@ -264,15 +262,15 @@ def load_model(filepath: str) -> Model:
     """
     folder = Path(filepath)
     if not (folder / "saved_model.pb").is_file():
-        found = "no saved_model.pb" if folder.is_dir() else "no such folder"
-        inside = folder / "saved_model"
+        found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+        meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
         raise InputError(
             f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
-            f"in its --output_dir{f', {inside}' if inside.is_dir() else ''}"
+            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
         )
     import tensorflow as tf
 
-    from unet_model import METADATA_FILE, RADIUS, SIZE_FACTOR
+    from unet_model import METADATA_FILE
 
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -503,8 +501,6 @@ def segment_file(
     path: Path, targets: "Targets", model: Model, sizer: TileSizer
 ) -> tuple[tuple[int, int, int], dict[int, int]]:
     """Segment an image file into files; return the image's shape (H, W, C) and the pixels of each class."""
-    from imagereader import ChannelStatistics, ImageFile
-
     with ImageFile(path, channels=model.channels) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
@@ -525,7 +521,7 @@ def segment_file(
                 )  # fmt: skip
 
 
-def check_image(image: "ImageFile", model: Model) -> None:
+def check_image(image: ImageFile, model: Model) -> None:
     """Refuse an image that the model cannot take."""
     if image.shape[2] != model.channels:
         raise InputError(
@@ -537,8 +533,8 @@ def check_image(image: "ImageFile", model: Model) -> None:
 
 
 def write_results(
-    image: "ImageFile",
-    statistics: "ChannelStatistics",
+    image: ImageFile,
+    statistics: ChannelStatistics,
     tiles: Sequence[Tile],
     batch_size: int,
     targets: "Targets",
@@ -559,7 +555,7 @@ def write_results(
 
 
 def segment(
-    image: "ImageFile", statistics: "ChannelStatistics", tiles: Sequence[Tile], batch_size: int, model: Model
+    image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
 ) -> Generator[Block, None, None]:
     """Segment an image; reading, the network, and what is done with the results overlap.
 
@@ -607,7 +603,7 @@ def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def read_batches(
-    image: "ImageFile", statistics: "ChannelStatistics", tiles: Sequence[Tile], batch_size: int
+    image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int
 ) -> Generator[tuple[Sequence[Tile], np.ndarray], None, None]:
     """Yield tiles and their z-scores (N, H, W, C), as the network takes them.
 
@@ -723,7 +719,7 @@ class Targets(NamedTuple):
         return all(path.exists() for path in self if path is not None)
 
     @contextlib.contextmanager
-    def open(self, image: "ImageFile", model: Model) -> Iterator[list[Callable[[Block], None]]]:
+    def open(self, image: ImageFile, model: Model) -> Iterator[list[Callable[[Block], None]]]:
         """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
         with contextlib.ExitStack() as stack:
             if self.mask.suffix.lower() == ".png":
@@ -752,23 +748,17 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary name; the file there gets its own name when the block ends well, and goes if it does not."""
-    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        with writing(target):
-            target.parent.mkdir(exist_ok=True)
+    """Yield a temporary name, and `target` its file when it is whole; errors of writing become one line."""
+    with writing(target):
+        target.parent.mkdir(exist_ok=True)
+        with replacing(target) as temporary:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def tiff_of(
     target: Path,
-    image: "ImageFile",
+    image: ImageFile,
     dtype: np.dtype,
     select: Callable[[Block], np.ndarray],
     samples: Optional[int] = None,
@@ -903,7 +893,7 @@ class TiledTiff:
 
 
 @contextlib.contextmanager
-def png_mask(target: Path, image: "ImageFile", model: Model) -> Iterator[Callable[[Block], None]]:
+def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
     """Begin a PNG, which is gathered in memory as the image is; yield a function that takes blocks."""
     from skimage.io import imsave
 
@@ -919,7 +909,7 @@ def png_mask(target: Path, image: "ImageFile", model: Model) -> Iterator[Callabl
 
 
 @contextlib.contextmanager
-def overlay(target: Path, image: "ImageFile", model: Model) -> Iterator[Callable[[Block], None]]:
+def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
     """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks.
 
     Three channels are taken for red, green and blue, others are averaged. Large images are brought down by a power of

@@ -18,6 +18,7 @@ import glob
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, TypeVar, Union
 
 import lmdb
 import numpy as np
@@ -42,6 +43,13 @@ METADATA_KEY = b"metadata"
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
 MASK_DTYPES = ("uint8", "uint16", "int32")
 
+# What databases, network and inference have to agree on. Here, because build_lmdb.py must not load TensorFlow.
+SIZE_FACTOR = 16  # pixels; heights and widths are multiples of it, as the network halves them four times
+# The results of a block of that grid depend on 94 pixels beyond each of its edges: 92 for two 3x3 convolutions at 1, 2,
+# 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a pixel of a level counts as a whole. Rounded up to a multiple of
+# SIZE_FACTOR, so that tiles pool as the whole image does.
+RADIUS = 96  # pixels
+
 INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
 COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
 
@@ -54,6 +62,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 PathLike = Union[str, "os.PathLike[str]"]
+Number = TypeVar("Number", int, float)
+NumberType = Callable[[str], Number]
 
 
 class InputError(ValueError):
@@ -428,7 +438,7 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
             yield writers
             for path in paths:
                 os.replace(building / path.name, path)
-            sync_folder(folder)
+            flush_to_disk(folder)
     except (OSError, lmdb.Error) as error:
         raise InputError(
             f"cannot write a database in {folder}: {error}; free some space or choose another folder"
@@ -463,9 +473,24 @@ def building_folder(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def sync_folder(folder: PathLike) -> None:
-    """Make renames in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`; the file there takes its place if the block ends well, or else goes.
+
+    So whoever opens `target` finds the old file or the new one, and either whole, also after a power failure.
+    """
+    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: PathLike) -> None:
+    """Wait until a file, or what was renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -475,9 +500,9 @@ def sync_folder(folder: PathLike) -> None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def similar_databases(start: str) -> str:
-    """Return the end of a sentence that names databases whose paths begin so; empty where there is none."""
-    found = sorted(glob.glob(f"{glob.escape(start)}*.lmdb"))[:4]
+def databases_in(folder: str) -> str:
+    """Return the end of a sentence that names some databases in a folder; empty where there is none."""
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.lmdb")))[:4]
     return f"; there is {', '.join(found)}" if found else ""
 
 
@@ -510,12 +535,12 @@ class Database:
         if os.path.isdir(self.filepath):
             raise InputError(
                 f"{self.filepath} is a folder; a database of this suite is one file, made by build_lmdb.py"
-                f"{similar_databases(os.path.join(self.filepath, ''))}"
+                f"{databases_in(self.filepath)}"
             )
         if not os.path.exists(self.filepath):
             raise FileNotFoundError(
                 f"no database {self.filepath}; make one with build_lmdb.py or check the path"
-                f"{similar_databases(self.filepath)}"
+                f"{databases_in(os.path.dirname(self.filepath))}"
             )
         try:
             self._environment = lmdb.open(self.filepath, subdir=False, readonly=True, lock=False, readahead=False)
@@ -583,16 +608,31 @@ def run_script(work: Callable[[], Optional[int]]) -> int:
     """
     try:
         return work() or 0
-    except (InputError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except InputError as error:
         logging.error("%s", error)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        named = error.filename is not None
+        logging.error("%s", f"cannot use {error.filename}: {error.strerror}; check path and disk" if named else error)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         logging.error("interrupted; nothing half-written was left behind")
         return EXIT_INTERRUPTED
+    finally:
+        abandon_closed_output()
+
+
+def abandon_closed_output() -> None:
+    """Let go of what nobody reads any more, as after ``| head``; Python would complain of it at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send the program's own log to standard output; `main` functions call it, nothing else does."""
+    logging.raiseExceptions = False  # the work goes on where its log cannot be written: a full disk, a closed pipe
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
     for name in ("absl", "matplotlib", "tensorflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -634,34 +674,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_flag(group: Any, name: str, default: int, text: str) -> None:
     """Add an option that takes 0 or 1 to an argument group."""
-    group.add_argument(name, metavar=name[2:].upper(), type=int, choices=(0, 1), default=default, help=text)
+    group.add_argument(name, metavar=name[2:].upper(), type=flag, default=default, help=text)
 
 
-def image_format(text: str) -> str:
-    """Return `text` as tif, png or jpg; the ``type`` of command-line options that take an extension."""
-    name = text.lower().lstrip(".")
-    name = {"tiff": "tif", "jpeg": "jpg"}.get(name, name)
-    if name not in ("tif", "png", "jpg"):
-        raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
-    return name
+def number_type(
+    convert: Callable[[str], Number], accept: Callable[[Number], bool], expected: str
+) -> NumberType[Number]:
+    """Return the ``type`` of options that take a number; `expected` tells in words which numbers are accepted."""
+
+    def parse(text: str) -> Number:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if accept(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    """Return `text` as an integer of at least 1; the ``type`` of command-line options that count something."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
-
-
-def seed_int(text: str) -> int:
-    """Return `text` as a seed; the ``type`` of command-line options."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 4294967295, got {text!r}")
-    return int(text)
+positive_int = number_type(int, lambda value: value >= 1, "a whole number of at least 1")
+positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
+flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
+seed_int = number_type(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
 
 def existing_folder(text: str) -> Path:

@@ -32,21 +32,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import numpy as np
 
+from imagereader import STOP_SIGNALS, ImageReader, ReaderError, check_classes, z_score
 from lmdb_utils import (
+    RADIUS,
+    SIZE_FACTOR,
+    Database,
     InputError,
     Metadata,
     Parser,
     Progress,
     add_flag,
     configure_logging,
+    flush_to_disk,
     log_settings,
+    number_type,
+    positive_float,
     positive_int,
+    replacing,
     run_script,
     seed_int,
 )
 
 if TYPE_CHECKING:
-    from imagereader import ImageReader
     from unet_model import UNetTrainer
 
 WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
@@ -149,26 +156,7 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
 
 
-def positive_float(text: str) -> float:
-    """Return `text` as a finite number above 0; the ``type`` of command-line options."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, such as 3e-4, got {text!r}")
-    return value
-
-
-def share_float(text: str) -> float:
-    """Return `text` as a number from 0 to below 1; the ``type`` of command-line options."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, such as 0.1, got {text!r}")
-    return value
+share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
 
 
 def class_weights(text: str) -> Union[str, list[float]]:
@@ -185,10 +173,9 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check the input, then train; what can go wrong in between ends in a message and an exit code."""
-    from imagereader import ReaderError
-
-    train_metadata, test_metadata = read_metadata(args)
-    weights = weights_of_classes(args, train_metadata)
+    metadata = read_metadata(args)
+    weights = weights_of_classes(args, metadata[0])
+    Checkpoints.compare(args.output_dir, identity_of(args, *metadata))
     stop = StopRequest()
     stop.watch()
     cluster = Cluster.find(os.environ)
@@ -201,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
     code = EXIT_FAILURE
     try:
-        with Training(args, cluster, strategy, stop, (train_metadata, test_metadata), weights) as training:
+        with Training(args, cluster, strategy, stop, metadata, weights) as training:
             code = training.run()
     except TrainingError as error:
         logging.error("%s", error)
@@ -218,9 +205,6 @@ def run(args: argparse.Namespace) -> int:
 
 def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
     """Return the metadata of both databases, which must hold images of one kind."""
-    from imagereader import check_classes
-    from lmdb_utils import Database
-
     found = []
     for filepath in (args.train_database, args.test_database):
         with Database(filepath) as database:
@@ -240,8 +224,6 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
             f"{test.image_shape} in {args.test_database}; build them together with build_lmdb.py"
         )
     compare_sides(args, train, test)
-    from unet_model import SIZE_FACTOR  # late: it loads TensorFlow, which takes seconds and has a lot to say
-
     height, width, _ = train.image_shape
     if height % SIZE_FACTOR or width % SIZE_FACTOR:
         raise InputError(
@@ -353,20 +335,12 @@ def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, re
         "train_data": train.info,
         "test_data": test.info,
     }
-    replace_file(args.output_dir / "settings.json", json.dumps(settings, indent=2) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file anew, so that whoever reads it finds the old or the new text."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(args.output_dir / "settings.json") as path:
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def saved_model_metadata(args: argparse.Namespace, train: Metadata) -> dict[str, Any]:
     """Return what inference must know about the network."""
-    from unet_model import RADIUS, SIZE_FACTOR
-
     return {
         "number_classes": args.number_classes,
         "channels": train.image_shape[2],
@@ -442,8 +416,6 @@ class StopRequest:
 
     def watch(self) -> None:
         """Take over SIGINT, SIGTERM and SIGUSR1."""
-        from imagereader import STOP_SIGNALS
-
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -566,7 +538,7 @@ class Checkpoints:
     trainer : UNetTrainer
         Whose variables are saved and restored.
     identity : dict
-        From `identity_of`; a checkpoint with another is refused.
+        From `identity_of`; saved along.
     cluster : Cluster
         All processes have to save, as some weights are put together from theirs; only the chief keeps the result.
     """
@@ -583,6 +555,27 @@ class Checkpoints:
         """Return the folders of the checkpoints in an output folder, the newest first."""
         found = (path for path in (output_dir / "checkpoint").glob("[0-9]*") if path.is_dir())
         return sorted(found, reverse=True)
+
+    @classmethod
+    def compare(cls, output_dir: Path, identity: dict[str, Any]) -> None:
+        """Refuse to go on with a run of other settings; needs no TensorFlow, which takes seconds to load.
+
+        Raises
+        ------
+        InputError
+            If the newest checkpoint was saved with another identity.
+        """
+        saved = identity
+        for folder in cls.find(output_dir):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: `restore` passes over it as well
+                saved = json.loads((folder / "state.json").read_text())["settings"]
+                break
+        for name, value in identity.items():
+            if saved.get(name) != value:
+                raise InputError(
+                    f"the run in {output_dir} was begun with {name} {saved.get(name)}, now it is {value}; go on as it "
+                    "was begun, or choose another --output_dir"
+                )
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, and remove all but the last `CHECKPOINTS_KEPT`.
@@ -624,30 +617,20 @@ class Checkpoints:
         Raises
         ------
         InputError
-            If its settings contradict those of this run, or none can be read.
+            If none can be read.
         """
         found = self.find(self._folder.parent)
         for folder in found:
             try:
                 values = json.loads((folder / "state.json").read_text())
-                self._compare(values.pop("settings"))
+                del values["settings"]
                 self._objects.read(os.fspath(folder / "weights")).assert_consumed()
                 return RunState.from_dict(values)
-            except InputError:
-                raise
             except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
                 logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, error)
         if found:
             raise InputError(f"no checkpoint in {self._folder} can be read; choose another --output_dir")
         return None
-
-    def _compare(self, saved: dict[str, Any]) -> None:
-        for name, value in self._identity.items():
-            if saved.get(name) != value:
-                raise InputError(
-                    f"the run in {self._folder.parent} was begun with {name} {saved.get(name)}, now it is {value}; go "
-                    "on as it was begun, or choose another --output_dir"
-                )
 
 
 @contextlib.contextmanager
@@ -662,15 +645,6 @@ def writing(what: str) -> Iterator[None]:
         raise TrainingError(
             f"cannot write {what}: {reason}; the checkpoints before are kept. Free some space and start again"
         ) from error
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -730,9 +704,11 @@ class Training:
         self._state.stopping.patience = args.early_stopping
         self._supply_figures: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
-        self._report = Report(args, self._state.epoch) if cluster.is_chief else None
+        self._report: Optional[Report] = None
         if cluster.is_chief:
-            write_settings(args, *metadata, self._trainer.num_replicas)
+            with writing(f"results in {args.output_dir}"):
+                write_settings(args, *metadata, self._trainer.num_replicas)
+                self._report = Report(args, self._state.epoch)
         logging.info(
             "network of %s weights, global batch of %d images",
             f"{self._trainer.model.count_params():,}", self._global_batch,
@@ -761,9 +737,7 @@ class Training:
         """Stop the readers."""
         self._resources.close()
 
-    def _open_reader(self, database: str, **options: Any) -> "ImageReader":
-        from imagereader import ImageReader
-
+    def _open_reader(self, database: str, **options: Any) -> ImageReader:
         replicas = self._trainer.num_replicas // self._cluster.processes
         reader = ImageReader(
             database,
@@ -913,7 +887,7 @@ def learning_rate_at(state: RunState, args: argparse.Namespace) -> float:
 
 
 @contextlib.contextmanager
-def open_batches(trainer: "UNetTrainer", reader: "ImageReader") -> Iterator[Any]:
+def open_batches(trainer: "UNetTrainer", reader: ImageReader) -> Iterator[Any]:
     """Yield an endless iterator over global batches; stop the reader and run the iterator dry at the end.
 
     TensorFlow destroys an iterator in the thread that drops it, with Python's lock held, and waits there for its
@@ -933,7 +907,7 @@ def open_batches(trainer: "UNetTrainer", reader: "ImageReader") -> Iterator[Any]
 class Supply:
     """Takes global batches from the readers, and measures how well these keep up."""
 
-    def __init__(self, batches: Any, reader: "ImageReader") -> None:
+    def __init__(self, batches: Any, reader: ImageReader) -> None:
         self._batches, self._reader = batches, reader
         self._start = time.monotonic()
         self._waited = self._fill = 0.0
@@ -971,7 +945,7 @@ class Supply:
             )  # fmt: skip
 
 
-def take(batches: Any, reader: "ImageReader") -> Any:
+def take(batches: Any, reader: ImageReader) -> Any:
     """Return the next global batch; where a reader has failed, raise its own error instead of TensorFlow's."""
     import tensorflow as tf
 
@@ -1041,7 +1015,8 @@ class Report:
             "confusion": draw_confusion(test["confusion"]),
         }
         for name in ("curves", "predictions"):
-            save_picture(pictures[name], self._folder / f"{name}.png")
+            with replacing(self._folder / f"{name}.png") as path:
+                pictures[name].savefig(path, dpi=100)
         self._write_tensorboard(state.step, train, {**test, "mean_iou": mean_iou}, pictures)
         self._log(state, train, test)
 
@@ -1106,7 +1081,8 @@ class Report:
         if (self._folder / name).exists():
             with open(self._folder / name, newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) <= epoch]
-        replace_file(self._folder / name, "".join(f"{','.join(row)}\n" for row in [columns, *rows]))
+        with replacing(self._folder / name) as path, open(path, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
     def _append(self, name: str, row: Sequence[Any]) -> None:
         """Append one row to a CSV file; opened and closed each time, so that a killed job has lost nothing."""
@@ -1130,9 +1106,6 @@ def text_of_score(score: float) -> str:
 
 def read_examples(database: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return z-scores (H, W, C) and masks (H, W) of a few images, spread over a database."""
-    from imagereader import z_score
-    from lmdb_utils import Database
-
     with Database(database) as opened:
         count = opened.metadata.count
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
@@ -1194,13 +1167,6 @@ def draw_confusion(confusion: np.ndarray) -> Any:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     return figure
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, so that whoever looks finds the old or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
 
 
 def pixels_of(figure: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The network, its loss, and one training or test step on every replica.
 
-Owns the U-Net (Ronneberger et al., arXiv 1505.04597, with ``same`` convolutions), the geometry that inference depends
-on (`SIZE_FACTOR`, `RADIUS`), the exported SavedModel, and `UNetTrainer`, which runs
-steps under a tf.distribute strategy.
+Owns the U-Net (Ronneberger et al., arXiv 1505.04597, with ``same`` convolutions), the exported SavedModel, and
+`UNetTrainer`, which runs steps under a tf.distribute strategy. Its geometry, on which databases and inference depend as
+well, stands in `lmdb_utils`: `SIZE_FACTOR` and `RADIUS`.
 """
 
 import json
@@ -15,14 +15,9 @@ from typing import Any, Callable, Optional
 import numpy as np
 import tensorflow as tf
 
-from lmdb_utils import PathLike
+from lmdb_utils import SIZE_FACTOR, PathLike
 
-LEVELS = 4  # poolings
-SIZE_FACTOR = 2**LEVELS  # height and width must be multiples of it
-# The results of a block of the pooling grid (SIZE_FACTOR pixels each way) depend on 94 pixels beyond each of its edges:
-# 92 for two 3x3 convolutions at 1, 2, 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a pixel of a level counts as a
-# whole. Rounded up to a multiple of SIZE_FACTOR, so that tiles pool as the whole image does.
-RADIUS = 96
+LEVELS = SIZE_FACTOR.bit_length() - 1  # poolings
 CONVOLUTIONS_PER_LEVEL = 2
 DROPOUT_RATE = 0.5
 DROPOUT_LEVELS = 2  # the deepest ones

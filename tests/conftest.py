@@ -1,10 +1,14 @@
 """Small data sets that tests build, and how they start the scripts as a user does."""
 
+import functools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,23 +18,65 @@ import tifffile
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 FILES_BEFORE = pytest.StashKey[set]()
 sys.path.insert(0, str(ROOT))
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_script(name, *arguments, timeout=300, python=sys.executable, **options):
-    """Run a script of the suite; return its finished process, with standard output and error in ``stdout``."""
+def run_script(name, *arguments, timeout=300, python=None):
+    """Run a script of the suite; return its finished process, with standard output and error in ``stdout``.
+
+    Those that need TensorFlow come from `script_server`, unless it is that of another Python.
+    """
+    command = [str(ROOT / name), *map(str, arguments)]
+    if python is None and name != "build_lmdb.py":
+        return script_server().run(command, timeout)
     return subprocess.run(
-        [python, ROOT / name, *map(str, arguments)],
+        [python or sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-        **options,
+        env=WITHOUT_GPU,
     )
+
+
+class ScriptServer:
+    """The other end of script_server.py."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("script_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**WITHOUT_GPU, "TF_CPP_MIN_LOG_LEVEL": "1"},  # as the scripts set it before they load TensorFlow
+        )
+
+    def run(self, command, timeout):
+        """Run a script with its arguments, and end it when it takes longer than `timeout` seconds."""
+        with tempfile.NamedTemporaryFile("r") as output:
+            print(json.dumps([command[0], command[1:], output.name]), file=self._process.stdin, flush=True)
+            end = threading.Timer(timeout, os.kill, (int(self._process.stdout.readline()), signal.SIGKILL))
+            end.start()
+            try:
+                code = int(self._process.stdout.readline())
+            finally:
+                end.cancel()
+            return subprocess.CompletedProcess(command, code, output.read())
+
+    def close(self):
+        """End the server."""
+        self._process.communicate()
+
+
+@functools.lru_cache(maxsize=1)
+def script_server():
+    """Return the server of this process of tests, which ends with the session."""
+    return ScriptServer()
 
 
 def readme_commands():
@@ -117,6 +163,22 @@ def shared_memory_of(pid):
     return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
 
 
+SLOW_FIXTURES = ("slurm", "undisturbed", "project", "run", "gray_model")  # in the order in which to begin with them
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_collection_modifyitems(items):
+    """Have tests that share a slow fixture run in one process, and begin with them; any process takes any other."""
+
+    def place(item):
+        shared = [rank for rank, name in enumerate(SLOW_FIXTURES) if name in item.fixturenames]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {SLOW_FIXTURES[shared[0]]}"))
+        return shared[0] if shared else len(SLOW_FIXTURES)
+
+    items.sort(key=place)
+
+
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 
 
@@ -138,6 +200,8 @@ def pytest_sessionstart(session):
 
 def pytest_sessionfinish(session):
     """Fail a session of several processes that leaves a file in shared memory; with ``-n 0`` the test fails itself."""
+    if script_server.cache_info().currsize:
+        script_server().close()
     left = set(os.listdir("/dev/shm")) - session.config.stash[FILES_BEFORE]
     if left and not IS_ONE_OF_SEVERAL:
         print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; -n 0 tells which test does that")

@@ -21,8 +21,8 @@ from skimage import transform
 import inference_unet
 from imagereader import ChannelStatistics, ImageFile, z_score
 from inference_unet import TileSizer, TileTooLarge
-from lmdb_utils import InputError
-from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
+from lmdb_utils import RADIUS, SIZE_FACTOR, InputError
+from unet_model import build_unet, export_saved_model
 
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
 
@@ -434,7 +434,8 @@ def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "results" / "saved_model").mkdir(parents=True)
-    (tmp_path / "damaged" / "saved_model.pb").write_bytes(b"x")
+    for folder in ("damaged", "results/saved_model"):
+        (tmp_path / folder / "saved_model.pb").write_bytes(b"x")
     save_function(tmp_path / "vector", lambda value: 2 * value, [3])
     save_function(tmp_path / "fixed size", lambda image: tf.concat([image, image], -1), [None, 256, 256, 1])
     save_function(tmp_path / "any channels", lambda image: image, [*ANY, None])
@@ -447,6 +448,7 @@ def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_
         "nowhere": "no such folder",
         "results": "results/saved_model$",
         "images": "no saved_model.pb",
+        "damaged/saved_model.pb": "found a file.*damaged$",
         "damaged": "no SavedModel that can be loaded",
         "vector": r"found float32 \(3,\)",
         "fixed size": r"found float32 \(None, 256, 256, 1\)",

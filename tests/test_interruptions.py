@@ -97,9 +97,26 @@ def test_a_second_signal_ends_at_once(databases, tmp_path):
     wait_for(lambda: not any(map(os.path.exists, held)), 10)  # the readers notice a little later
 
 
-def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
+def with_small_disk(place, size, script):
+    """Return what a shell script prints in which `place`, a folder, is a disk of its own."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace needs root")
+    script = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(place))} && {script}"
+    return subprocess.run(["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True).stdout  # fmt: skip
+
+
+def test_a_disk_that_is_full_from_the_start_is_reported(databases, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    command = shlex.join(map(str, [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder)]))
+    fill = f"(head -c 200000 /dev/zero > {shlex.quote(str(folder / 'filler'))} || true)"
+    output = with_small_disk(folder, "100k", f"{fill}; {command}; echo code $?")
+    assert "Traceback" not in output and "Logging error" not in output, output
+    assert re.search(r"ERROR cannot write results in .*No space left on device.*\ncode 1\n$", output), output
+
+
+def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     more = ["--test_every_n_steps", 10, "--learning_rate", 3e-3]
@@ -108,17 +125,15 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(da
     place = shlex.quote(str(folder))
     # One checkpoint takes about 1.5 MB, the exported model about 1 MB; what is left is filled up.
     script = (
-        f"mount -t tmpfs -o size=20m tmpfs {place} && {first} && "
+        f"{first} && "
         f"head -c $(( $(df --output=avail -B1 {place} | tail -1) - 1200000 )) /dev/zero > {place}/filler; "
         f"{second}; echo code $?; rm {place}/filler; {second}; echo code $?; ls -A {place}/checkpoint"
     )
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert "Traceback" not in done.stdout and re.findall(r"^code (\d+)", done.stdout, re.M) == ["1", "0"], done.stdout
-    assert re.search(r"ERROR cannot write .* checkpoints before are kept", done.stdout), done.stdout
-    assert done.stdout.count("going on at step 10, after 1 test epochs") == 2
-    assert done.stdout.split()[-2:] == ["000002", "000003"]
+    output = with_small_disk(folder, "20m", script)
+    assert "Traceback" not in output and re.findall(r"^code (\d+)", output, re.M) == ["1", "0"], output
+    assert re.search(r"ERROR cannot write .* checkpoints before are kept", output), output
+    assert output.count("going on at step 10, after 1 test epochs") == 2
+    assert output.split()[-2:] == ["000002", "000003"]
 
 
 @pytest.mark.parametrize("event", ["interrupted", "reader killed", "killed"])

@@ -1,3 +1,4 @@
+import errno
 import os
 import pty
 import subprocess
@@ -202,6 +203,34 @@ def test_progress_is_a_log_line_now_and_then_in_a_file():
         "building 100/200 images",
     ]
     assert all("images/s, 0:00:0" in line and line.endswith(" left") for line in lines)
+
+
+def test_a_log_that_nobody_reads_on_ends_in_silence():
+    script = "import lmdb_utils as u; u.configure_logging(); log = u.logging.info\n"
+    script += "raise SystemExit(u.run_script(lambda: [log('line %d', number) for number in range(10**5)] and 7))"
+    command = [sys.executable, "-c", script]
+    folder = Path(lmdb_utils.__file__).parent
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().endswith(b"line 0\n")
+        process.stdout.close()  # as head does
+        assert process.stderr.read() == b""
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; check path"),
+        (FileNotFoundError("no database a.lmdb"), "no database a.lmdb"),
+        (InputError("expected 1, found 2"), "expected 1, found 2"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog):
+    def work():
+        raise error
+
+    assert lmdb_utils.run_script(work) == 2
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(told)
 
 
 def test_keys_sort_in_the_order_of_insertion():

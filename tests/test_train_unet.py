@@ -309,6 +309,7 @@ def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
         (("--number_classes", "1"), "--number_classes 2"),
         (("--train_database", "nowhere.lmdb"), "no database nowhere.lmdb"),
         (("--test_database", str(ROOT / "README.md")), "README.md"),
+        (("--balance_classes", "true"), "expected 0 or 1, got 'true'"),
         (("--epochs", "3"), "did you mean --max_epochs?"),
     ],
 )
@@ -337,7 +338,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(databases, tmp_path):
 
 
 def test_paths_that_are_nearly_right_lead_to_the_databases(databases, tmp_path):
-    for wrong in (databases[0].parent, databases[0].with_suffix("")):
+    for wrong in (databases[0].parent, databases[0].with_suffix(""), databases[0].with_name("trian-t.lmdb")):
         done = run_script("train_unet.py", *arguments([wrong, databases[1]], tmp_path / "out"))
         assert done.returncode == 2 and f"there is {databases[1].parent}" in done.stdout, done.stdout
 

@@ -10,9 +10,9 @@ import tensorflow as tf
 from conftest import ROOT
 from scipy import special
 
-import build_lmdb
 import unet_model
-from unet_model import RADIUS, SIZE_FACTOR, build_unet, confusion_matrix, export_saved_model, score_confusion
+from lmdb_utils import RADIUS, SIZE_FACTOR
+from unet_model import build_unet, confusion_matrix, export_saved_model, score_confusion
 
 
 def test_the_network_is_the_papers():
@@ -47,10 +47,6 @@ def test_a_block_of_the_pooling_grid_depends_on_94_pixels_to_each_side_and_no_mo
         assert block.start - reached[0][axis][0] == 94
         assert reached[1][axis][-1] - (block.stop - 1) == 94
     assert RADIUS >= 94 and RADIUS % SIZE_FACTOR == 0
-
-
-def test_build_lmdb_uses_the_geometry_of_the_network():
-    assert (build_lmdb.SIZE_FACTOR, build_lmdb.RADIUS) == (SIZE_FACTOR, RADIUS)
 
 
 def test_confusion_matrix_counts_pixels_and_leaves_padding_out():

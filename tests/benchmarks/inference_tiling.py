@@ -25,7 +25,7 @@ from common import ROOT, finish, machine, make_parser, summarize
 
 import inference_unet
 from imagereader import ChannelStatistics, ImageFile
-from lmdb_utils import positive_int
+from lmdb_utils import RADIUS, SIZE_FACTOR, positive_int
 
 HALOS = range(0, 97, 16)
 FILE_TILE = 512  # pixels; edge of the tiles in synthetic files
@@ -35,7 +35,7 @@ def save_random_model(folder, features):
     """Save a network whose weights and normalisation are random; return its folder."""
     import tensorflow as tf
 
-    from unet_model import RADIUS, SIZE_FACTOR, build_unet, export_saved_model
+    from unet_model import build_unet, export_saved_model
 
     tf.keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
