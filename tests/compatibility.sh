@@ -19,4 +19,4 @@ environment=.compatibility/$version
 "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "tensorflow==$version" -r requirements.txt -r tests/requirements.txt
 export OTHER_PYTHON VIRTUAL_ENV=$PWD/$environment
 OTHER_PYTHON=$(command -v python)
-PATH=$VIRTUAL_ENV/bin:$PATH python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder "$@"
+PATH=$VIRTUAL_ENV/bin:$PATH python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -163,20 +163,23 @@ def shared_memory_of(pid):
     return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
 
 
-SLOW_FIXTURES = ("slurm", "undisturbed", "project", "run", "gray_model")  # in the order in which to begin with them
+# Files that take long, the longest first: with them two processes come to an end at about the same time.
+LONG_FILES = (
+    "slurm",
+    "interruptions",
+    "train_unet",
+    "inference_unet",
+    "build_lmdb",
+    "imagereader",
+    "readme",
+    "unet_model",
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Have tests that share a slow fixture run in one process, and begin with them; any process takes any other."""
-
-    def place(item):
-        shared = [rank for rank, name in enumerate(SLOW_FIXTURES) if name in item.fixturenames]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {SLOW_FIXTURES[shared[0]]}"))
-        return shared[0] if shared else len(SLOW_FIXTURES)
-
-    items.sort(key=place)
+    """Begin with the files that take long."""
+    order = [f"test_{name}" for name in LONG_FILES]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
 
 
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ

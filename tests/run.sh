@@ -8,4 +8,4 @@ ruff check .
 ruff format --check .
 mypy
 python -m numpydoc lint ./*.py
-python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder "$@"
+python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -154,7 +154,7 @@ def test_png_and_jpg_images_with_png_masks(tmp_path):
         (("--tile_size", "500"), "try 496 or 512 (-h lists all options)"),
         (("--tile_size", "96"), "above 96"),
         (("--train_fraction", "1"), "between 0 and 1"),
-        (("--train_fraction", "most"), "got 'most'; try 0.8"),
+        (("--train_fraction", "most"), "such as 0.8, got 'most'"),
         (("--split_by", "("), "expected a regular expression, got '('"),
         (("--channels", "0,0"), "expected different channels counted from 0, such as 0,1,2, got '0,0'"),
         (("--channels", "red"), "got 'red'"),
