@@ -1230,9 +1230,13 @@ class ImageReader:
             tf.TensorSpec(shape[:1], tf.float32),
         )
         dataset = tf.data.Dataset.from_generator(lambda: map(tuple, self.generator()), output_signature=signature)
+        # Nothing here is left to tune, and an iterator cannot be destroyed while the thread that would tune it sleeps,
+        # for up to a minute.
+        options = tf.data.Options()
+        options.autotune.enabled = False
         # Repeated, because TensorFlow then knows that it is endless. Otherwise processes that train together would ask
         # each other before every batch whether all have one.
-        return dataset.repeat().prefetch(2)
+        return dataset.repeat().prefetch(2).with_options(options)
 
 
 def make_layout(

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
 
 import numpy as np
 
@@ -171,8 +171,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     return run_script(lambda: run(args))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check the input, then train; what can go wrong in between ends in a message and an exit code."""
+def run(args: argparse.Namespace) -> NoReturn:
+    """Check the input, then train and end the process; what can go wrong ends in a message and an exit code."""
     metadata = read_metadata(args)
     weights = weights_of_classes(args, metadata[0])
     Checkpoints.compare(args.output_dir, identity_of(args, *metadata))
@@ -194,10 +194,11 @@ def run(args: argparse.Namespace) -> int:
         logging.error("%s", error)
     except ReaderError:  # logged in full when it happened
         logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
-    if cluster.processes > 1:
-        logging.shutdown()
-        os._exit(code)  # a tidy exit of TensorFlow waits, for half a minute, for processes that are gone already
-    return code
+    # Everything is written, and the readers have ended. A tidy exit would wait for up to a minute: TensorFlow joins the
+    # thread that tunes an iterator, and sleeps for longer and longer, before it destroys the iterator; and processes
+    # that train together wait for each other.
+    logging.shutdown()
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------- preparation
@@ -891,8 +892,8 @@ def open_batches(trainer: "UNetTrainer", reader: ImageReader) -> Iterator[Any]:
     """Yield an endless iterator over global batches; stop the reader and run the iterator dry at the end.
 
     TensorFlow destroys an iterator in the thread that drops it, with Python's lock held, and waits there for its
-    prefetching threads. If one of these is about to call the generator, it waits for that lock: the program hung for a
-    minute after the last epoch. A generator that has ended is not called again.
+    prefetching threads. If one of these is about to call the generator, it waits for that lock, and so both for ever. A
+    generator that has ended is not called again.
     """
     batches = trainer.distribute(reader)
     try:

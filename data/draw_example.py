@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imagereader import read_image
 from lmdb_utils import Database
 
-ROWS = 4
+ROWS = 2
 
 
 def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: Path) -> None:
