@@ -163,23 +163,23 @@ def shared_memory_of(pid):
     return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
 
 
-# Files that take long, the longest first: with them two processes come to an end at about the same time.
-LONG_FILES = (
-    "slurm",
-    "interruptions",
-    "train_unet",
-    "inference_unet",
-    "build_lmdb",
-    "imagereader",
-    "readme",
-    "unet_model",
-)
+LONG_FILES = ("test_slurm.py", "test_interruptions.py")
+# With these begun first, two processes come to an end at about the same time.
+FIRST_FILES = (*LONG_FILES, "test_train_unet.py", "test_inference_unet.py", "test_build_lmdb.py", "test_readme.py")
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take long."""
-    order = [f"test_{name}" for name in LONG_FILES]
-    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+def pytest_addoption(parser):
+    """Add the option that runs everything."""
+    parser.addoption("--all", action="store_true", help=f"run {' and '.join(LONG_FILES)} too, which take long")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long unless it is asked for, and put the files in order."""
+    for item in items:
+        if item.path.name in LONG_FILES and not config.getoption("all"):
+            item.add_marker(pytest.mark.skip(reason="takes long: --all runs it"))
+    order = {name: place for place, name in enumerate(FIRST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ

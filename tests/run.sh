@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks style and types and runs the tests, in .venv unless an environment is active already.
-# Arguments go to pytest, for example: bash tests/run.sh -n 0 -k augment
+# Arguments go to pytest, for example: bash tests/run.sh -n 0 -k augment; --all adds interrupted runs and Slurm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . data/environment.sh requirements.txt tests/requirements.txt
