@@ -773,6 +773,8 @@ class Training:
                     logging.info(
                         "stopped by %s at step %d, with a checkpoint; start again to go on", name, self._state.step
                     )
+                    if self._state.best_epoch:
+                        logging.info("the best model so far is in %s", self._args.output_dir / "saved_model")
                     return EXIT_STOPPED
         except tf.errors.ResourceExhaustedError as error:
             raise TrainingError("the GPU has too little memory: lower --batch_size or crop smaller tiles") from error

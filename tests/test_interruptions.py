@@ -164,6 +164,7 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         assert re.search(r"ERROR train reader worker 0 \(process \d+\).*killed by SIGKILL, exit code -9", output)
     elif event == "interrupted":
         assert process.returncode == 85 and "stopped by SIGINT at step" in output
+        assert f"the best model so far is in {folder}/saved_model" in output
 
 
 def wait_for(condition, seconds=120):
