@@ -174,7 +174,7 @@ def test_no_other_shape_of_tiles_makes_less_work(gray_model, shape, pixels, long
 
 
 def test_small_tiles_go_through_the_network_together(gray_model, tmp_path):
-    write_tiff(tmp_path / "a.tif", make_pair(1, (700, 500, 1), "uint8")[0])
+    write_tiff(tmp_path / "a.tif", make_pair(1, (400, 300, 1), "uint8")[0])
     loaded, batches = inference_unet.load_model(gray_model), []
     watched = dataclasses.replace(loaded, predict=lambda batch: batches.append(len(batch)) or loaded.predict(batch))
     segment(tmp_path / "a.tif", tmp_path / "together.tif", watched, TileSizer(watched, 10**7, 208))
