@@ -281,6 +281,12 @@ def test_a_nearly_constant_channel_is_only_centred():
     np.testing.assert_allclose(z_score(image), image - image.mean(), atol=1e-6)
 
 
+@pytest.mark.parametrize("deviation, expected", [(0.9, 0.9), (1.1, 1.0)])
+def test_a_deviation_of_1_is_where_scaling_begins(deviation, expected):
+    image = np.resize(np.array([5 - deviation, 5 + deviation], np.float32), (4, 4, 1))
+    assert z_score(image).std() == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------------------------------------- the stream
 
 

@@ -33,9 +33,12 @@ def test_a_record_comes_back_as_it_went_in(image_dtype, mask_dtype):
     assert not got_image.flags.owndata and not got_image.flags.writeable
 
 
-def test_a_big_endian_image_is_stored_by_value():
-    image = np.array([[[1], [256]]], ">u2")
-    np.testing.assert_array_equal(decode_record(encode_record(image, np.zeros((1, 2), np.uint8)))[0], image)
+def test_numbers_are_little_endian_in_the_file_whatever_they_were_before():
+    image, mask = np.array([[[1], [256]]], ">u2"), np.array([[3, 70_000]], ">i4")
+    value = encode_record(image, mask)
+    assert value[8:16] == b"<u2\0<i4\0" and value[32:] == b"\1\0\0\1" + b"\3\0\0\0\x70\x11\1\0"
+    np.testing.assert_array_equal(decode_record(value)[0], image)
+    np.testing.assert_array_equal(decode_record(value)[1], mask)
 
 
 @pytest.mark.parametrize(
