@@ -618,16 +618,6 @@ def run_script(work: Callable[[], Optional[int]]) -> int:
     except KeyboardInterrupt:
         logging.error("interrupted; nothing half-written was left behind")
         return EXIT_INTERRUPTED
-    finally:
-        abandon_closed_output()
-
-
-def abandon_closed_output() -> None:
-    """Let go of what nobody reads any more, as after ``| head``; Python would complain of it at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def configure_logging(level: int = logging.INFO) -> None:
