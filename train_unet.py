@@ -679,25 +679,8 @@ class Training:
         metadata: tuple[Metadata, Metadata],
         weights: Optional[list[float]],
     ) -> None:
-        import tensorflow as tf
-
-        from unet_model import UNetTrainer, build_unet
-
         self._args, self._cluster, self._stop = args, cluster, stop
-        tf.keras.utils.set_random_seed(args.seed)
-        network = metadata[0].image_shape[2], args.number_classes, args.baseline_feature_depth
-        precision = "mixed_float16" if args.mixed_precision else "float32"
-        self._trainer = UNetTrainer(
-            strategy,
-            lambda dropout_key: build_unet(*network, dropout_key=dropout_key, precision=precision),
-            args.number_classes,
-            args.learning_rate,
-            args.seed,
-            args.label_smoothing,
-            weights,
-            bool(args.mixed_precision),
-        )
-        self._portable = build_unet(*network)  # float32, on one device: to export and to draw
+        self._trainer, self._portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
         self._global_batch = args.batch_size * self._trainer.num_replicas
         self._checkpoints = Checkpoints(args.output_dir, self._trainer, identity_of(args, *metadata), cluster)
         restored = self._checkpoints.restore()
@@ -880,6 +863,30 @@ class Training:
 
         metadata = saved_model_metadata(self._args, self._train_reader.metadata)
         export_saved_model(self._portable, self._args.output_dir / "saved_model", metadata)
+
+
+def build_networks(
+    args: argparse.Namespace, strategy: Any, channels: int, weights: Optional[list[float]]
+) -> tuple["UNetTrainer", Any]:
+    """Return the network in training, and one like it in float32 on one device: to export and to draw."""
+    import tensorflow as tf
+
+    from unet_model import UNetTrainer, build_unet
+
+    tf.keras.utils.set_random_seed(args.seed)
+    network = channels, args.number_classes, args.baseline_feature_depth
+    precision = "mixed_float16" if args.mixed_precision else "float32"
+    trainer = UNetTrainer(
+        strategy,
+        lambda dropout_key: build_unet(*network, dropout_key=dropout_key, precision=precision),
+        args.number_classes,
+        args.learning_rate,
+        args.seed,
+        args.label_smoothing,
+        weights,
+        bool(args.mixed_precision),
+    )
+    return trainer, build_unet(*network)
 
 
 def learning_rate_at(state: RunState, args: argparse.Namespace) -> float:
