@@ -9,6 +9,7 @@ spawned reader processes import this file again and must not pay for it, and ``-
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -196,8 +197,9 @@ def run(args: argparse.Namespace) -> NoReturn:
         logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
     # Everything is written, and the readers have ended. A tidy exit would wait for up to a minute: TensorFlow joins the
     # thread that tunes an iterator, and sleeps for longer and longer, before it destroys the iterator; and processes
-    # that train together wait for each other.
-    logging.shutdown()
+    # that train together wait for each other. So this ends as a forked process of multiprocessing does: what is
+    # registered to be run at the exit is run (TensorFlow removes its temporary files), nothing is destroyed.
+    atexit._run_exitfuncs()
     os._exit(code)
 
 

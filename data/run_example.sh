@@ -37,7 +37,7 @@ explain "3/5 a network learns" "It has 8 features at its top level instead of 64
 A step shows it a batch of 4 images, each turned, stretched, blurred and so on at random. Every 40 steps it is tested; the \
 network with the lowest test loss is kept. Dice is the overlap with the true mask: 0 none, 1 perfect."
 run python train_unet.py --train_database "$out/train-cells.lmdb" --test_database "$out/test-cells.lmdb" \
-    --output_dir "$out/training" --baseline_feature_depth 8 --learning_rate 2e-3 --test_every_n_steps 40 --max_epochs 6 "$@"
+    --output_dir "$out/training" --baseline_feature_depth 8 --learning_rate 2e-3 --test_every_n_steps 40 --max_epochs 4 "$@"
 
 explain "4/5 the network segments images" "Each image gets a mask of the same name and size, in which every pixel is the \
 number of its class. Images that have their mask already are skipped."

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -52,14 +53,23 @@ def test_every_command_is_run_by_some_test():
 
 
 @pytest.mark.parametrize("command", [each for each in readme_commands() if beginning(each) in RUN_HERE])
-def test_a_command_runs_as_it_is_written(project, command):
+def test_a_command_runs_as_it_is_written_and_leaves_no_temporary_file(project, command, tmp_path):
     more = shlex.join(RUN_HERE[beginning(command)])
-    done = run_in(project, "bash", "-c", f"{command} {more}")
+    done = run_in(project, "bash", "-c", f"{command} {more}", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout
+    assert not list(tmp_path.iterdir())
 
 
-def run_in(folder, *command):
-    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+def run_in(folder, *command, **variables):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
