@@ -1,5 +1,6 @@
 """The benchmarks run and print figures; what these are is for people to judge on a quiet machine."""
 
+import functools
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import skimage.io
 from conftest import ROOT
 
 
+@functools.lru_cache  # that of inference is looked at twice
 def run_benchmark(name, *arguments):
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "benchmarks" / name, *map(str, arguments)], capture_output=True, text=True
