@@ -703,23 +703,20 @@ def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
     name = f"psm_{secrets.token_hex(8)}"
     path = f"{SHARED_MEMORY_FOLDER}/{name}"
+    # The process that tidies up knows of it before it exists, so that whoever is killed at any moment leaves nothing.
+    resource_tracker.register(f"/{name}", "shared_memory")
     try:
-        memory = shared_memory.SharedMemory(name, create=True, size=size)
-    except BaseException:  # a Ctrl-C in the midst of it leaves a file that multiprocessing does not know of
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-    if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)
-        except BaseException:
-            memory.close()
-            memory.unlink()
-            raise
         finally:
             os.close(descriptor)
-    return memory
+        return shared_memory.SharedMemory(name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        resource_tracker.unregister(f"/{name}", "shared_memory")
+        raise
 
 
 @contextlib.contextmanager

@@ -569,6 +569,19 @@ def test_no_process_and_no_shared_memory_outlives_the_main_process(databases, tm
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("moment", ["os.posix_fallocate", "mmap.mmap"])
+def test_a_process_that_is_killed_while_it_makes_shared_memory_leaves_none(moment):
+    script = (
+        f"import mmap, os, secrets, sys; sys.path.insert(0, {str(ROOT)!r}); import imagereader\n"
+        "def die(*_): print(os.path.exists('/dev/shm/psm_killed'), flush=True); os.kill(os.getpid(), 9)\n"
+        f"secrets.token_hex, {moment} = lambda _: 'killed', die\n"
+        "imagereader.allocate_shared_memory(5000)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # waits for the tracker too
+    assert (done.stdout, done.returncode) == ("True\n", -9), done.stderr
+    assert not os.path.exists("/dev/shm/psm_killed")
+
+
 def test_a_reader_process_loads_no_tensorflow(databases):
     with ImageReader(databases[0]) as reader:
         take(reader, 1)
