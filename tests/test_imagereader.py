@@ -13,6 +13,7 @@ import pytest
 import skimage.io
 import tifffile
 from conftest import ROOT, STORED, build, make_pair, write_stored
+from PIL import Image
 
 import imagereader
 from imagereader import (
@@ -83,6 +84,15 @@ def test_jpg_is_read(tmp_path):
     array = np.repeat(np.linspace(0, 255, 32).astype(np.uint8), 96).reshape(32, 32, 3)
     skimage.io.imsave(tmp_path / "a.jpg", array)
     np.testing.assert_allclose(read_image(tmp_path / "a.jpg"), array, atol=4)
+
+
+def test_a_palette_gives_the_colours_of_an_image_and_the_indices_of_a_mask(tmp_path):
+    ids, colours = np.arange(24, dtype=np.uint8).reshape(4, 6), np.arange(72, dtype=np.uint8)[::-1].reshape(24, 3)
+    picture = Image.fromarray(ids).convert("P")
+    picture.putpalette(colours.tobytes())
+    picture.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours[ids])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", as_mask=True)[..., 0], ids)
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -286,6 +287,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, databases, tmp_pa
     assert done.returncode == 0, done.stdout
     assert "000004 cannot be read" in done.stdout and "going on at step 45, after 3 test epochs" in done.stdout
     assert [row["epoch"] for row in read_csv(folder / "metrics.csv")] == ["1", "2", "3", "4"]
+
+
+def test_checkpoints_that_are_all_damaged_are_refused_and_nothing_is_lost(run, databases, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "out")
+    for file in (folder / "checkpoint").glob("*/weights.data*"):
+        os.truncate(file, 1000)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train.log"}
+    done = run_script("train_unet.py", *arguments(databases, folder, "--test_every_n_steps", 15, "--max_epochs", 5))
+    assert done.returncode == 2 and "can be read; choose another --output_dir" in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
