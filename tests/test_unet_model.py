@@ -114,7 +114,7 @@ def test_a_saved_model_loads_with_tensorflow_alone_and_gives_the_models_softmax(
 
 
 STEPS = """
-import os, sys
+import atexit, os, sys
 sys.path.insert(0, {root!r})
 import numpy as np, tensorflow as tf
 from train_unet import Cluster, make_strategy
@@ -155,7 +155,8 @@ if replicas == 2:  # as it is used: with dropout and batch normalisation
     trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 2, 1e-3)
     assert np.isfinite(trainer.train_step(next(trainer.distribute(Reader())))[0])
     export_saved_model(trainer.model, result + ".saved_model", {{}})
-os._exit(0)  # as train_unet.py ends
+atexit._run_exitfuncs()  # as train_unet.py ends
+os._exit(0)
 """
 
 
