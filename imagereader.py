@@ -706,17 +706,18 @@ def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
     # The process that tidies up knows of it before it exists, so that whoever is killed at any moment leaves nothing.
     resource_tracker.register(f"/{name}", "shared_memory")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        finally:
-            os.close(descriptor)
-        return shared_memory.SharedMemory(name)
+        memory = shared_memory.SharedMemory(name, create=True, size=size)
+        if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
+        # SharedMemory may have crossed it off already, and what is not on the list cannot be.
+        resource_tracker.register(f"/{name}", "shared_memory")
         resource_tracker.unregister(f"/{name}", "shared_memory")
         raise
+    return memory
 
 
 @contextlib.contextmanager

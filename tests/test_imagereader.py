@@ -579,17 +579,29 @@ def test_no_process_and_no_shared_memory_outlives_the_main_process(databases, tm
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("moment", ["os.posix_fallocate", "mmap.mmap"])
-def test_a_process_that_is_killed_while_it_makes_shared_memory_leaves_none(moment):
-    script = (
-        f"import mmap, os, secrets, sys; sys.path.insert(0, {str(ROOT)!r}); import imagereader\n"
-        "def die(*_): print(os.path.exists('/dev/shm/psm_killed'), flush=True); os.kill(os.getpid(), 9)\n"
-        f"secrets.token_hex, {moment} = lambda _: 'killed', die\n"
-        "imagereader.allocate_shared_memory(5000)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # waits for the tracker too
+def allocate_shared_memory_with(name, step, script):
+    """Run a script that allocates shared memory "psm_NAME" and defines what becomes of a step of that, `instead`."""
+    lines = f"import mmap, os, secrets, sys; sys.path.insert(0, {str(ROOT)!r}); import imagereader\n{script}\n"
+    lines += f"secrets.token_hex, {step} = lambda _: {name!r}, instead\n"
+    lines += "try: imagereader.allocate_shared_memory(5000)\nexcept OSError as error: print(error)"
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)  # waits for the tracker too
+
+
+@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap"])
+def test_a_process_that_is_killed_while_it_makes_shared_memory_leaves_none(step):
+    path = f"/dev/shm/psm_{os.getpid()}"
+    script = f"def instead(*_): print(os.path.exists({path!r}), flush=True); os.kill(os.getpid(), 9)"
+    done = allocate_shared_memory_with(str(os.getpid()), step, script)
     assert (done.stdout, done.returncode) == ("True\n", -9), done.stderr
-    assert not os.path.exists("/dev/shm/psm_killed")
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap", "imagereader.shared_memory._posixshmem.shm_open"])
+def test_shared_memory_that_cannot_be_had_leaves_no_file_and_no_complaint(step):
+    script = "def instead(*_, **options): raise OSError(12, 'no memory')"
+    done = allocate_shared_memory_with(str(os.getpid()), step, script)
+    assert (done.stdout, done.stderr, done.returncode) == ("[Errno 12] no memory\n", "", 0)
+    assert not os.path.exists(f"/dev/shm/psm_{os.getpid()}")
 
 
 def test_a_reader_process_loads_no_tensorflow(databases):
