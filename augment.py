@@ -1,8 +1,8 @@
 """Augmentation of one image and its mask: draw the parameters once, then apply them to both.
 
 Owns `sample_transformation`, which draws a `Transformation`, and `Augmenter`, which carries it out. Reflection,
-rotation, jitter and scale become one affine map about the image centre, so that pixels are interpolated once only:
-bilinear in the image, nearest neighbour in the mask (a class id is never a mean of two others). What would lie outside
+rotation, jitter and scale become one affine map about the image center, so that pixels are interpolated once only:
+bilinear in the image, nearest neighbor in the mask (a class id is never a mean of two others). What would lie outside
 is filled by reflection about the border pixels.
 """
 
@@ -30,7 +30,7 @@ class Transformation:
     rotation : float
         Radians.
     jitter_rows, jitter_columns : float
-        Shift in pixels, positive towards higher indices.
+        Shift in pixels, positive toward higher indices.
     scale_rows, scale_columns : float
         Magnification, 1 for none.
     blur_sigma : float
@@ -134,7 +134,7 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
         Rotation, magnification and reflection.
     offset : ndarray of float64, shape (2,)
         Input (row, column) = ``matrix @ (row, column) + offset``. The image is reflected, then scaled, then rotated
-        about its centre, then shifted.
+        about its center, then shifted.
     """
     t = transformation
     cosine, sine = math.cos(t.rotation), math.sin(t.rotation)
@@ -144,8 +144,8 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
     matrix = np.array(
         [[cosine / magnify_rows, -sine / magnify_rows], [sine / magnify_columns, cosine / magnify_columns]]
     )
-    centre = np.array([(height - 1) / 2, (width - 1) / 2])
-    return matrix, centre - matrix @ (centre + (t.jitter_rows, t.jitter_columns))
+    center = np.array([(height - 1) / 2, (width - 1) / 2])
+    return matrix, center - matrix @ (center + (t.jitter_rows, t.jitter_columns))
 
 
 class _Map(NamedTuple):
@@ -176,7 +176,7 @@ class Augmenter:
 
     Notes
     -----
-    What a pixel needs (where it comes from, the weights of its four neighbours there) is computed once for the mask and
+    What a pixel needs (where it comes from, the weights of its four neighbors there) is computed once for the mask and
     all channels. Positions are 32-bit fixed-point numbers: additions, shifts and bit masks do what rounding, splitting
     and reflecting would take several floating-point passes for. `BLOCK_PIXELS` go through all steps before the next.
     """
@@ -186,7 +186,7 @@ class Augmenter:
         self._height, self._width = height, width
         self._block_rows = min(height, max(1, BLOCK_PIXELS // width))
         block = self._block_rows * width
-        # One row and column more: the neighbours of the last ones have weight 0, but they are read. The odd stride also
+        # One row and column more: the neighbors of the last ones have weight 0, but they are read. The odd stride also
         # keeps a column of a power of two of rows from competing for the same few lines of the cache.
         self._padded_source = np.zeros((channels, height + 1, width + 1), np.float32)
         self._source = self._padded_source[:, :height, :width]
@@ -314,7 +314,7 @@ class Augmenter:
         np.take(self._padded_mask.reshape(-1), self._flat_index(nearest), out=result.reshape(-1), mode="wrap")
 
     def _interpolate(self, bits: int, position: np.ndarray, results: np.ndarray) -> None:
-        """Fill rows of all channels with the mean of four neighbours weighted by nearness; overwrites `position`."""
+        """Fill rows of all channels with the mean of four neighbors weighted by nearness; overwrites `position`."""
         integers, fraction = (buffer[:, : results.shape[1]] for buffer in (self._integers, self._fraction))
         np.bitwise_and(position, (1 << bits) - 1, out=integers)
         np.copyto(fraction, integers, casting="unsafe")
@@ -374,7 +374,7 @@ def _blend(start: np.ndarray, end: np.ndarray, fraction: np.ndarray, out: np.nda
 
 
 def gaussian_kernel(sigma: float) -> np.ndarray:
-    """Return the weights of a Gaussian at whole pixels, float64 of odd length, normalised to a sum of 1."""
+    """Return the weights of a Gaussian at whole pixels, float64 of odd length, normalized to a sum of 1."""
     radius = int(BLUR_TRUNCATE * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return weights / weights.sum()
@@ -386,7 +386,7 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
     Parameters
     ----------
     kernel : ndarray, shape (2 * radius + 1,)
-        Weights of the neighbours, from `gaussian_kernel`.
+        Weights of the neighbors, from `gaussian_kernel`.
     size : int
         Length of the axis in pixels; the image is continued by reflection about its border pixels.
 

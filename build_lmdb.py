@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import enum
 import functools
 import itertools
 import logging
@@ -31,18 +32,23 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 
-from imagereader import (
-    IMAGE_FORMATS,
+from cli import (
     STOP_SIGNALS,
-    ImageFile,
+    InputError,
+    Parser,
+    Progress,
+    add_flag,
     allocate_shared_memory,
+    configure_logging,
     end_with_parent,
-    free_shared_memory,
-    image_format,
-    list_files,
-    list_images,
+    log_settings,
+    number_type,
+    positive_int,
+    run_script,
+    seed_int,
     signals_held,
 )
+from image_files import IMAGE_FORMATS, ImageFile, image_format, list_files, list_images
 from lmdb_utils import (
     HEADER,
     IMAGE_DTYPES,
@@ -52,45 +58,43 @@ from lmdb_utils import (
     SIZE_FACTOR,
     Database,
     DatabaseWriter,
-    InputError,
     Metadata,
-    Parser,
-    Progress,
     Record,
-    add_flag,
     advise_label_map,
-    configure_logging,
-    log_settings,
     new_databases,
-    number_type,
-    positive_int,
-    run_script,
-    seed_int,
 )
 
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 SIDES = ("train", "test")
-WIDER = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}  # types that lose nothing so
+LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
 
-PART_BYTES = 32 * 2**20  # of records that a process makes in one go, where a file can be read in parts
-INDIVISIBLE_FACTOR = 16  # times as many, where each part means to decode the whole file
+JOB_BYTES = 32 * 2**20  # of records that a process makes in one go, if a file can be read in parts
+INDIVISIBLE_FACTOR = 16  # times as many, if each part means to decode the complete file
 WORKER_BYTES = 8 * 2**20  # of files, for which a process is worth its start
 CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each message takes time
-AHEAD_CHUNKS = 3  # for each process
-AHEAD_BYTES = 256 * 2**20  # of records that may wait for being appended
+PREFETCHED_CHUNKS = 3  # for each process
+PREFETCHED_BYTES = 256 * 2**20  # of records that may wait for being appended
 SHOWN_PROBLEMS = 3  # of each kind
-PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Kinds of problems.
-NO_MASK, NO_IMAGE, SEVERAL = "images without a mask", "masks without an image", "files that share a name"
-UNREADABLE, OTHER_SIZE = "files that cannot be read", "masks of another size than their images"
-BAD_IMAGE, BAD_MASK = "images that cannot be stored", "masks that hold no class ids"
-MIXED_TYPES, MIXED_SIZES = "images of another type than most", "images of another size than most"
-NOT_FINITE, UNMAPPED = "images with NaN or infinity", "masks with values that --label_map does not name"
-NEGATIVE = "masks with negative values"
+
+class ProblemKind(enum.Enum):
+    """Why files cannot be used, in the words of a list of them."""
+
+    NO_MASK = "images without a mask"
+    NO_IMAGE = "masks without an image"
+    SHARED_NAME = "files that share a name"
+    UNREADABLE = "files that cannot be read"
+    OTHER_SIZE = "masks of another size than their images"
+    BAD_IMAGE = "images that cannot be stored"
+    BAD_MASK = "masks that hold no class ids"
+    MIXED_TYPES = "images of another type than most"
+    MIXED_SIZES = "images of another size than most"
+    NOT_FINITE = "images with NaN or infinity"
+    UNMAPPED = "masks with values that --label_map does not name"
+    NEGATIVE = "masks with negative values"
 
 
 class Pair(NamedTuple):
@@ -101,17 +105,18 @@ class Pair(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Why a file cannot be used: the kind of problem, for lists, and the whole story."""
+    """Why a file cannot be used: the kind of problem, the file, all that is to be said, and advice for the kind."""
 
-    kind: str
+    kind: ProblemKind
     path: str
     message: str
+    advice: str = ""
 
 
 class Unusable(InputError):
     """A pair of files cannot be used, for a reason of a known kind."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: ProblemKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
@@ -125,15 +130,14 @@ def build_parser() -> argparse.ArgumentParser:
         "build_lmdb",
         "Script which converts two folders of images and masks into a pair of lmdb databases for training.",
     )
-    add_file_options(parser.add_argument_group("files"))
-    add_split_options(parser.add_argument_group("split and tiles"))
+    add_database_options(parser.add_argument_group("databases"))
     add_content_options(parser.add_argument_group("what is in the files"))
-    add_look_options(parser.add_argument_group("work and results"))
+    add_work_options(parser.add_argument_group("work and results"))
     return parser
 
 
-def add_file_options(group: Any) -> None:
-    """Add what is read and written."""
+def add_database_options(group: Any) -> None:
+    """Add what the specification lists, in its order."""
     text = "filepath to the folder containing the images"
     group.add_argument("--image_folder", type=Path, default="data/images/", help=text)
     text = "filepath to the folder containing the masks, with the names of their images"
@@ -142,48 +146,36 @@ def add_file_options(group: Any) -> None:
     group.add_argument("--output_folder", type=Path, default="data/", help=text)
     text = "name of the dataset to be used in creating the lmdb files: train-NAME.lmdb and test-NAME.lmdb"
     group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
+    text = "what fraction of the images to use for training (0.0, 1.0); the others tell how well it does on new ones"
+    group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     group.add_argument("--image_format", type=image_format, default="tif", help=text)
+    text = (
+        "Whether to shard the image into tiles [0 = False, 1 = True]; without, images are cropped about the center to "
+        f"multiples of {SIZE_FACTOR}"
+    )
+    add_flag(group, "--use_tiling", 0, text)
+    text = (
+        "The size of the tiles to crop out of the source images, striding across all available pixels in the source "
+        f"images; in pixels, a multiple of {SIZE_FACTOR}"
+    )
+    group.add_argument("--tile_size", type=tile_size, default=512, help=text)
+
+
+def add_content_options(group: Any) -> None:
+    """Add which files belong together, and what becomes of mask values and channels."""
     text = "format (extension) of the masks, tif or png; both where it is not given"
     group.add_argument("--mask_format", type=mask_format, help=text)
     text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
     group.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
-
-
-def add_split_options(group: Any) -> None:
-    """Add how images are split and tiled."""
-    text = "what fraction of the images to use for training (0.0, 1.0); the others tell how well it does on new ones"
-    group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
-    add_flag(
-        group,
-        "--use_tiling",
-        0,
-        "Whether to shard the image into tiles [0 = False, 1 = True]; without, images are cropped about the centre to "
-        f"multiples of {SIZE_FACTOR}",
-    )
-    group.add_argument(
-        "--tile_size",
-        type=tile_size,
-        default=512,
-        help="The size of the tiles to crop out of the source images, striding across all available pixels in the "
-        f"source images; in pixels, a multiple of {SIZE_FACTOR}",
-    )
-    group.add_argument(
-        "--seed",
-        type=seed_int,
-        default=0,
-        help="seed of the split into train and test, which is by image, never by tile",
-    )
+    text = "seed of the split into train and test, which is by image, never by tile"
+    group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = (
         "regular expression for what in an image's name (without extension) tells its slide, patient or field, such as "
         "'^[^_]+' for slide7_03.tif; a (group) narrows what counts. All images of one go to one side, since a test "
         "image of a slide that was trained on makes the test loss look better than it is"
     )
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
-
-
-def add_content_options(group: Any) -> None:
-    """Add what becomes of mask values and channels."""
     text = (
         "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
         "objects; values that it does not name are refused; write --label_map=-1:0,... where the first is negative"
@@ -191,15 +183,11 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
-    add_flag(
-        group,
-        "--skip_bad",
-        0,
-        "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]",
-    )
+    text = "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]"
+    add_flag(group, "--skip_bad", 0, text)
 
 
-def add_look_options(group: Any) -> None:
+def add_work_options(group: Any) -> None:
     """Add who works, and how to look at a database."""
     text = (
         "number of processes that read, check and encode; as many as there are cores where it is not given, fewer for "
@@ -239,7 +227,7 @@ def tile_size(text: str) -> int:
         )
     if value <= RADIUS:
         raise argparse.ArgumentTypeError(
-            f"tile size must be above {RADIUS}, the overlap of neighbouring tiles, got {value}; try 256"
+            f"tile size must be above {RADIUS}, the overlap of neighboring tiles, got {value}; try 256"
         )
     return value
 
@@ -322,7 +310,7 @@ class LabelMap(NamedTuple):
         if classes.min() < 0:
             unknown = np.unique(mask[classes < 0])
             shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
-            raise Unusable(UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
+            raise Unusable(ProblemKind.UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
         return classes.astype(self.dtype)
 
     def find(self, values: np.ndarray) -> np.ndarray:
@@ -358,25 +346,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Build both databases, or describe one."""
     if args.describe is not None:
-        look_at([args.describe], bool(args.preview))
+        describe_databases([args.describe], bool(args.preview))
         return
     log_settings(args)
     pairs, problems = find_pairs(args)
     if len(pairs) < 2:
-        tell_problems(problems, bool(args.skip_bad))
+        report_problems(problems, bool(args.skip_bad))
     sides = split_pairs(pairs, args.train_fraction, args.seed, args.split_by)
     options = Options(args.tile_size if args.use_tiling else None, args.channels, args.label_map, bool(args.skip_bad))
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
-        kinds, unusable = survey(workers, pairs, options)
+        specs, unusable = survey(workers, pairs, options)
         problems += unusable
-        tell_problems(problems, options.skip_bad)
-        if not kinds:
+        report_problems(problems, options.skip_bad)
+        if not specs:
             raise InputError("no pair of files is left to build with; mend the files that were left out")
         with new_databases(*targets) as writers:
-            build = Build(workers, kinds, options)
+            build = Build(workers, specs, options)
             ranges = [build.fill(side, writer) for side, writer in zip(sides, writers)]
-            tell_problems(build.problems, options.skip_bad)
+            report_problems(build.problems, options.skip_bad)
             problems += build.problems
             for side, values, writer in zip(SIDES, ranges, writers):
                 if not len(writer):
@@ -385,7 +373,7 @@ def run(args: argparse.Namespace) -> None:
                     )
                 writer.finish({**describe_build(args, len(problems)), "side": side, "value_range": values})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
-    look_at(targets, bool(args.preview))
+    describe_databases(targets, bool(args.preview))
 
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
@@ -412,7 +400,7 @@ def describe_build(args: argparse.Namespace, left_out: int) -> dict[str, Any]:
     }
 
 
-def tell_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
+def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
     """Log problems by kind, with the first few of each; refuse to build unless bad files are to be left out.
 
     Raises
@@ -421,11 +409,11 @@ def tell_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
         If there are problems and `skip_bad` is false.
     """
     log = logging.warning if skip_bad else logging.error
-    kinds: dict[str, list[Problem]] = {}
+    kinds: dict[ProblemKind, list[Problem]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
     for kind, group in kinds.items():
-        log("%d %s:", len(group), kind)
+        log("%d %s%s:", len(group), kind.value, group[0].advice)
         for problem in group[:SHOWN_PROBLEMS]:
             log("  %s", problem.message)
         if len(group) > SHOWN_PROBLEMS:
@@ -443,7 +431,7 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
     if not problems:
         path.unlink(missing_ok=True)
         return
-    lines = [f"{problem.path}\t{problem.kind}\t{problem.message}\n" for problem in problems]
+    lines = [f"{problem.path}\t{problem.kind.value}\t{problem.message}\n" for problem in problems]
     path.write_text("file\tproblem\tdetails\n" + "".join(lines))
     logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
 
@@ -469,7 +457,9 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
     problems = [
         Problem(
-            SEVERAL, str(path), f"{path}: there is also {', '.join(other.name for other in group if other != path)}"
+            ProblemKind.SHARED_NAME,
+            str(path),
+            f"{path}: there is also {', '.join(other.name for other in group if other != path)}",
         )
         for stems in (images, masks)
         for group in stems.values()
@@ -477,10 +467,13 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
         if len(group) > 1
     ]
     lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
-    hint = "names must be equal but for the extension" + guess_suffix(lone_images, lone_masks)
-    for kind, lone, stems in ((NO_MASK, lone_images, images), (NO_IMAGE, lone_masks, masks)):
+    advice = f"; names must be equal but for the extension{guess_suffix(lone_images, lone_masks)}"
+    for kind, lone, stems in (
+        (ProblemKind.NO_MASK, lone_images, images),
+        (ProblemKind.NO_IMAGE, lone_masks, masks),
+    ):
         paths = [str(path) for stem in lone for path in stems[stem] if len(stems[stem]) == 1]
-        problems += [Problem(f"{kind}; {hint}", path, path) for path in paths]
+        problems += [Problem(kind, path, path, advice) for path in paths]
     shared = sorted(images.keys() & masks.keys())
     return [
         Pair(str(images[stem][0]), str(masks[stem][0])) for stem in shared if len(images[stem] + masks[stem]) == 2
@@ -564,7 +557,7 @@ class Options(NamedTuple):
     mask_dtype: str = "int32"
 
 
-class Kind(NamedTuple):
+class PairSpec(NamedTuple):
     """What the headers of a pair tell.
 
     Attributes
@@ -586,67 +579,71 @@ class Kind(NamedTuple):
     @property
     def image_dtype(self) -> str:
         """Type that the image is stored in."""
-        return WIDER.get(self.dtypes[0], self.dtypes[0])
+        return LOSSLESS_WIDENING.get(self.dtypes[0], self.dtypes[0])
 
     @property
     def mask_dtype(self) -> str:
         """Type that the mask is stored in, if the whole database is of this kind and nothing is mapped."""
-        return WIDER.get(self.dtypes[1], self.dtypes[1])
+        return LOSSLESS_WIDENING.get(self.dtypes[1], self.dtypes[1])
 
 
-def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple[dict[Pair, Kind], list[Problem]]:
+def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple[dict[Pair, PairSpec], list[Problem]]:
     """Look at the headers of all pairs; return what is usable, and the problems of the others."""
-    kinds: dict[Pair, Kind] = {}
-    known: dict[Kind, Kind] = {}  # a million pairs of one kind share one object
+    specs: dict[Pair, PairSpec] = {}
+    known: dict[PairSpec, PairSpec] = {}  # a million pairs of one kind share one object
     problems = []
     progress = Progress("looking at", len(pairs), "pairs")
-    for pair, found in workers.run(functools.partial(inspect, options), pairs, lambda pair: pair.image):
+    for pair, found in workers.run(functools.partial(survey_pair, options), pairs, lambda pair: pair.image):
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            kinds[pair] = known.setdefault(found, found)
-        progress.update(len(kinds) + len(problems))
+            specs[pair] = known.setdefault(found, found)
+        progress.update(len(specs) + len(problems))
     progress.close()
-    widened = collections.Counter(name for kind in kinds.values() for name in kind.dtypes if name in WIDER)
+    widened = collections.Counter(name for spec in specs.values() for name in spec.dtypes if name in LOSSLESS_WIDENING)
     for name, count in widened.items():
-        logging.info("%d files of %s are stored as %s, which loses nothing", count, name, WIDER[name])
+        logging.info("%d files of %s are stored as %s, which loses nothing", count, name, LOSSLESS_WIDENING[name])
     problems += differing(
-        kinds, MIXED_TYPES, lambda kind: f"{kind.channels} channels of {kind.image_dtype}", "convert it"
+        specs, ProblemKind.MIXED_TYPES, lambda spec: f"{spec.channels} channels of {spec.image_dtype}", "convert it"
     )
     if options.tile_size is None:
         advice = "set --use_tiling 1"
-        problems += differing(kinds, MIXED_SIZES, lambda kind: f"{kind.height} x {kind.width} pixels", advice)
-    return kinds, problems
+        problems += differing(
+            specs, ProblemKind.MIXED_SIZES, lambda spec: f"{spec.height} x {spec.width} pixels", advice
+        )
+    return specs, problems
 
 
-def differing(kinds: dict[Pair, Kind], problem: str, describe: Callable[[Kind], str], advice: str) -> list[Problem]:
+def differing(
+    specs: dict[Pair, PairSpec], kind: ProblemKind, describe: Callable[[PairSpec], str], advice: str
+) -> list[Problem]:
     """Take the pairs out that are not like most, and return them as problems."""
-    counts = collections.Counter(map(describe, kinds.values()))
+    counts = collections.Counter(map(describe, specs.values()))
     if len(counts) < 2:
         return []
     (usual, count), *_ = counts.most_common()
-    most = f"most ({count} of {len(kinds)}) have {usual}"
-    odd = {pair: describe(kind) for pair, kind in kinds.items() if describe(kind) != usual}
+    most = f"most ({count} of {len(specs)}) have {usual}"
+    odd = {pair: describe(spec) for pair, spec in specs.items() if describe(spec) != usual}
     for pair in odd:
-        del kinds[pair]
-    return [Problem(problem, pair.image, f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()]
+        del specs[pair]
+    return [Problem(kind, pair.image, f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()]
 
 
-def inspect(options: Options, pair: Pair) -> Union[Kind, Problem]:
+def survey_pair(options: Options, pair: Pair) -> Union[PairSpec, Problem]:
     """Return what the headers of a pair tell; runs in a worker process.
 
     A large file that is to be left out if it is bad is read as a whole, because that must be known before its first
     record is appended.
     """
 
-    def work() -> Kind:
+    def work() -> PairSpec:
         with open_pair(pair) as (image, mask):
-            kind = check_headers(image, mask, options)
-        parts = parts_of(pair, kind, options)
-        if options.skip_bad and len(parts) > 1:
-            for part in parts:
-                encode_part(options, part)
-        return kind
+            spec = check_headers(image, mask, options)
+        jobs = encode_jobs(pair, spec, options)
+        if options.skip_bad and len(jobs) > 1:
+            for job in jobs:
+                encode_records(options, job)
+        return spec
 
     return problem_or(work, pair)
 
@@ -656,7 +653,7 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
     try:
         return work()
     except InputError as error:
-        return Problem(getattr(error, "kind", UNREADABLE), pair.image, str(error))
+        return Problem(getattr(error, "kind", ProblemKind.UNREADABLE), pair.image, str(error))
 
 
 @contextlib.contextmanager
@@ -666,7 +663,7 @@ def open_pair(pair: Pair) -> Iterator[tuple[ImageFile, ImageFile]]:
         yield image, mask
 
 
-def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> Kind:
+def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSpec:
     """Return the kind of a pair of files whose headers are in order.
 
     Raises
@@ -677,19 +674,19 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> Kind:
     height, width, _ = image.shape
     if (height, width) != mask.shape[:2]:
         raise Unusable(
-            OTHER_SIZE,
+            ProblemKind.OTHER_SIZE,
             f"{image.path} is {height} x {width}, {mask.path} is {mask.shape[0]} x {mask.shape[1]}; is the mask that "
             "of another image?",
         )
     if min(height, width) < SIZE_FACTOR:
         raise Unusable(
-            BAD_IMAGE,
+            ProblemKind.BAD_IMAGE,
             f"expected at least {SIZE_FACTOR} x {SIZE_FACTOR} pixels in {image.path}, found {height} x {width}; leave "
             "it out or use larger images",
         )
-    if image.dtype.name not in (*IMAGE_DTYPES, *WIDER):
+    if image.dtype.name not in (*IMAGE_DTYPES, *LOSSLESS_WIDENING):
         raise Unusable(
-            BAD_IMAGE,
+            ProblemKind.BAD_IMAGE,
             f"expected an image of {', '.join(IMAGE_DTYPES)} in {image.path}, found {image.dtype}, which none of them "
             f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}",
         )
@@ -697,32 +694,34 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> Kind:
         try:
             image.select_channels(options.channels)
         except InputError as error:
-            raise Unusable(BAD_IMAGE, str(error)) from None
+            raise Unusable(ProblemKind.BAD_IMAGE, str(error)) from None
     dtypes = image.dtype.name, mask.dtype.name
-    return Kind(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
+    return PairSpec(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
 
 
 def check_mask(mask: ImageFile, options: Options) -> None:
     """Refuse a mask whose header tells that it holds no class ids."""
     if mask.shape[2] != 1:
         raise Unusable(
-            BAD_MASK,
+            ProblemKind.BAD_MASK,
             f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels; save class ids as a "
             "grayscale image",
         )
     if mask.lossy:
-        raise Unusable(BAD_MASK, f"{mask.path} is compressed as JPEG, which changes class ids; save it without")
-    if mask.dtype.name in (*MASK_DTYPES, *WIDER) and mask.dtype.kind != "f":
+        raise Unusable(
+            ProblemKind.BAD_MASK, f"{mask.path} is compressed as JPEG, which changes class ids; save it without"
+        )
+    if mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING) and mask.dtype.kind != "f":
         return
     if mask.dtype.kind not in "iu":
         raise Unusable(
-            BAD_MASK,
+            ProblemKind.BAD_MASK,
             f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; save class ids as whole "
             "numbers",
         )
     if options.label_map is None:
         raise Unusable(
-            BAD_MASK,
+            ProblemKind.BAD_MASK,
             f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; convert it, or map its "
             "values with --label_map, such as 0:0,1-4294967295:1",
         )
@@ -731,7 +730,7 @@ def check_mask(mask: ImageFile, options: Options) -> None:
 # ---------------------------------------------------------------------------------------------- reading and encoding
 
 
-class Part(NamedTuple):
+class EncodeJob(NamedTuple):
     """Records of a pair that a process makes in one go.
 
     Attributes
@@ -757,73 +756,75 @@ class Part(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The records of a part, and the least and greatest value of each channel in them (shape (C,))."""
+    """The records of a job, and the minimum and maximum of each channel in them."""
 
     records: list[Record]
-    least: np.ndarray
-    greatest: np.ndarray
+    minimum: list[float]
+    maximum: list[float]
 
 
-def grid_of(kind: Kind, tile_size: Optional[int]) -> tuple[tuple[int, int], list[int], list[int]]:
+def grid_of(spec: PairSpec, tile_size: Optional[int]) -> tuple[tuple[int, int], list[int], list[int]]:
     """Return height and width of the records of an image, and the rows and the columns at which they start."""
     if tile_size is not None:
-        rows, columns = (tile_starts(max(length, tile_size), tile_size) for length in (kind.height, kind.width))
+        rows, columns = (tile_starts(max(length, tile_size), tile_size) for length in (spec.height, spec.width))
         return (tile_size, tile_size), rows, columns
-    height, width = (length // SIZE_FACTOR * SIZE_FACTOR for length in (kind.height, kind.width))
-    return (height, width), [(kind.height - height) // 2], [(kind.width - width) // 2]
+    height, width = (length // SIZE_FACTOR * SIZE_FACTOR for length in (spec.height, spec.width))
+    return (height, width), [(spec.height - height) // 2], [(spec.width - width) // 2]
 
 
-def parts_of(pair: Pair, kind: Kind, options: Options) -> list[Part]:
-    """Return the parts of a pair; whole rows of tiles, where these are not too large, so that little is read twice."""
-    size, rows, columns = grid_of(kind, options.tile_size)
+def encode_jobs(pair: Pair, spec: PairSpec, options: Options) -> list[EncodeJob]:
+    """Return the jobs for a pair: complete rows of tiles if these are not too large, so that little is read twice."""
+    size, rows, columns = grid_of(spec, options.tile_size)
     origins = [(row, column) for row in rows for column in columns]
-    bytes_per_pixel = kind.channels * np.dtype(kind.image_dtype).itemsize + np.dtype(options.mask_dtype).itemsize
+    bytes_per_pixel = spec.channels * np.dtype(spec.image_dtype).itemsize + np.dtype(options.mask_dtype).itemsize
     record_bytes = HEADER.size + size[0] * size[1] * bytes_per_pixel
-    most = PART_BYTES * (1 if kind.divisible else INDIVISIBLE_FACTOR)
-    count = max(most // record_bytes, 1)
-    if len(columns) * record_bytes <= 4 * most:
+    max_bytes = JOB_BYTES * (1 if spec.divisible else INDIVISIBLE_FACTOR)
+    count = max(max_bytes // record_bytes, 1)
+    if len(columns) * record_bytes <= 4 * max_bytes:
         count = max(count // len(columns), 1) * len(columns)
-    return [Part(pair, size, origins[first : first + count], record_bytes) for first in range(0, len(origins), count)]
+    return [
+        EncodeJob(pair, size, origins[first : first + count], record_bytes) for first in range(0, len(origins), count)
+    ]
 
 
 def tile_starts(length: int, size: int) -> list[int]:
     """Return where tiles start along one axis of `length` >= `size` pixels: the last is moved inside the image.
 
-    Neighbours overlap by at least `RADIUS`, so that each pixel is seen with some surroundings in one of them.
+    Neighbors overlap by at least `RADIUS`, so that each pixel is seen with some surroundings in one of them.
     """
     return [*range(0, length - size, size - RADIUS), length - size]
 
 
-def encode_part(options: Options, part: Part) -> Encoded:
-    """Read, check and encode the records of a part.
+def encode_records(options: Options, job: EncodeJob) -> Encoded:
+    """Read, check and encode the records of a job.
 
     Raises
     ------
     InputError
         If a file cannot be read or its pixels cannot be used.
     """
-    with open_pair(part.pair) as (image, mask):
+    with open_pair(job.pair) as (image, mask):
         if options.channels is not None:
             image.select_channels(options.channels)
-        (rows, columns), (height, width, _) = part.size, mask.shape
+        (rows, columns), (height, width, _) = job.size, mask.shape
         windows = [
             (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
-            for row, column in part.origins
+            for row, column in job.origins
         ]
-        records, least, greatest = [], [], []
-        for origin, pixels, ids in zip(part.origins, image.windows(windows), mask.windows(windows)):
-            pixels = pixels.astype(WIDER.get(pixels.dtype.name, pixels.dtype), copy=False)
+        records, minimum, maximum = [], [], []
+        for origin, pixels, ids in zip(job.origins, image.windows(windows), mask.windows(windows)):
+            pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
             channels = range(pixels.shape[2])
-            least.append([pixels[..., channel].min() for channel in channels])
-            greatest.append([pixels[..., channel].max() for channel in channels])
-            if not np.isfinite(least[-1] + greatest[-1]).all():  # both are NaN where a pixel is
+            minimum.append([pixels[..., channel].min() for channel in channels])
+            maximum.append([pixels[..., channel].max() for channel in channels])
+            if not np.isfinite(minimum[-1] + maximum[-1]).all():  # both are NaN where a pixel is
                 raise Unusable(
-                    NOT_FINITE,
+                    ProblemKind.NOT_FINITE,
                     f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0",
                 )
-            pixels, ids = pad_to(pixels, part.size), pad_to(class_ids(ids[..., 0], mask.path, options), part.size)
+            pixels, ids = pad_to(pixels, job.size), pad_to(class_ids(ids[..., 0], mask.path, options), job.size)
             records.append(Record.encode(pixels, ids, *origin))
-    return Encoded(records, np.min(least, axis=0), np.max(greatest, axis=0))
+    return Encoded(records, np.min(minimum, axis=0).tolist(), np.max(maximum, axis=0).tolist())
 
 
 def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
@@ -835,21 +836,21 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
             raise Unusable(error.kind, f"{path}: {error}") from None
     if mask.dtype.kind == "i" and mask.min() < 0:
         values = np.unique(mask)
-        raise Unusable(NEGATIVE, f"{path}: {advise_label_map(values.tolist())}")
+        raise Unusable(ProblemKind.NEGATIVE, f"{path}: {advise_label_map(values.tolist())}")
     return mask.astype(options.mask_dtype)
 
 
 def pad_to(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return an array (H, W, ...) extended by reflection at its bottom and right to at least `size`."""
-    missing = [max(least - length, 0) for least, length in zip(size, array.shape)]
+    missing = [max(edge - length, 0) for edge, length in zip(size, array.shape)]
     if not any(missing):
         return array
     return np.pad(array, [(0, rows) for rows in missing] + [(0, 0)] * (array.ndim - 2), mode="reflect")
 
 
-def encode_or_problem(options: Options, part: Part) -> Union[Encoded, Problem]:
-    """Return the records of a part, or why its pair cannot be used; runs in a worker process."""
-    return problem_or(lambda: encode_part(options, part), part.pair)
+def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Problem]:
+    """Return the records of a job, or why its pair cannot be used; runs in a worker process."""
+    return problem_or(lambda: encode_records(options, job), job.pair)
 
 
 class Build:
@@ -859,7 +860,7 @@ class Build:
     ----------
     workers : Workers
         Who encodes.
-    kinds : dict
+    specs : dict
         Of the pairs that are usable so far.
     options : Options
         From the command line.
@@ -870,41 +871,40 @@ class Build:
         One for each pair that turned out to be unusable.
     """
 
-    def __init__(self, workers: "Workers", kinds: dict[Pair, Kind], options: Options) -> None:
+    def __init__(self, workers: "Workers", specs: dict[Pair, PairSpec], options: Options) -> None:
         if options.label_map is not None:
             mask_dtype = options.label_map.dtype
         else:
-            mask_dtype = np.result_type(*{kind.mask_dtype for kind in kinds.values()})
-        self._workers, self._kinds, self._options = workers, kinds, options._replace(mask_dtype=mask_dtype.name)
-        nbytes = records = 0
-        for kind, images in collections.Counter(kinds.values()).items():
-            parts = parts_of(Pair("", ""), kind, self._options)
-            nbytes = max(nbytes, parts[0].nbytes)
-            records += images * sum(len(part.origins) for part in parts)
-        workers.reserve(nbytes)
+            mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})
+        self._workers, self._specs, self._options = workers, specs, options._replace(mask_dtype=mask_dtype.name)
+        records = sum(
+            images * len(job.origins)
+            for spec, images in collections.Counter(specs.values()).items()
+            for job in encode_jobs(Pair("", ""), spec, self._options)
+        )
         unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, unit), 0
         self.problems: list[Problem] = []
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> list[tuple[float, float]]:
-        """Append the records of the pairs that are usable; return the least and greatest value of each channel."""
-        least, greatest = np.inf, -np.inf
-        parts = (
-            part for pair in pairs if pair in self._kinds for part in parts_of(pair, self._kinds[pair], self._options)
+        """Append the records of the pairs that are usable; return the minimum and maximum value of each channel."""
+        minimum, maximum = np.array(np.inf), np.array(-np.inf)
+        jobs = (
+            job for pair in pairs if pair in self._specs for job in encode_jobs(pair, self._specs[pair], self._options)
         )
         encode = functools.partial(encode_or_problem, self._options)
-        for part, encoded in self._workers.run(encode, parts, lambda part: part.pair.image, lambda part: part.nbytes):
+        for job, encoded in self._workers.run(encode, jobs, lambda job: job.pair.image, lambda job: job.nbytes):
             if isinstance(encoded, Problem):
                 if not self.problems or self.problems[-1].path != encoded.path:
                     self.problems.append(encoded)
             elif self._options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
                 for record in encoded.records:
-                    writer.append(record, os.path.basename(part.pair.image))
-                least, greatest = np.minimum(least, encoded.least), np.maximum(greatest, encoded.greatest)
-            self._done += len(part.origins)
+                    writer.append(record, os.path.basename(job.pair.image))
+                minimum, maximum = np.minimum(minimum, encoded.minimum), np.maximum(maximum, encoded.maximum)
+            self._done += len(job.origins)
             self._progress.update(self._done)
         self._progress.close()
-        return list(zip(np.atleast_1d(least).tolist(), np.atleast_1d(greatest).tolist()))
+        return list(zip(np.atleast_1d(minimum).tolist(), np.atleast_1d(maximum).tolist()))
 
 
 # ---------------------------------------------------------------------------------------------- worker processes
@@ -922,23 +922,13 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._most_chunks = AHEAD_CHUNKS * count
+        self._max_chunks = PREFETCHED_CHUNKS * count
         self._executor: Optional[concurrent.futures.ProcessPoolExecutor] = None
         if count > 1:
             # Spawned: what a process inherits by a fork, such as an open database, is not its own.
             context = multiprocessing.get_context("spawn")
             self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
-        self._memory: Optional[shared_memory.SharedMemory] = None
-        self._free: list[Slot] = []
-
-    def reserve(self, nbytes: int) -> None:
-        """Provide shared memory for results of up to `nbytes`, as far as there is enough of it."""
-        nbytes = max(nbytes, CHUNK_BYTES) + 2**12
-        count = int(min(self._most_chunks, AHEAD_BYTES // nbytes, free_shared_memory() / 2 // nbytes))
-        if self._executor is not None and count:
-            with contextlib.suppress(OSError):
-                self._memory = allocate_shared_memory(count * nbytes)
-                self._free += [Slot(self._memory.name, number * nbytes, nbytes) for number in range(count)]
+        self._pending: collections.deque[Chunk] = collections.deque()
 
     def run(
         self,
@@ -956,9 +946,9 @@ class Workers:
         tasks : iterable
             Asked for a few ahead of the results.
         name : callable
-            Tells the file of a task, for messages.
+            Names the file of a task, for messages.
         nbytes : callable
-            What the result of a task takes; only results of about `AHEAD_BYTES` wait to be yielded.
+            What the arrays in the result of a task take; only about `PREFETCHED_BYTES` wait to be yielded.
 
         Raises
         ------
@@ -968,20 +958,14 @@ class Workers:
         if self._executor is None:
             yield from ((task, function(task)) for task in tasks)
             return
-        pending: collections.deque[Chunk] = collections.deque()
-        chunk_tasks: list[Task] = []
+        pending, chunk_tasks = self._pending, []
         try:
             for chunk_tasks in chunks_of(tasks, nbytes):
-                slot = self._free.pop() if self._free else None
-                with signals_held():  # this may start a process
-                    future = self._executor.submit(do_chunk, function, chunk_tasks, slot)
-                pending.append(Chunk(chunk_tasks, sum(map(nbytes, chunk_tasks)), slot, future))
-                while len(pending) >= self._most_chunks or sum(chunk.nbytes for chunk in pending) > AHEAD_BYTES:
-                    yield from self._results(pending[0])
-                    pending.popleft()
+                pending.append(self._submit(function, chunk_tasks, sum(map(nbytes, chunk_tasks))))
+                while len(pending) >= self._max_chunks or sum(chunk.nbytes for chunk in pending) > PREFETCHED_BYTES:
+                    yield from self._finish_first()
             while pending:
-                yield from self._results(pending[0])
-                pending.popleft()
+                yield from self._finish_first()
         except BrokenProcessPool:
             unfinished = pending[0].tasks if pending else chunk_tasks
             raise InputError(
@@ -989,16 +973,23 @@ class Workers:
                 "memory, or a damaged file that its decoder cannot bear; try fewer --num_workers, or without it"
             ) from None
 
-    def _results(self, chunk: "Chunk") -> Iterator[tuple[Any, Any]]:
-        """Yield the tasks of a chunk with their results."""
-        content, lengths = chunk.future.result()
-        buffers: list[bytes] = []
-        if chunk.slot is not None:
-            memory: Any = self._memory
-            ends = list(itertools.accumulate(lengths, initial=chunk.slot.start))
-            buffers += [bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])]
-            self._free.append(chunk.slot)
-        yield from zip(chunk.tasks, pickle.loads(content, buffers=buffers))
+    def _submit(self, function: Callable[[Any], Any], tasks: list[Any], nbytes: int) -> "Chunk":
+        """Have tasks done; without shared memory, if there is too little, their results come through the pipe."""
+        executor: Any = self._executor
+        memory = None
+        if nbytes:
+            with contextlib.suppress(OSError):
+                memory = allocate_shared_memory(nbytes)
+        with signals_held():  # this may start a process
+            future = executor.submit(do_chunk, function, tasks, memory and memory.name)
+        return Chunk(tasks, nbytes, memory, future)
+
+    def _finish_first(self) -> Iterator[tuple[Any, Any]]:
+        """Wait for the first chunk and yield its tasks with their results."""
+        results = self._pending[0].results()
+        chunk = self._pending.popleft()
+        chunk.free_memory()
+        yield from zip(chunk.tasks, results)
 
     def __enter__(self) -> "Workers":
         """Return itself."""
@@ -1010,26 +1001,29 @@ class Workers:
             if self._executor is not None:
                 self._executor.shutdown(cancel_futures=True)
         finally:  # a Ctrl-C may come while it waits
-            if self._memory is not None:
-                self._memory.close()
-                self._memory.unlink()
-
-
-class Slot(NamedTuple):
-    """A piece of shared memory: the name of the memory, and the place in it in bytes."""
-
-    memory: str
-    start: int
-    nbytes: int
+            for chunk in self._pending:
+                chunk.free_memory()
 
 
 class Chunk(NamedTuple):
-    """Tasks that a process does in one go, what their results take, and where and when these are there."""
+    """Tasks that a process does in one go, the size of the arrays in their results, and where and when these come."""
 
     tasks: list[Any]
     nbytes: int
-    slot: Optional[Slot]
+    memory: Optional[shared_memory.SharedMemory]
     future: "concurrent.futures.Future[tuple[bytes, list[int]]]"
+
+    def results(self) -> list[Any]:
+        """Wait for the results and return them."""
+        content, ends = self.future.result()
+        memory: Any = self.memory
+        return pickle.loads(content, buffers=[bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])])
+
+    def free_memory(self) -> None:
+        """Remove the shared memory."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory.unlink()
 
 
 def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
@@ -1044,33 +1038,28 @@ def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[
         yield chunk
 
 
-def do_chunk(function: Callable[[Any], Any], tasks: list[Any], slot: Optional[Slot]) -> tuple[bytes, list[int]]:
+def do_chunk(function: Callable[[Any], Any], tasks: list[Any], memory_name: Optional[str]) -> tuple[bytes, list[int]]:
     """Do tasks in a worker process.
 
     Returns
     -------
     content : bytes
-        The pickled results, without their arrays if these lie in the slot.
-    lengths : list of int
-        Of the arrays in the slot, one after another.
+        The pickled results, without their arrays if these lie in shared memory.
+    ends : list of int
+        Where the arrays in shared memory begin and end, one after another.
     """
     results = [function(task) for task in tasks]
-    arrays: list[pickle.PickleBuffer] = []
-    content = pickle.dumps(results, 5, buffer_callback=arrays.append)
-    lengths = [array.raw().nbytes for array in arrays]
-    if slot is None or sum(lengths) > slot.nbytes:
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(results, 5, buffer_callback=buffers.append)
+    arrays = [buffer.raw() for buffer in buffers]
+    ends = list(itertools.accumulate((array.nbytes for array in arrays), initial=0))
+    memory: Any = memory_name and shared_memory.SharedMemory(memory_name)
+    if memory is None or ends[-1] > memory.size:
         return pickle.dumps(results, 5), []
-    memory, position = attached_memory(slot.memory), slot.start
-    for array, length in zip(arrays, lengths):
-        memory.buf[position : position + length] = array.raw()
-        position += length
-    return content, lengths
-
-
-@functools.lru_cache(maxsize=1)
-def attached_memory(name: str) -> Any:
-    """Return shared memory that another process has created, attached once."""
-    return shared_memory.SharedMemory(name)
+    for array, start, end in zip(arrays, ends, ends[1:]):
+        memory.buf[start:end] = array
+    memory.close()
+    return content, ends
 
 
 def start_worker() -> None:
@@ -1083,7 +1072,7 @@ def start_worker() -> None:
 # ---------------------------------------------------------------------------------------------- looking at a database
 
 
-def look_at(filepaths: Sequence[Path], preview: bool) -> None:
+def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
     """Log what databases hold, with hints where that looks unusual; draw some of their records where asked for."""
     unusual = {}
     for filepath in filepaths:
@@ -1091,8 +1080,10 @@ def look_at(filepaths: Sequence[Path], preview: bool) -> None:
             for line in describe(filepath, database.metadata):
                 logging.info("%s", line)
             if preview:
-                logging.info("  some of its records: %s", draw_preview(database, filepath.with_suffix(".png")))
-            unusual.update(dict.fromkeys(hints(database.metadata)))
+                from reports import draw_records
+
+                logging.info("  some of its records: %s", draw_records(database, filepath.with_suffix(".png")))
+            unusual.update(dict.fromkeys(unusual_content(database.metadata)))
     for line in unusual:
         logging.warning("%s", line)
 
@@ -1108,7 +1099,7 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
     made = {name: info[name] for name in ("seed", "train_fraction", "split_by", "label_map", "channels", "left_out")}
     shown = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
     yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
-    ranges = [f"{least:g} to {greatest:g}" for least, greatest in info["value_range"]]
+    ranges = [f"{minimum:g} to {maximum:g}" for minimum, maximum in info["value_range"]]
     yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
     total = int(metadata.pixel_counts.sum())
     for position, (class_id, pixels) in enumerate(zip(metadata.classes, metadata.pixel_counts)):
@@ -1119,7 +1110,7 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
 
 
-def hints(metadata: Metadata) -> Iterator[str]:
+def unusual_content(metadata: Metadata) -> Iterator[str]:
     """Yield what looks as if it was not meant so, with the option that mends it."""
     if len(metadata.classes) == 1:
         yield f"only class {metadata.classes[0]} occurs, so that there is nothing to learn: are these the right masks?"
@@ -1133,10 +1124,12 @@ def hints(metadata: Metadata) -> Iterator[str]:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
     if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
         yield (
-            "values of a small range: z-scoring only centres a channel whose standard deviation is at most 1; multiply "
+            "values of a small range: z-scoring only centers a channel whose standard deviation is at most 1; multiply "
             "the images, for example by 1000, so that it scales them as well"
         )
-    constant = [channel for channel, (least, greatest) in enumerate(metadata.info["value_range"]) if least == greatest]
+    constant = [
+        channel for channel, (minimum, maximum) in enumerate(metadata.info["value_range"]) if minimum == maximum
+    ]
     others = [channel for channel in range(metadata.image_shape[2]) if channel not in constant]
     if constant and others:
         chosen = metadata.info["channels"] or range(metadata.image_shape[2])
@@ -1144,36 +1137,6 @@ def hints(metadata: Metadata) -> Iterator[str]:
             f"the same value everywhere in channel {', '.join(str(chosen[channel]) for channel in constant)} (alpha?): "
             f"--channels {','.join(str(chosen[channel]) for channel in others)} leaves it out"
         )
-
-
-def draw_preview(database: Database, output: Path) -> Path:
-    """Draw random records with their masks; return where."""
-    from matplotlib.figure import Figure
-
-    metadata = database.metadata
-    count = min(PREVIEW_RECORDS, metadata.count)
-    chosen = sorted(np.random.default_rng(0).choice(metadata.count, count, replace=False).tolist())
-    rows = -(-count // PREVIEW_COLUMNS)
-    figure = Figure(figsize=(4 * PREVIEW_COLUMNS, 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * PREVIEW_COLUMNS, squeeze=False).ravel()
-    for place in axes:
-        place.set_axis_off()
-    for left, right, index in zip(axes[::2], axes[1::2], chosen):
-        image, mask = database.read(index)
-        left.imshow(displayable(image), cmap="gray", vmin=0, vmax=1)
-        left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
-        ranks = np.searchsorted(metadata.classes, mask)  # so that gaps in the ids take no colours
-        right.imshow(ranks, cmap="viridis", vmin=0, vmax=max(len(metadata.classes) - 1, 1), interpolation="nearest")
-        right.set_title(f"classes {', '.join(map(str, np.unique(mask)[:6]))}", fontsize=7)
-    figure.savefig(output, dpi=100)
-    return output
-
-
-def displayable(image: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, C) as grays (H, W) or colours (H, W, 3) from 0 to 1, without the outermost values."""
-    picture = image.astype(np.float64) if image.shape[2] == 3 else image.mean(axis=2, dtype=np.float64)
-    darkest, brightest = np.percentile(picture, (0.5, 99.5))
-    return np.clip((picture - darkest) / max(brightest - darkest, 1e-9), 0, 1)
 
 
 if __name__ == "__main__":

@@ -26,23 +26,21 @@ from typing import Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
 
-from imagereader import ChannelStatistics, ImageFile, image_format, list_images
-from lmdb_utils import (
+from cli import (
     EXIT_BAD_INPUT,
-    RADIUS,
-    SIZE_FACTOR,
     InputError,
     Parser,
     Progress,
     add_flag,
     configure_logging,
-    count_classes,
     existing_folder,
     log_settings,
     positive_int,
     replacing,
     run_script,
 )
+from image_files import ChannelStatistics, ImageFile, displayable, image_format, list_images
+from lmdb_utils import RADIUS, SIZE_FACTOR, count_classes
 
 Item = TypeVar("Item")
 
@@ -51,12 +49,11 @@ BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bi
 QUEUED_TILES = 16  # of a file, that wait to be compressed
 OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
 
-# Of the classes 1, 2, ...: colours that people with any colour vision tell apart (Okabe and Ito, 2008).
-OUTLINE_COLOURS = np.array(
+# Of the classes 1, 2, ...: colors that people with any color vision tell apart (Okabe and Ito, 2008).
+OUTLINE_COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]],
     np.uint8,
 )
-GRAY_LEVELS = 50  # of one standard deviation in the picture
 
 MAX_TILE_PIXELS = 1824**2  # whose halos of 96 add a quarter to the work; with four times as much it would be a tenth
 BATCH_PIXELS = 2**20  # beyond which more tiles at once gain nothing
@@ -193,9 +190,9 @@ def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
     """
     index, count = 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
-        least, step = int(environment["SLURM_ARRAY_TASK_MIN"]), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        count = (int(environment["SLURM_ARRAY_TASK_MAX"]) - least) // step + 1
-        index = (int(environment["SLURM_ARRAY_TASK_ID"]) - least) // step
+        first, step = int(environment["SLURM_ARRAY_TASK_MIN"]), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        count = (int(environment["SLURM_ARRAY_TASK_MAX"]) - first) // step + 1
+        index = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
         index, count = index * tasks + int(environment["SLURM_PROCID"]), count * tasks
@@ -239,10 +236,10 @@ class Model:
     @property
     def halo(self) -> int:
         """The radius, rounded up so that tiles start on the network's grid."""
-        return -(-self.radius // self.size_factor) * self.size_factor
+        return round_up(self.radius, self.size_factor)
 
     @property
-    def least_tile_size(self) -> int:
+    def min_tile_size(self) -> int:
         """Edge of the smallest tile that keeps anything between its halos."""
         return 2 * self.halo + self.size_factor
 
@@ -376,14 +373,14 @@ class TileSizer:
     """
 
     def __init__(self, model: Model, pixels: int, longest: Optional[int] = None) -> None:
-        self._grid, self._halo, self._least = model.size_factor, model.halo, model.least_tile_size
-        if longest is not None and (longest % self._grid or longest < self._least):
+        self._grid, self._halo, self._min_edge = model.size_factor, model.halo, model.min_tile_size
+        if longest is not None and (longest % self._grid or longest < self._min_edge):
             raise InputError(
-                f"expected --tile_size to be a multiple of {self._grid} and at least {self._least} (a halo of "
+                f"expected --tile_size to be a multiple of {self._grid} and at least {self._min_edge} (a halo of "
                 f"{self._halo} to each side), got {longest}; try 512 or 1024"
             )
         self._longest = longest
-        self.pixels = max(pixels, (longest or self._least) ** 2)
+        self.pixels = max(pixels, (longest or self._min_edge) ** 2)
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the tiles for an image: those that make least work, as halos are done twice.
@@ -391,8 +388,8 @@ class TileSizer:
         Among equals the largest: fewer and larger pieces.
         """
         candidates = set()
-        for most in range(self._grid, height + 1, self._grid):
-            rows = self._edge(height, most)
+        for max_edge in range(self._grid, height + 1, self._grid):
+            rows = self._edge(height, max_edge)
             columns = self._edge(width, self.pixels // rows) if rows else None
             if rows and columns:
                 candidates.add((rows, columns))
@@ -401,15 +398,15 @@ class TileSizer:
             key=lambda tile: (self._work(height, tile[0]) * self._work(width, tile[1]), -tile[0] * tile[1]),
         )
 
-    def _edge(self, length: int, most: int) -> Optional[int]:
+    def _edge(self, length: int, max_edge: int) -> Optional[int]:
         """Return the edge of tiles along an axis: as few tiles as may be, and these as small as may be."""
-        most = min(most, self._longest or most)
-        if length <= most:
+        max_edge = min(max_edge, self._longest or max_edge)
+        if length <= max_edge:
             return length
-        if most < self._least:
+        if max_edge < self._min_edge:
             return None
         inner = length - 2 * self._halo  # what the zones cover besides a halo's breadth at both ends
-        tiles = -(-inner // (most // self._grid * self._grid - 2 * self._halo))
+        tiles = -(-inner // (max_edge // self._grid * self._grid - 2 * self._halo))
         return -(-inner // (tiles * self._grid)) * self._grid + 2 * self._halo
 
     def _work(self, length: int, edge: int) -> int:
@@ -422,7 +419,7 @@ class TileSizer:
 
     def shrink(self, tried: int) -> bool:
         """Allow half of the pixels that proved too many; False where they were the least already."""
-        self.pixels = max(tried // 2, self._least**2)
+        self.pixels = max(tried // 2, self._min_edge**2)
         return self.pixels < tried
 
 
@@ -507,7 +504,7 @@ def segment_file(
         check_image(image, model)
         statistics = ChannelStatistics.measure(image)
         while True:
-            tile = sizer.shape(*(padded(length, model) for length in image.shape[:2]))
+            tile = sizer.shape(*(round_up(length, model.size_factor) for length in image.shape[:2]))
             tiles = plan_tiles(image.shape, tile, model)
             batch_size = min(sizer.batch_size(tile), len(tiles))
             try:
@@ -580,16 +577,16 @@ def segment(
     height, width, _ = image.shape
 
     def predictions() -> Generator[tuple[Sequence[Tile], np.ndarray, np.ndarray], None, None]:
-        with contextlib.closing(ahead(read_batches(image, statistics, tiles, batch_size))) as batches:
+        with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size))) as batches:
             for part, batch in batches:
                 yield part, batch, model.predict(batch)
 
-    with contextlib.closing(ahead(predictions())) as results:
+    with contextlib.closing(prefetch(predictions())) as results:
         for part, batch, softmax in results:
             for tile, window, scores in zip(part, batch, softmax):
                 rows = slice(tile.zone_rows.start, min(tile.zone_rows.stop, height))
                 columns = slice(tile.zone_columns.start, min(tile.zone_columns.stop, width))
-                kept = within(rows, tile.rows), within(columns, tile.columns)
+                kept = relative_slice(rows, tile.rows), relative_slice(columns, tile.columns)
                 classes = most_probable(scores[kept], model.mask_dtype)
                 yield Block(rows.start, columns.start, window[kept], scores[kept], classes)
 
@@ -629,9 +626,9 @@ def read_batches(
         yield part, batch
 
 
-def padded(length: int, model: Model) -> int:
-    """Return a length, rounded up to the network's grid."""
-    return -(-length // model.size_factor) * model.size_factor
+def round_up(length: int, multiple: int) -> int:
+    """Return the smallest multiple of a number that is at least `length`."""
+    return -(-length // multiple) * multiple
 
 
 def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> list[Tile]:
@@ -641,7 +638,7 @@ def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> lis
     (each new one would cost a GPU a search for its fastest algorithms); those at the end are moved inwards.
     """
     rows, columns = (
-        list(plan_axis(padded(length, model), edge, model.halo)) for length, edge in zip(shape, tile)
+        list(plan_axis(round_up(length, model.size_factor), edge, model.halo)) for length, edge in zip(shape, tile)
     )  # fmt: skip
     return [
         Tile(window_rows, window_columns, zone_rows, zone_columns)
@@ -662,12 +659,12 @@ def plan_axis(length: int, edge: int, halo: int) -> Iterator[tuple[slice, slice]
         done = zone_end
 
 
-def within(zone: slice, window: slice) -> slice:
+def relative_slice(zone: slice, window: slice) -> slice:
     """Return a zone, counted from the start of the window that holds it."""
     return slice(zone.start - window.start, zone.stop - window.start)
 
 
-def ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
+def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
     """Yield items while a thread prepares the next one; it has ended when this generator is closed."""
     with contextlib.closing(items), ThreadPoolExecutor(1) as executor:
         end = object()
@@ -738,7 +735,7 @@ class Targets(NamedTuple):
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def file_errors(target: Path) -> Iterator[None]:
     """Turn errors of the file system into one line that names the file."""
     try:
         yield
@@ -747,9 +744,9 @@ def writing(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary name, and `target` its file when it is whole; errors of writing become one line."""
-    with writing(target):
+def atomic_output(target: Path) -> Iterator[Path]:
+    """Yield a temporary name, and give `target` its file when it is complete; errors of writing become one line."""
+    with file_errors(target):
         target.parent.mkdir(exist_ok=True)
         with replacing(target) as temporary:
             yield temporary
@@ -765,10 +762,10 @@ def tiff_of(
 ) -> Iterator[Callable[[Block], None]]:
     """Begin a TIFF of the image's size and resolution; yield a function that adds what `select` takes of a block."""
     shape = image.shape[:2] if samples is None else (*image.shape[:2], samples)
-    with whole(target) as temporary, TiledTiff(temporary, shape, dtype, image.resolution) as tiff:
+    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, image.resolution) as tiff:
 
         def add(block: Block) -> None:
-            with writing(target):  # there may be other files, whose error it is not
+            with file_errors(target):  # there may be other files, whose error it is not
                 tiff.add(block.row, block.column, select(block))
 
         yield add
@@ -904,7 +901,7 @@ def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[
         mask[block.row : block.row + height, block.column : block.column + width] = block.classes
 
     yield add
-    with whole(target) as temporary:
+    with atomic_output(target) as temporary:
         imsave(temporary, mask, check_contrast=False)
 
 
@@ -912,14 +909,14 @@ def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[
 def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
     """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks.
 
-    Three channels are taken for red, green and blue, others are averaged. Large images are brought down by a power of
-    two that the network's grid is a multiple of, so that no pixel of the picture belongs to two blocks.
+    Large images are brought down by a power of two that the network's grid is a multiple of, so that no pixel of the
+    picture belongs to two blocks.
     """
     from skimage.io import imsave
     from skimage.segmentation import find_boundaries
     from skimage.transform import downscale_local_mean
 
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     factor = 1
     while max(height, width) > OVERLAY_PIXELS * factor and model.size_factor % (2 * factor) == 0:
         factor *= 2
@@ -927,17 +924,16 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
     classes = np.zeros(picture.shape[:2], model.mask_dtype)
 
     def add(block: Block) -> None:
-        colours = block.image if channels == 3 else block.image.mean(axis=2, keepdims=True)
-        small = downscale_local_mean(colours, (factor, factor, 1))
+        small = displayable(downscale_local_mean(block.image, (factor, factor, 1)))
         row, column = block.row // factor, block.column // factor
         place = slice(row, row + small.shape[0]), slice(column, column + small.shape[1])
-        picture[place] = np.clip(128 + GRAY_LEVELS * small, 0, 255)
+        picture[place] = small
         classes[place] = block.classes[::factor, ::factor]
 
     yield add
     outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
-    picture[outlines] = OUTLINE_COLOURS[(classes[outlines] - 1) % len(OUTLINE_COLOURS)]
-    with whole(target) as temporary:
+    picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
+    with atomic_output(target) as temporary:
         imsave(temporary, picture, check_contrast=False)
 
 

@@ -1,37 +1,32 @@
-"""The database on disk, and the few things every script of the suite shares.
+"""The database on disk.
 
-Owns the record format, writing a pair of databases so that they appear whole or not at all, opening one, and its
-metadata. As the lowest module of the suite it also holds what all three scripts need to talk to their user: the
-exception for bad input, logging, progress lines and checked numbers on the command line.
+Owns the record format, writing a pair of databases so that they appear complete or not at all, opening one, and its
+metadata; and, because all sides have to agree on them, the sizes that the network takes.
 
 A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
 value is a 32-byte header (`HEADER`), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)``
 bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncompressed npz archive (`Metadata`).
 """
 
-import argparse
 import array
 import contextlib
-import difflib
 import fcntl
 import glob
 import io
 import json
-import logging
-import math
 import os
 import shutil
-import signal
 import struct
-import sys
-import time
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, Sequence, TypeVar, Union
+from typing import Any, NamedTuple, Union
 
 import lmdb
 import numpy as np
+
+from cli import InputError, PathLike, flush_to_disk
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
 FORMAT_VERSION = 1
@@ -56,20 +51,6 @@ COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the m
 MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
-CLEAR_LINE = "\r\x1b[K"  # of a terminal
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-
-PathLike = Union[str, "os.PathLike[str]"]
-Number = TypeVar("Number", int, float)
-NumberType = Callable[[str], Number]
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
-
-
 # ---------------------------------------------------------------------------------------------- records
 
 
@@ -79,7 +60,7 @@ def record_key(index: int) -> bytes:
 
 
 def encode_record(image: np.ndarray, mask: np.ndarray) -> bytes:
-    """Serialise one image and its mask.
+    """Serialize one image and its mask.
 
     Parameters
     ----------
@@ -211,7 +192,7 @@ class Metadata:
         return f"record {index} ({name}, row {self.record_row[index]}, column {self.record_column[index]})"
 
     def to_bytes(self) -> bytes:
-        """Serialise as an uncompressed npz archive."""
+        """Serialize as an uncompressed npz archive."""
         arrays = {field: getattr(self, field) for field in self.ARRAYS}
         header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **self.info}
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
@@ -267,7 +248,7 @@ class DatabaseWriter:
 
     def __init__(self, filepath: PathLike, initial_map_bytes: int = INITIAL_MAP_BYTES) -> None:
         self._map_bytes = initial_map_bytes
-        # The file is private until it is renamed: no lock file, and one sync at the end instead of one per commit.
+        # The file is private until `new_databases` renames it: no lock file, and nothing on the disk before that.
         self._environment = lmdb.open(
             os.fspath(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
         )
@@ -308,13 +289,12 @@ class DatabaseWriter:
         self._put(record_key(index), record.value.data)
 
     def finish(self, info: dict[str, Any]) -> Metadata:
-        """Write the metadata, sync to disk and close. `info` is stored along (JSON-compatible values)."""
+        """Write the metadata and close. `info` is stored along (JSON-compatible values)."""
         if not self._header:
             raise ValueError("a database needs at least one record")
         metadata = self._make_metadata(info)
         self._put(METADATA_KEY, metadata.to_bytes())
         self._commit()
-        self._environment.sync(True)
         self.close()
         return metadata
 
@@ -368,10 +348,10 @@ class DatabaseWriter:
 
 def count_classes(mask: np.ndarray) -> dict[int, int]:
     """Return ``{class id: number of pixels}`` of an integer array of any shape."""
-    least, greatest = int(mask.min()), int(mask.max())
-    if least >= 0 and greatest < FEW_CLASSES:
-        return {value: count for value in range(greatest + 1) if (count := int(np.count_nonzero(mask == value)))}
-    if least >= 0 and greatest < 2**16:
+    minimum, maximum = int(mask.min()), int(mask.max())
+    if minimum >= 0 and maximum < FEW_CLASSES:
+        return {value: count for value in range(maximum + 1) if (count := int(np.count_nonzero(mask == value)))}
+    if minimum >= 0 and maximum < 2**16:
         counts = np.bincount(mask.reshape(-1))
         classes = np.flatnonzero(counts)
         return dict(zip(classes.tolist(), counts[classes].tolist()))
@@ -437,6 +417,8 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
                 stack.callback(writer.close)
             yield writers
             for path in paths:
+                flush_to_disk(building / path.name)
+            for path in paths:
                 os.replace(building / path.name, path)
             flush_to_disk(folder)
     except (OSError, lmdb.Error) as error:
@@ -471,30 +453,6 @@ def building_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target`; the file there takes its place if the block ends well, or else goes.
-
-    So whoever opens `target` finds the old file or the new one, and either whole, also after a power failure.
-    """
-    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(path: PathLike) -> None:
-    """Wait until a file, or what was renamed in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -593,166 +551,3 @@ class Database:
     def __exit__(self, *exception: object) -> None:
         """Close the file."""
         self.close()
-
-
-# ---------------------------------------------------------------------------------------------- the user's terminal
-
-
-def run_script(work: Callable[[], Optional[int]]) -> int:
-    """Call `work` and turn its end into an exit code; bad input becomes one line instead of a traceback.
-
-    Returns
-    -------
-    int
-        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, `EXIT_INTERRUPTED` after Ctrl-C.
-    """
-    try:
-        return work() or 0
-    except InputError as error:
-        logging.error("%s", error)
-        return EXIT_BAD_INPUT
-    except OSError as error:
-        named = error.filename is not None
-        logging.error("%s", f"cannot use {error.filename}: {error.strerror}; check path and disk" if named else error)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        logging.error("interrupted; nothing half-written was left behind")
-        return EXIT_INTERRUPTED
-
-
-def configure_logging(level: int = logging.INFO) -> None:
-    """Send the program's own log to standard output; `main` functions call it, nothing else does."""
-    logging.raiseExceptions = False  # the work goes on where its log cannot be written: a full disk, a closed pipe
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
-    for name in ("absl", "matplotlib", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # A log line takes the place of the progress line that may stand in a terminal.
-    start = CLEAR_LINE if sys.stdout.isatty() else ""
-    line = f"{start}%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=level, format=line, stream=sys.stdout, force=True)
-
-
-def log_settings(args: argparse.Namespace) -> None:
-    """Log every option with its value, so that a log tells how it was made."""
-    logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults, and which tells a mistake in one line instead of a page of usage."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong, with the option that was meant where a word is near to one, and exit."""
-        meant = [name for word in message.split() for name in self._options_near(word)]
-        suggestion = f"; did you mean {' or '.join(meant)}?" if meant else ""
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{suggestion} (-h lists all options)\n")
-
-    def _options_near(self, word: str) -> list[str]:
-        known = self._option_string_actions
-        name = word.partition("=")[0].rstrip(":,")  # as argparse writes it in a sentence
-        return difflib.get_close_matches(name, known, 1) if name.startswith("--") and name not in known else []
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there are any."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def add_flag(group: Any, name: str, default: int, text: str) -> None:
-    """Add an option that takes 0 or 1 to an argument group."""
-    group.add_argument(name, metavar=name[2:].upper(), type=flag, default=default, help=text)
-
-
-def number_type(
-    convert: Callable[[str], Number], accept: Callable[[Number], bool], expected: str
-) -> NumberType[Number]:
-    """Return the ``type`` of options that take a number; `expected` tells in words which numbers are accepted."""
-
-    def parse(text: str) -> Number:
-        with contextlib.suppress(ValueError):
-            value = convert(text)
-            if accept(value):
-                return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-
-    return parse
-
-
-positive_int = number_type(int, lambda value: value >= 1, "a whole number of at least 1")
-positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
-flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
-seed_int = number_type(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
-
-
-def existing_folder(text: str) -> Path:
-    """Return `text` as the path of a folder that exists; the ``type`` of command-line options."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}; check the path")
-    return path
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as ``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-class Progress:
-    """A progress line: rewritten in place on a terminal, a plain log line now and then in a file.
-
-    Parameters
-    ----------
-    label : str
-        What is going on, such as ``"epoch 3"``.
-    total : int
-        Number of units of work.
-    unit : str
-        Their name in the plural, such as ``"images"``.
-    rate_factor : float
-        Units of `rate_unit` for each unit of work, for rates such as images/s where work is counted in steps.
-    rate_unit : str, optional
-        Name of what the rate counts; `unit` by default.
-    first : int
-        Units that were done before, by an earlier run.
-    """
-
-    TERMINAL_SECONDS = 0.5
-    FILE_SECONDS = 30.0
-
-    def __init__(
-        self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "", first: int = 0
-    ) -> None:
-        self._label, self._total, self._unit, self._first = label, total, unit, first
-        self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
-        self._terminal = sys.stdout.isatty()
-        self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
-        self._start = self._shown = time.monotonic()
-
-    def update(self, done: int, details: str = "") -> None:
-        """Show that `done` of the total are finished, if it is time for a line."""
-        now = time.monotonic()
-        if now - self._shown < self._interval:
-            return
-        self._shown = now
-        rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = format_seconds((self._total - done) / max(rate, 1e-9)) if rate else "unknown"
-        line = (
-            f"{self._label} {done}/{self._total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
-            f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"
-        )
-        if self._terminal:
-            sys.stdout.write(f"{CLEAR_LINE}{line[: shutil.get_terminal_size().columns - 1]}")
-            sys.stdout.flush()
-        else:
-            logging.info("%s", line)
-
-    def close(self) -> None:
-        """Clear the terminal's line, so that the next log line starts in an empty one."""
-        if self._terminal:
-            sys.stdout.write(CLEAR_LINE)
-            sys.stdout.flush()

@@ -3,15 +3,14 @@ r"""Train a U-Net on the databases that build_lmdb.py made.
     python train_unet.py --train_database data/train-cells.lmdb --test_database data/test-cells.lmdb \
         --output_dir results/cells --number_classes 2
 
-Owns the training loop, checkpoints, signals, the processes of several nodes, early stopping and logs. A run that ended
-early goes on where it was when it is started again in the same way. TensorFlow is imported inside functions: the
-spawned reader processes import this file again and must not pay for it, and ``-h`` should answer at once.
+Owns the course of a run, its checkpoints, early stopping, signals, and the processes of several nodes. A run that ended
+early is resumed if it is started again in the same way. TensorFlow is imported inside functions: the spawned reader
+processes import this file again and must not pay for it, and ``-h`` should answer at once.
 """
 
 import argparse
 import atexit
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -33,13 +32,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
 
 import numpy as np
 
-from imagereader import STOP_SIGNALS, ImageReader, ReaderError, check_classes, z_score
-from lmdb_utils import (
-    RADIUS,
-    SIZE_FACTOR,
-    Database,
+from cli import (
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    STOP_SIGNALS,
     InputError,
-    Metadata,
     Parser,
     Progress,
     add_flag,
@@ -53,21 +50,404 @@ from lmdb_utils import (
     run_script,
     seed_int,
 )
+from imagereader import ImageReader, ReaderError, check_classes
+from lmdb_utils import RADIUS, SIZE_FACTOR, Database, Metadata
 
 if TYPE_CHECKING:
+    from reports import Report
     from unet_model import UNetTrainer
 
 WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
 WARM_UP_STEPS = 1000  # at most
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
-EXAMPLES = 4  # test images in the picture of predictions
 ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
 SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
 FIRST_PORT, PORTS = 15000, 10000  # for the processes of a Slurm job to talk to each other
-EXIT_FAILURE = 1
-GPU_DEVICE = "/dev/nvidiactl"  # what the driver of NVIDIA makes, where it finds a GPU
-EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to go on
+GPU_DEVICE = "/dev/nvidiactl"  # what the driver of NVIDIA makes if it finds a GPU
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the script; return its exit code."""
+    args = build_parser().parse_args(argv)
+    configure_logging()
+    return run_script(lambda: run_job(args))
+
+
+def run_job(args: argparse.Namespace) -> NoReturn:
+    """Check the input, train, and end the process; what can go wrong ends in a message and an exit code."""
+    metadata = read_metadata(args)
+    weights = weights_of_classes(args, metadata[0])
+    Checkpoints.compare(args.output_dir, fixed_settings(args, *metadata))
+    stop = StopRequest()
+    stop.watch()
+    cluster = Cluster.find(os.environ)
+    if cluster.is_chief:
+        prepare_output_dir(args.output_dir, args.resume)
+    else:
+        logging.getLogger().setLevel(logging.WARNING)  # the chief speaks for all
+    log_settings(args)
+    strategy = make_strategy(cluster, bool(args.deterministic))
+    stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
+    code = EXIT_FAILURE
+    try:
+        code = train(args, cluster, strategy, stop, metadata, weights)
+    except TrainingError as error:
+        logging.error("%s", error)
+    except ReaderError:  # logged in full when it happened
+        logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
+    # Everything is written, and the readers have ended. A tidy exit would wait for up to a minute: TensorFlow joins the
+    # thread that tunes an iterator, and sleeps for longer and longer, before it destroys the iterator; and processes
+    # that train together wait for each other. So this ends as a forked process of multiprocessing does: what is
+    # registered to be run at the exit is run (TensorFlow removes its temporary files), nothing is destroyed.
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+class Run(NamedTuple):
+    """What one run consists of.
+
+    Attributes
+    ----------
+    args : argparse.Namespace
+        The command line.
+    cluster : Cluster
+        The processes that train together.
+    trainer : UNetTrainer
+        The network, and steps on it.
+    stop : StopRequest
+        Asked at each step.
+    checkpoints : Checkpoints
+        Where `state` is saved.
+    state : RunState
+        Where the run stands; changed as it proceeds.
+    first_step : int
+        Where it stood when this process started.
+    """
+
+    args: argparse.Namespace
+    cluster: "Cluster"
+    trainer: "UNetTrainer"
+    stop: "StopRequest"
+    checkpoints: "Checkpoints"
+    state: "RunState"
+    first_step: int
+
+    @property
+    def global_batch(self) -> int:
+        """Images that all replicas take in a step."""
+        return int(self.args.batch_size * self.trainer.num_replicas)
+
+
+def train(
+    args: argparse.Namespace,
+    cluster: "Cluster",
+    strategy: Any,
+    stop: "StopRequest",
+    metadata: tuple[Metadata, Metadata],
+    weights: Optional[list[float]],
+) -> int:
+    """Train until the test loss stops improving, `max_epochs` is reached or a signal comes; return the exit code.
+
+    Raises
+    ------
+    TrainingError
+        If the loss is not finite, memory or disk run out, or another process is gone.
+    """
+    trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
+    checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
+    state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
+    state.stopping.patience = args.early_stopping
+    run = Run(args, cluster, trainer, stop, checkpoints, state, state.step)
+    report = begin_report(run, metadata) if cluster.is_chief else None
+    with training_errors(cluster), contextlib.ExitStack() as stack:
+        train_batches, test_batches = (stack.enter_context(supply) for supply in supplies(run))
+        while not reason_to_end(run):
+            train_figures = train_one_epoch(run, train_batches)
+            test_figures = train_figures and evaluate(run, test_batches)
+            if not train_figures or not test_figures:
+                return save_and_stop(run)
+            is_best = state.finish_epoch(test_figures["loss"])
+            portable.set_weights(trainer.model.get_weights())  # in all processes, which may have to talk
+            if report is not None:
+                with saving(f"the results of epoch {state.epoch} in {args.output_dir}"):
+                    report.write(state, train_figures, test_figures, portable)
+                    if is_best:
+                        export(run, portable, metadata[0])
+            checkpoints.save(state)
+    if report is not None:
+        report.conclude(reason_to_end(run), state)
+    return 0
+
+
+def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, float]]:
+    """Train to the next test epoch; return loss, learning rate and speed, or None if a signal has come before."""
+    args, state, rate = run.args, run.state, 0.0
+    label = f"epoch {state.epoch + 1} step"
+    progress = Progress(label, args.test_every_n_steps, "", run.global_batch, "images", first=state.epoch_step)
+    batches.begin_measuring()
+    stopped, first, start = False, state.epoch_step, time.monotonic()
+    while state.epoch_step < args.test_every_n_steps and not stopped:
+        run.trainer.set_learning_rate(learning_rate_at(state.step, args))
+        votes = (bool(run.stop), run.checkpoints.are_due(args.checkpoint_minutes))
+        loss, stop_votes, save_votes = run.trainer.train_step(batches.next_batch(), votes).tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(describe_loss(run, loss, batches.reader))
+        state.count_step(loss, run.global_batch)
+        stopped = bool(stop_votes)
+        progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
+        if save_votes and not stopped:
+            run.checkpoints.save(state)
+    progress.close()
+    batches.advise(args.reader_count)
+    if stopped:
+        return None
+    figures = {"loss": state.epoch_loss / state.epoch_step, "learning_rate": learning_rate_at(state.step - 1, args)}
+    if state.epoch_step > first:  # not if the run was stopped in its test epoch
+        rate = (state.epoch_step - first) * run.global_batch / (time.monotonic() - start)
+        figures.update(images_per_second=rate, **batches.figures())
+    return figures
+
+
+def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
+    """Evaluate each test image once; return mean loss, confusion matrix and scores, or None if a signal has come."""
+    from reports import score_confusion
+
+    count, steps = batches.reader.get_image_count(), batches.reader.get_pass_steps()
+    progress = Progress("test step", steps, "", count / steps, "images")
+    loss_sum, confusion = 0.0, np.zeros((), np.int64)
+    for step in range(steps):
+        (loss, stop_votes), counts = run.trainer.test_step(batches.next_batch(), (bool(run.stop),))
+        if stop_votes:
+            return None
+        loss_sum += float(loss)
+        confusion = confusion + counts
+        progress.update(step + 1)
+    progress.close()
+    return {"loss": loss_sum / count, "confusion": confusion, **score_confusion(confusion)}
+
+
+# ---------------------------------------------------------------------------------------------- parts of a run
+
+
+def build_networks(
+    args: argparse.Namespace, strategy: Any, channels: int, weights: Optional[list[float]]
+) -> tuple["UNetTrainer", Any]:
+    """Return the network in training, and one like it in float32 on one device: to export and to draw."""
+    import tensorflow as tf
+
+    from unet_model import UNetTrainer, build_unet
+
+    tf.keras.utils.set_random_seed(args.seed)
+    network = channels, args.number_classes, args.baseline_feature_depth
+    precision = "mixed_float16" if args.mixed_precision else "float32"
+    trainer = UNetTrainer(
+        strategy,
+        lambda dropout_key: build_unet(*network, dropout_key=dropout_key, precision=precision),
+        args.number_classes,
+        args.learning_rate,
+        args.seed,
+        args.label_smoothing,
+        weights,
+        bool(args.mixed_precision),
+    )
+    return trainer, build_unet(*network)
+
+
+def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
+    """Write the settings, log what is about to be trained, and begin the files of results."""
+    from reports import Report
+
+    args, state = run.args, run.state
+    with saving(f"results in {args.output_dir}"):
+        write_settings(args, *metadata, run.trainer.num_replicas)
+        report = Report(args.output_dir, args.test_database, args.number_classes, state.epoch)
+    weights = f"{run.trainer.model.count_params():,}"
+    logging.info("network of %s weights, global batch of %d images", weights, run.global_batch)
+    if state.step:
+        logging.info("going on at step %d, after %d test epochs", state.step, state.epoch)
+    return report
+
+
+def reason_to_end(run: Run) -> str:
+    """Return why the run is done, or nothing."""
+    if run.state.stopping.should_stop:
+        return f"the test loss has not improved for {run.args.early_stopping} epochs"
+    if run.args.max_epochs is not None and run.state.epoch >= run.args.max_epochs:
+        return "last epoch reached"
+    return ""
+
+
+def learning_rate_at(step: int, args: argparse.Namespace) -> float:
+    """Return the learning rate after so many steps: a tenth in the first epoch, for at most 1000 steps, as warm-up."""
+    warm_up = step < min(args.test_every_n_steps, WARM_UP_STEPS)
+    rate: float = args.learning_rate * (WARM_UP_FACTOR if warm_up else 1.0)
+    return rate
+
+
+def describe_loss(run: Run, loss: float, reader: ImageReader) -> str:
+    """Return what there is to know about a loss that is not finite."""
+    step, rate = run.state.step, learning_rate_at(run.state.step, run.args)
+    records = ", ".join(reader.describe_step(step - run.first_step))
+    return (
+        f"the loss became {loss} at step {step + 1} (learning rate {rate:g}); the last checkpoint is kept. Lower "
+        f"--learning_rate and look for broken images. The batch was {records}"
+    )
+
+
+def save_and_stop(run: Run) -> int:
+    """Write a checkpoint because a signal has come; return the exit code."""
+    run.checkpoints.save(run.state)
+    name = run.stop.signal.name if run.stop.signal else "a signal to another process"
+    logging.info("stopped by %s at step %d, with a checkpoint; start again to go on", name, run.state.step)
+    if run.state.best_epoch:
+        logging.info("the best model so far is in %s", run.args.output_dir / "saved_model")
+    return EXIT_STOPPED
+
+
+def export(run: Run, model: Any, train_data: Metadata) -> None:
+    """Write the SavedModel, with what inference must know about the network."""
+    from unet_model import export_saved_model
+
+    metadata = {
+        "number_classes": run.args.number_classes,
+        "channels": train_data.image_shape[2],
+        "source_channels": train_data.info.get("channels"),
+        "label_map": train_data.info.get("label_map"),
+        "radius": RADIUS,
+        "size_factor": SIZE_FACTOR,
+        "normalization": "z-score of each image and channel; only centered where the standard deviation is at most 1",
+        "baseline_feature_depth": run.args.baseline_feature_depth,
+    }
+    export_saved_model(model, run.args.output_dir / "saved_model", metadata)
+
+
+@contextlib.contextmanager
+def training_errors(cluster: "Cluster") -> Iterator[None]:
+    """Turn what TensorFlow raises because of the computer or of other processes into a `TrainingError`."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise TrainingError("the GPU has too little memory: lower --batch_size or crop smaller tiles") from error
+    except tf.errors.OpError as error:
+        if cluster.world_size == 1:
+            raise
+        found = re.search(r"aborted by: (.*)", error.message)
+        reason = found[1] if found else error.message.splitlines()[0]
+        raise TrainingError(
+            f"another process of this job has failed or gone; start again to go on (TensorFlow says: {reason})"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def supplies(run: Run) -> Iterator[Any]:
+    """Yield context managers of the batches to train with, from where the run stands, and of those to test with."""
+    args, replicas = run.args, run.trainer.num_replicas // run.cluster.world_size
+    common = {
+        "num_workers": args.reader_count * replicas,
+        "number_classes": args.number_classes,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "replicas": replicas,
+        **run.cluster._asdict(),
+    }
+    train_reader = ImageReader(
+        args.train_database,
+        name="train reader",
+        use_augmentation=bool(args.use_augmentation),
+        balance_classes=bool(args.balance_classes),
+        shuffle=True,
+        first_sample=run.state.samples,
+        **common,
+    )
+    test_reader = ImageReader(args.test_database, name="test reader", shuffle=False, **common)
+    return (open_supply(run.trainer, reader) for reader in (train_reader, test_reader))
+
+
+@contextlib.contextmanager
+def open_supply(trainer: "UNetTrainer", reader: ImageReader) -> Iterator["BatchSupply"]:
+    """Start a reader and yield its global batches; stop it and run the iterator dry at the end.
+
+    TensorFlow destroys an iterator in the thread that drops it, with Python's lock held, and waits there for its
+    prefetching threads. If one of these is about to call the generator, it waits for that lock, and so both for ever. A
+    generator that has ended is not called again.
+    """
+    with reader:
+        batches = trainer.distribute(reader)
+        try:
+            yield BatchSupply(batches, reader)
+        finally:
+            reader.shutdown()
+            with contextlib.suppress(Exception):  # a failed reader ends the stream with its error, reported already
+                for _ in batches:
+                    pass
+
+
+class BatchSupply:
+    """Global batches from a reader, and how well it keeps up.
+
+    Parameters
+    ----------
+    batches : iterator
+        From `UNetTrainer.distribute`.
+    reader : ImageReader
+        That they come from.
+    """
+
+    def __init__(self, batches: Any, reader: ImageReader) -> None:
+        self._batches, self.reader = batches, reader
+        self.begin_measuring()
+
+    def begin_measuring(self) -> None:
+        """Forget the figures, which then count from now on."""
+        self._start = time.monotonic()
+        self._waited = self._fill = 0.0
+        self._taken = 0
+
+    def next_batch(self) -> Any:
+        """Return the next global batch; if a reader has failed, raise its own error instead of TensorFlow's."""
+        import tensorflow as tf
+
+        self._fill += self.reader.get_queue_size() / self.reader.get_queue_capacity()
+        self._taken += 1
+        asked = time.monotonic()
+        self.reader.raise_failure()
+        try:
+            batch = next(self._batches)
+        except (tf.errors.OpError, StopIteration):
+            self.reader.raise_failure()
+            raise
+        self._waited += time.monotonic() - asked
+        return batch
+
+    def figures(self) -> dict[str, float]:
+        """Return mean fill of the queue (0 to 1), mean wait for a batch, and the share of the time spent waiting."""
+        return {
+            "reader/queue_fill": self._fill / max(self._taken, 1),
+            "reader/wait_milliseconds": 1000 * self._waited / max(self._taken, 1),
+            "reader/wait_share": self._waited / max(time.monotonic() - self._start, 1e-9),
+        }
+
+    def __str__(self) -> str:
+        """Return the figures in words."""
+        figures = self.figures()
+        return f"queue {figures['reader/queue_fill']:.0%} full, waited for data {figures['reader/wait_share']:.0%}"
+
+    def advise(self, reader_count: int) -> None:
+        """Log what to do where training waited because the queue ran empty."""
+        figures = self.figures()
+        if figures["reader/wait_share"] > ADVISE_WAIT_SHARE and figures["reader/queue_fill"] < ADVISE_QUEUE_FILL:
+            logging.warning(
+                "training waited for data %.0f %% of the time: raise --reader_count (now %d) if there are free cores",
+                100 * figures["reader/wait_share"], reader_count,
+            )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the command line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -165,44 +545,6 @@ def class_weights(text: str) -> Union[str, list[float]]:
     return text if text == "auto" else [positive_float(part) for part in text.split(",")]
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Run the script; return its exit code."""
-    args = build_parser().parse_args(argv)
-    configure_logging()
-    return run_script(lambda: run(args))
-
-
-def run(args: argparse.Namespace) -> NoReturn:
-    """Check the input, then train and end the process; what can go wrong ends in a message and an exit code."""
-    metadata = read_metadata(args)
-    weights = weights_of_classes(args, metadata[0])
-    Checkpoints.compare(args.output_dir, identity_of(args, *metadata))
-    stop = StopRequest()
-    stop.watch()
-    cluster = Cluster.find(os.environ)
-    if cluster.is_chief:
-        prepare_output_dir(args.output_dir, args.resume)
-    else:
-        logging.getLogger().setLevel(logging.WARNING)  # the chief speaks for all
-    log_settings(args)
-    strategy = make_strategy(cluster, bool(args.deterministic))
-    stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
-    code = EXIT_FAILURE
-    try:
-        with Training(args, cluster, strategy, stop, metadata, weights) as training:
-            code = training.run()
-    except TrainingError as error:
-        logging.error("%s", error)
-    except ReaderError:  # logged in full when it happened
-        logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
-    # Everything is written, and the readers have ended. A tidy exit would wait for up to a minute: TensorFlow joins the
-    # thread that tunes an iterator, and sleeps for longer and longer, before it destroys the iterator; and processes
-    # that train together wait for each other. So this ends as a forked process of multiprocessing does: what is
-    # registered to be run at the exit is run (TensorFlow removes its temporary files), nothing is destroyed.
-    atexit._run_exitfuncs()
-    os._exit(code)
-
-
 # ---------------------------------------------------------------------------------------------- preparation
 
 
@@ -260,7 +602,7 @@ def weights_of_classes(args: argparse.Namespace, train: Metadata) -> Optional[li
     absent = [class_id for class_id in range(args.number_classes) if class_id not in counts]
     if absent:
         shown = ", ".join(map(str, absent))
-        logging.warning("no training image holds class %s: it is left out of balancing and cannot be learnt", shown)
+        logging.warning("no training image holds class %s: it is left out of balancing and cannot be learned", shown)
     if args.class_weights == "auto":
         each = sum(counts.values()) / len(counts)
         return [each / counts[class_id] if class_id in counts else 1.0 for class_id in range(args.number_classes)]
@@ -301,8 +643,8 @@ def make_strategy(cluster: "Cluster", deterministic: bool = False) -> Any:
         logging.info("training on %d GPU%s: %s", len(gpus), "s" * (len(gpus) > 1), ", ".join(gpu.name for gpu in gpus))
     else:
         report_no_gpu(tf.__version__, tf.test.is_built_with_cuda())
-    if cluster.processes > 1:
-        logging.info("process %d of %d, waiting for the others", cluster.process + 1, cluster.processes)
+    if cluster.world_size > 1:
+        logging.info("process %d of %d, waiting for the others", cluster.rank + 1, cluster.world_size)
         return tf.distribute.MultiWorkerMirroredStrategy()
     return tf.distribute.MirroredStrategy(None if gpus else ["CPU:0"])
 
@@ -342,33 +684,19 @@ def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, re
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def saved_model_metadata(args: argparse.Namespace, train: Metadata) -> dict[str, Any]:
-    """Return what inference must know about the network."""
-    return {
-        "number_classes": args.number_classes,
-        "channels": train.image_shape[2],
-        "source_channels": train.info.get("channels"),
-        "label_map": train.info.get("label_map"),
-        "radius": RADIUS,
-        "size_factor": SIZE_FACTOR,
-        "normalization": "z-score of each image and channel; only centred where the standard deviation is at most 1",
-        "baseline_feature_depth": args.baseline_feature_depth,
-    }
-
-
 # ---------------------------------------------------------------------------------------------- processes and signals
 
 
 class Cluster(NamedTuple):
-    """Which of how many processes this is that train one network together."""
+    """Which of how many processes this is that train one network together: 0 of 1 if there is only one."""
 
-    process: int = 0
-    processes: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def is_chief(self) -> bool:
         """Whether this is the process that writes files and speaks for all."""
-        return self.process == 0
+        return self.rank == 0
 
     @classmethod
     def find(cls, environment: "os._Environ[str]") -> "Cluster":
@@ -506,6 +834,20 @@ class RunState:
     epoch_loss: float = 0.0
     best_epoch: int = 0
 
+    def count_step(self, loss: float, global_batch: int) -> None:
+        """Take note of a training step."""
+        self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+        self.samples += global_batch
+        self.epoch_loss += loss
+
+    def finish_epoch(self, test_loss: float) -> bool:
+        """Take note of a test epoch; return whether its loss is the best so far."""
+        self.epoch, self.epoch_step, self.epoch_loss = self.epoch + 1, 0, 0.0
+        is_best = self.stopping.update(test_loss)
+        if is_best:
+            self.best_epoch = self.epoch
+        return is_best
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunState":
         """Return the state that `dataclasses.asdict` took apart."""
@@ -518,7 +860,7 @@ def fingerprint(metadata: Metadata) -> str:
     return hashlib.sha256(content + metadata.pixel_counts.tobytes()).hexdigest()[:12]
 
 
-def identity_of(args: argparse.Namespace, train: Metadata, test: Metadata) -> dict[str, Any]:
+def fixed_settings(args: argparse.Namespace, train: Metadata, test: Metadata) -> dict[str, Any]:
     """Return the settings that a run cannot change half-way; databases by their content, as jobs copy them about."""
     return {
         "number_classes": args.number_classes,
@@ -540,16 +882,16 @@ class Checkpoints:
         Of the run; they lie in its folder ``checkpoint``.
     trainer : UNetTrainer
         Whose variables are saved and restored.
-    identity : dict
-        From `identity_of`; saved along.
+    settings : dict
+        From `fixed_settings`; saved along.
     cluster : Cluster
         All processes have to save, as some weights are put together from theirs; only the chief keeps the result.
     """
 
-    def __init__(self, output_dir: Path, trainer: "UNetTrainer", identity: dict[str, Any], cluster: Cluster) -> None:
+    def __init__(self, output_dir: Path, trainer: "UNetTrainer", settings: dict[str, Any], cluster: Cluster) -> None:
         import tensorflow as tf
 
-        self._folder, self._identity, self._cluster = output_dir / "checkpoint", identity, cluster
+        self._folder, self._settings, self._cluster = output_dir / "checkpoint", settings, cluster
         self._objects = tf.train.Checkpoint(model=trainer.model, optimizer=trainer.optimizer, step=trainer.step)
         self.saved_at = time.monotonic()
 
@@ -560,25 +902,29 @@ class Checkpoints:
         return sorted(found, reverse=True)
 
     @classmethod
-    def compare(cls, output_dir: Path, identity: dict[str, Any]) -> None:
+    def compare(cls, output_dir: Path, settings: dict[str, Any]) -> None:
         """Refuse to go on with a run of other settings; needs no TensorFlow, which takes seconds to load.
 
         Raises
         ------
         InputError
-            If the newest checkpoint was saved with another identity.
+            If the newest checkpoint was saved with other settings.
         """
-        saved = identity
+        saved = settings
         for folder in cls.find(output_dir):
             with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: `restore` passes over it as well
                 saved = json.loads((folder / "state.json").read_text())["settings"]
                 break
-        for name, value in identity.items():
+        for name, value in settings.items():
             if saved.get(name) != value:
                 raise InputError(
                     f"the run in {output_dir} was begun with {name} {saved.get(name)}, now it is {value}; go on as it "
                     "was begun, or choose another --output_dir"
                 )
+
+    def are_due(self, minutes: float) -> bool:
+        """Whether it is time for the chief to ask for another one, so many minutes after the last."""
+        return self._cluster.is_chief and time.monotonic() - self.saved_at > 60 * minutes
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, and remove all but the last `CHECKPOINTS_KEPT`.
@@ -588,7 +934,7 @@ class Checkpoints:
         TrainingError
             If it cannot be written; earlier ones are untouched.
         """
-        with writing(f"a checkpoint of step {state.step} in {self._folder}"):
+        with saving(f"a checkpoint of step {state.step} in {self._folder}"):
             if self._cluster.is_chief:
                 self._write(state)
             else:
@@ -602,7 +948,7 @@ class Checkpoints:
         new.mkdir(parents=True)
         try:
             self._objects.write(os.fspath(new / "weights"))
-            (new / "state.json").write_text(json.dumps({"settings": self._identity, **dataclasses.asdict(state)}))
+            (new / "state.json").write_text(json.dumps({"settings": self._settings, **dataclasses.asdict(state)}))
             for path in [*new.iterdir(), new]:
                 flush_to_disk(path)
         except BaseException:
@@ -637,7 +983,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
+def saving(what: str) -> Iterator[None]:
     """Turn errors of writing files into one line."""
     import tensorflow as tf
 
@@ -648,546 +994,6 @@ def writing(what: str) -> Iterator[None]:
         raise TrainingError(
             f"cannot write {what}: {reason}; the checkpoints before are kept. Free some space and start again"
         ) from error
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-
-class Training:
-    """A run: the network, its readers, and where it stands; a context manager that stops the readers.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The command line.
-    cluster : Cluster
-        The processes that train together.
-    strategy : tf.distribute.Strategy
-        From `make_strategy`.
-    stop : StopRequest
-        Asked after each step.
-    metadata : (Metadata, Metadata)
-        Of the training and the test database.
-    weights : list of float, optional
-        Factor of each class in the loss.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        cluster: Cluster,
-        strategy: Any,
-        stop: StopRequest,
-        metadata: tuple[Metadata, Metadata],
-        weights: Optional[list[float]],
-    ) -> None:
-        self._args, self._cluster, self._stop = args, cluster, stop
-        self._trainer, self._portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
-        self._global_batch = args.batch_size * self._trainer.num_replicas
-        self._checkpoints = Checkpoints(args.output_dir, self._trainer, identity_of(args, *metadata), cluster)
-        restored = self._checkpoints.restore()
-        self._state = restored or RunState(EarlyStopping(args.early_stopping))
-        self._state.stopping.patience = args.early_stopping
-        self._supply_figures: dict[str, float] = {}
-        self._resources = contextlib.ExitStack()
-        self._report: Optional[Report] = None
-        if cluster.is_chief:
-            with writing(f"results in {args.output_dir}"):
-                write_settings(args, *metadata, self._trainer.num_replicas)
-                self._report = Report(args, self._state.epoch)
-        logging.info(
-            "network of %s weights, global batch of %d images",
-            f"{self._trainer.model.count_params():,}", self._global_batch,
-        )  # fmt: skip
-        if restored:
-            logging.info("going on at step %d, after %d test epochs", self._state.step, self._state.epoch)
-
-    def __enter__(self) -> "Training":
-        """Start the readers where the run stands."""
-        args = self._args
-        self._train_reader = self._open_reader(
-            args.train_database,
-            name="train reader",
-            use_augmentation=bool(args.use_augmentation),
-            balance_classes=bool(args.balance_classes),
-            shuffle=True,
-            first_sample=self._state.samples,
-        )
-        self._test_reader = self._open_reader(args.test_database, name="test reader", shuffle=False)
-        self._train_batches = self._resources.enter_context(open_batches(self._trainer, self._train_reader))
-        self._test_batches = self._resources.enter_context(open_batches(self._trainer, self._test_reader))
-        self._first_step = self._state.step
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Stop the readers."""
-        self._resources.close()
-
-    def _open_reader(self, database: str, **options: Any) -> ImageReader:
-        replicas = self._trainer.num_replicas // self._cluster.processes
-        reader = ImageReader(
-            database,
-            num_workers=self._args.reader_count * replicas,
-            number_classes=self._args.number_classes,
-            batch_size=self._args.batch_size,
-            seed=self._args.seed,
-            replicas=replicas,
-            process=self._cluster.process,
-            processes=self._cluster.processes,
-            **options,
-        )
-        return self._resources.enter_context(reader)
-
-    def run(self) -> int:
-        """Train until the test loss stops improving, `max_epochs` is reached or a signal comes; return the exit code.
-
-        Raises
-        ------
-        TrainingError
-            If the loss is not finite, memory or disk run out, or another process has gone.
-        """
-        import tensorflow as tf
-
-        try:
-            while not self._reason_to_end():
-                in_epoch = self._state.epoch_step < self._args.test_every_n_steps
-                stopped = self._train_steps() if in_epoch else self._test()
-                if stopped:
-                    self._checkpoints.save(self._state)
-                    name = self._stop.signal.name if self._stop.signal else "a signal to another process"
-                    logging.info(
-                        "stopped by %s at step %d, with a checkpoint; start again to go on", name, self._state.step
-                    )
-                    if self._state.best_epoch:
-                        logging.info("the best model so far is in %s", self._args.output_dir / "saved_model")
-                    return EXIT_STOPPED
-        except tf.errors.ResourceExhaustedError as error:
-            raise TrainingError("the GPU has too little memory: lower --batch_size or crop smaller tiles") from error
-        except tf.errors.OpError as error:
-            if self._cluster.processes == 1:
-                raise
-            found = re.search(r"aborted by: (.*)", error.message)
-            reason = found[1] if found else error.message.splitlines()[0]
-            raise TrainingError(
-                f"another process of this job has failed or gone; start again to go on (TensorFlow says: {reason})"
-            ) from error
-        if self._report is not None:
-            self._report.conclude(self._reason_to_end(), self._state)
-        return 0
-
-    def _reason_to_end(self) -> str:
-        """Return why the run is done, or nothing."""
-        if self._state.stopping.should_stop:
-            return f"the test loss has not improved for {self._args.early_stopping} epochs"
-        if self._args.max_epochs is not None and self._state.epoch >= self._args.max_epochs:
-            return "last epoch reached"
-        return ""
-
-    def _train_steps(self) -> bool:
-        """Train to the next test epoch; return whether a signal has come before."""
-        args, state, steps = self._args, self._state, self._args.test_every_n_steps
-        label = f"epoch {state.epoch + 1} step"
-        progress = Progress(label, steps, "", self._global_batch, "images", first=state.epoch_step)
-        supply = Supply(self._train_batches, self._train_reader)
-        stopped, first, start = False, state.epoch_step, time.monotonic()
-        while state.epoch_step < steps and not stopped:
-            self._trainer.set_learning_rate(learning_rate_at(state, args))
-            save = (
-                self._cluster.is_chief and time.monotonic() - self._checkpoints.saved_at > 60 * args.checkpoint_minutes
-            )
-            sums = self._trainer.train_step(supply.take(), (bool(self._stop), save))
-            loss, stopped = float(sums[0]), bool(sums[1])
-            if not math.isfinite(loss):
-                raise TrainingError(self._describe_loss(loss))
-            state.step, state.epoch_step = state.step + 1, state.epoch_step + 1
-            state.samples += self._global_batch
-            state.epoch_loss += loss
-            progress.update(state.epoch_step, f"loss {loss:.4f}, {supply},")
-            if sums[2] and not stopped:
-                self._checkpoints.save(state)
-        progress.close()
-        supply.advise(args.reader_count)
-        images_per_second = (state.epoch_step - first) * self._global_batch / (time.monotonic() - start)
-        self._supply_figures = {"images_per_second": images_per_second, **supply.figures()}
-        return stopped
-
-    def _describe_loss(self, loss: float) -> str:
-        step, rate = self._state.step, learning_rate_at(self._state, self._args)
-        records = ", ".join(self._train_reader.describe_step(step - self._first_step))
-        return (
-            f"the loss became {loss} at step {step + 1} (learning rate {rate:g}); the last checkpoint is kept. Lower "
-            f"--learning_rate and look for broken images. The batch was {records}"
-        )
-
-    def _test(self) -> bool:
-        """Do a test epoch and keep its results; return whether a signal has come before its end."""
-        state, args = self._state, self._args
-        figures = self._evaluate()
-        if figures is None:
-            return True
-        train_figures = {
-            "loss": state.epoch_loss / state.epoch_step,
-            "learning_rate": learning_rate_at(dataclasses.replace(state, step=state.step - 1), args),
-            **self._supply_figures,
-        }
-        state.epoch, state.epoch_step, state.epoch_loss = state.epoch + 1, 0, 0.0
-        is_best = state.stopping.update(figures["loss"])
-        if is_best:
-            state.best_epoch = state.epoch
-        self._portable.set_weights(self._trainer.model.get_weights())  # in all processes, which may have to talk
-        if self._report is not None:
-            with writing(f"the results of epoch {state.epoch} in {args.output_dir}"):
-                self._report.write(state, train_figures, figures, self._portable)
-                if is_best:
-                    self._export()
-        self._checkpoints.save(state)
-        return False
-
-    def _evaluate(self) -> Optional[dict[str, Any]]:
-        """Evaluate each test image once; return mean loss and `score_confusion`'s figures, None if stopped."""
-        from unet_model import score_confusion
-
-        count, steps = self._test_reader.get_image_count(), self._test_reader.get_pass_steps()
-        progress = Progress("test step", steps, "", count / steps, "images")
-        loss_sum, confusion = 0.0, np.zeros((), np.int64)
-        for step in range(steps):
-            sums, counts = self._trainer.test_step(take(self._test_batches, self._test_reader), (bool(self._stop),))
-            if sums[1]:
-                return None
-            loss_sum += float(sums[0])
-            confusion = confusion + counts
-            progress.update(step + 1)
-        progress.close()
-        return {"loss": loss_sum / count, "confusion": confusion, **score_confusion(confusion)}
-
-    def _export(self) -> None:
-        from unet_model import export_saved_model
-
-        metadata = saved_model_metadata(self._args, self._train_reader.metadata)
-        export_saved_model(self._portable, self._args.output_dir / "saved_model", metadata)
-
-
-def build_networks(
-    args: argparse.Namespace, strategy: Any, channels: int, weights: Optional[list[float]]
-) -> tuple["UNetTrainer", Any]:
-    """Return the network in training, and one like it in float32 on one device: to export and to draw."""
-    import tensorflow as tf
-
-    from unet_model import UNetTrainer, build_unet
-
-    tf.keras.utils.set_random_seed(args.seed)
-    network = channels, args.number_classes, args.baseline_feature_depth
-    precision = "mixed_float16" if args.mixed_precision else "float32"
-    trainer = UNetTrainer(
-        strategy,
-        lambda dropout_key: build_unet(*network, dropout_key=dropout_key, precision=precision),
-        args.number_classes,
-        args.learning_rate,
-        args.seed,
-        args.label_smoothing,
-        weights,
-        bool(args.mixed_precision),
-    )
-    return trainer, build_unet(*network)
-
-
-def learning_rate_at(state: RunState, args: argparse.Namespace) -> float:
-    """Return the learning rate of the next step: a tenth in the first epoch, at most so many steps, as warm-up."""
-    warm_up = state.step < min(args.test_every_n_steps, WARM_UP_STEPS)
-    rate: float = args.learning_rate * (WARM_UP_FACTOR if warm_up else 1.0)
-    return rate
-
-
-@contextlib.contextmanager
-def open_batches(trainer: "UNetTrainer", reader: ImageReader) -> Iterator[Any]:
-    """Yield an endless iterator over global batches; stop the reader and run the iterator dry at the end.
-
-    TensorFlow destroys an iterator in the thread that drops it, with Python's lock held, and waits there for its
-    prefetching threads. If one of these is about to call the generator, it waits for that lock, and so both for ever. A
-    generator that has ended is not called again.
-    """
-    batches = trainer.distribute(reader)
-    try:
-        yield batches
-    finally:
-        reader.shutdown()
-        with contextlib.suppress(Exception):  # a failed reader ends the stream with its error, reported already
-            for _ in batches:
-                pass
-
-
-class Supply:
-    """Takes global batches from the readers, and measures how well these keep up."""
-
-    def __init__(self, batches: Any, reader: ImageReader) -> None:
-        self._batches, self._reader = batches, reader
-        self._start = time.monotonic()
-        self._waited = self._fill = 0.0
-        self._taken = 0
-
-    def take(self) -> Any:
-        """Return the next global batch."""
-        self._fill += self._reader.get_queue_size() / self._reader.get_queue_capacity()
-        self._taken += 1
-        asked = time.monotonic()
-        batch = take(self._batches, self._reader)
-        self._waited += time.monotonic() - asked
-        return batch
-
-    def figures(self) -> dict[str, float]:
-        """Return mean fill of the queue (0 to 1), mean wait for a batch, and the share of the time spent waiting."""
-        return {
-            "reader/queue_fill": self._fill / max(self._taken, 1),
-            "reader/wait_milliseconds": 1000 * self._waited / max(self._taken, 1),
-            "reader/wait_share": self._waited / max(time.monotonic() - self._start, 1e-9),
-        }
-
-    def __str__(self) -> str:
-        """Return the figures in words."""
-        figures = self.figures()
-        return f"queue {figures['reader/queue_fill']:.0%} full, waited for data {figures['reader/wait_share']:.0%}"
-
-    def advise(self, reader_count: int) -> None:
-        """Log what to do where training waited because the queue ran empty."""
-        figures = self.figures()
-        if figures["reader/wait_share"] > ADVISE_WAIT_SHARE and figures["reader/queue_fill"] < ADVISE_QUEUE_FILL:
-            logging.warning(
-                "training waited for data %.0f %% of the time: raise --reader_count (now %d) if there are free cores",
-                100 * figures["reader/wait_share"], reader_count,
-            )  # fmt: skip
-
-
-def take(batches: Any, reader: ImageReader) -> Any:
-    """Return the next global batch; where a reader has failed, raise its own error instead of TensorFlow's."""
-    import tensorflow as tf
-
-    reader.raise_failure()
-    try:
-        return next(batches)
-    except (tf.errors.OpError, StopIteration):
-        reader.raise_failure()
-        raise
-
-
-# ---------------------------------------------------------------------------------------------- reporting
-
-
-class Report:
-    """Writes the figures of each test epoch: CSV files, pictures, TensorBoard, and the log.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The command line.
-    epoch : int
-        Test epochs done; what the files hold of later ones, from a run that was killed, is dropped.
-    """
-
-    def __init__(self, args: argparse.Namespace, epoch: int) -> None:
-        import tensorflow as tf
-
-        self._folder = args.output_dir
-        self._writers = {
-            name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
-            for name in ("train", "test")
-        }
-        self._examples = read_examples(args.test_database)
-        self._classes = range(args.number_classes)
-        scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in self._classes]
-        head = ["epoch", "step", "learning_rate", "train_loss", "test_loss", "accuracy", "mean_iou"]
-        self._begin("metrics.csv", [*head, *scores], epoch)
-        self._begin("test_loss.csv", ["epoch", "test_loss"], epoch)
-        predicted = [f"predicted_{class_id}" for class_id in self._classes]
-        self._begin("confusion.csv", ["epoch", "true_class", *predicted], epoch)
-
-    def write(self, state: RunState, train: dict[str, float], test: dict[str, Any], model: Any) -> None:
-        """Write the results of a test epoch.
-
-        Parameters
-        ----------
-        state : RunState
-            Where the run stands.
-        train : dict
-            ``loss`` and ``learning_rate``, and of what was measured ``images_per_second`` and `Supply`'s figures.
-        test : dict
-            ``loss``, ``confusion``, and the figures of `unet_model.score_confusion`.
-        model : keras.Model
-            Gives logits for the pictures.
-        """
-        mean_iou = mean_of_present(test["iou"])
-        scores = [text_of_score(score) for score in (test["accuracy"], mean_iou, *test["iou"], *test["dice"])]
-        losses = [f"{train['loss']:.6f}", f"{test['loss']:.6f}"]
-        self._append("metrics.csv", [state.epoch, state.step, f"{train['learning_rate']:g}", *losses, *scores])
-        self._append("test_loss.csv", [state.epoch, losses[1]])
-        for class_id, row in enumerate(test["confusion"]):
-            self._append("confusion.csv", [state.epoch, class_id, *row])
-        pictures = {
-            "curves": draw_curves(self._folder / "metrics.csv", self._classes),
-            "predictions": draw_predictions(self._examples, model, len(self._classes)),
-            "confusion": draw_confusion(test["confusion"]),
-        }
-        for name in ("curves", "predictions"):
-            with replacing(self._folder / f"{name}.png") as path:
-                pictures[name].savefig(path, dpi=100)
-        self._write_tensorboard(state.step, train, {**test, "mean_iou": mean_iou}, pictures)
-        self._log(state, train, test)
-
-    def conclude(self, reason: str, state: RunState) -> None:
-        """Log how the run ended, the best figures of each class, and where everything lies."""
-        with open(self._folder / "metrics.csv", newline="") as file:
-            best = next(row for row in csv.DictReader(file) if int(row["epoch"]) == state.best_epoch)
-        logging.info(
-            "done: %s; best test loss %.4f, in epoch %d of %d", reason, state.stopping.best_loss, state.best_epoch,
-            state.epoch,
-        )  # fmt: skip
-        for class_id in self._classes:
-            iou, dice = best[f"iou_{class_id}"], best[f"dice_{class_id}"]
-            logging.info("class %d: %s", class_id, f"IoU {iou}, Dice {dice}" if iou else "absent from the test images")
-            if iou and float(iou) == 0:
-                logging.warning(
-                    "the network finds nothing of class %d: train longer, with a lower --learning_rate, or let rare "
-                    "classes weigh more with --balance_classes 1 or --class_weights auto", class_id,
-                )  # fmt: skip
-        logging.info("the model is in %s", self._folder / "saved_model")
-        logging.info(
-            "look at predictions.png and curves.png in %s, or at: tensorboard --logdir %s", self._folder, self._folder
-        )
-
-    def _log(self, state: RunState, train: dict[str, float], test: dict[str, Any]) -> None:
-        dice = ", ".join("absent" if math.isnan(score) else f"{score:.3f}" for score in test["dice"])
-        speed = ""
-        if "images_per_second" in train:
-            speed = (
-                f"; {train['images_per_second']:.1f} images/s, queue {train['reader/queue_fill']:.0%} full, waited for "
-                f"data {train['reader/wait_share']:.0%}"
-            )
-        logging.info(
-            "epoch %d step %d: train loss %.4f, test loss %.4f%s, accuracy %.4f, Dice of each class %s%s",
-            state.epoch, state.step, train["loss"], test["loss"],
-            " (best)" if state.best_epoch == state.epoch else "", test["accuracy"], dice, speed,
-        )  # fmt: skip
-
-    def _write_tensorboard(
-        self, step: int, train: dict[str, float], test: dict[str, Any], pictures: dict[str, Any]
-    ) -> None:
-        import tensorflow as tf
-
-        with self._writers["train"].as_default(step):
-            for name, value in train.items():
-                tf.summary.scalar(name, value)
-            self._writers["train"].flush()
-        with self._writers["test"].as_default(step):
-            for name in ("loss", "accuracy", "mean_iou"):
-                tf.summary.scalar(name, test[name])
-            for name in ("iou", "dice"):
-                for class_id, value in enumerate(test[name]):
-                    if not math.isnan(value):
-                        tf.summary.scalar(f"{name}/class_{class_id}", value)
-            for name in ("predictions", "confusion"):
-                tf.summary.image(name, pixels_of(pictures[name])[None])
-            self._writers["test"].flush()
-
-    def _begin(self, name: str, columns: list[str], epoch: int) -> None:
-        """Begin a CSV file, with the rows of earlier epochs where there are some."""
-        rows: list[list[str]] = []
-        if (self._folder / name).exists():
-            with open(self._folder / name, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) <= epoch]
-        with replacing(self._folder / name) as path, open(path, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-
-    def _append(self, name: str, row: Sequence[Any]) -> None:
-        """Append one row to a CSV file; opened and closed each time, so that a killed job has lost nothing."""
-        with open(self._folder / name, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-
-
-def mean_of_present(scores: np.ndarray) -> float:
-    """Return the mean over the classes that occur; NaN where none does."""
-    present = scores[~np.isnan(scores)]
-    return float(present.mean()) if len(present) else math.nan
-
-
-def text_of_score(score: float) -> str:
-    """Return a score for a CSV file; an absent class has none."""
-    return "" if math.isnan(score) else f"{score:.6f}"
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-def read_examples(database: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return z-scores (H, W, C) and masks (H, W) of a few images, spread over a database."""
-    with Database(database) as opened:
-        count = opened.metadata.count
-        chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
-        pairs = [opened.read(int(record)) for record in chosen]
-        return [(z_score(image), np.array(mask)) for image, mask in pairs]
-
-
-def draw_predictions(examples: list[tuple[np.ndarray, np.ndarray]], model: Any, number_classes: int) -> Any:
-    """Return a figure with a row for each example: image, truth, prediction."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 2.5 * len(examples)), layout="constrained")
-    axes = figure.subplots(len(examples), 3, squeeze=False)
-    colours = {"cmap": "viridis", "vmin": 0, "vmax": max(number_classes - 1, 1), "interpolation": "nearest"}
-    for row, (image, mask) in zip(axes, examples):
-        gray = image if image.shape[2] == 3 else image.mean(axis=2)
-        row[0].imshow(np.clip(0.5 + gray / 5, 0, 1), cmap="gray", vmin=0, vmax=1)
-        row[1].imshow(mask, **colours)
-        row[2].imshow(np.argmax(model(image[None], training=False)[0], axis=-1), **colours)
-        for place in row:
-            place.set_axis_off()
-    for place, title in zip(axes[0], ("image", "truth", "prediction")):
-        place.set_title(title)
-    return figure
-
-
-def draw_curves(metrics: Path, classes: range) -> Any:
-    """Return a figure of the losses and the scores of each class, from metrics.csv."""
-    from matplotlib.figure import Figure
-
-    with open(metrics, newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = [int(row["step"]) for row in rows]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
-    for axes, names in (
-        (losses, ["train_loss", "test_loss"]),
-        (scores, ["accuracy", *(f"dice_{class_id}" for class_id in classes)]),
-    ):
-        for name in names:
-            axes.plot(steps, [float(row[name] or "nan") for row in rows], marker=".", label=name.replace("_", " "))
-        axes.set_xlabel("step")
-        axes.legend()
-    return figure
-
-
-def draw_confusion(confusion: np.ndarray) -> Any:
-    """Return a figure of a confusion matrix, as shares of each true class."""
-    from matplotlib.figure import Figure
-
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    edge = 2 + 0.5 * len(confusion)
-    figure = Figure(figsize=(edge, edge), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for true_class, row in enumerate(shares):
-        for predicted, share in enumerate(row):
-            axes.text(predicted, true_class, f"{share:.1%}", ha="center", va="center", color="gray", size=8)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    return figure
-
-
-def pixels_of(figure: Any) -> np.ndarray:
-    """Return a figure as an array of uint8, shape (H, W, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any, Callable, Optional
 import numpy as np
 import tensorflow as tf
 
-from lmdb_utils import SIZE_FACTOR, PathLike
+from cli import PathLike
+from lmdb_utils import SIZE_FACTOR
 
 LEVELS = SIZE_FACTOR.bit_length() - 1  # poolings
 CONVOLUTIONS_PER_LEVEL = 2
@@ -49,7 +50,7 @@ def build_unet(
     dropout_rate : float
         Of the two deepest levels while training.
     batch_norm : bool
-        Whether batch normalisation follows each convolution.
+        Whether batch normalization follows each convolution.
     dropout_key : callable, optional
         Asked at each training step for two integers, of which what is dropped is a function.
     precision : str
@@ -256,53 +257,53 @@ class UNetTrainer:
         """Return an endless iterator over global batches: one batch of the reader for each replica of this process."""
         return iter(self._strategy.distribute_datasets_from_function(lambda context: reader.get_tf_dataset()))
 
-    def train_step(self, batch: Any, requests: Sequence[float] = ()) -> np.ndarray:
+    def train_step(self, batch: Any, votes: Sequence[float] = ()) -> np.ndarray:
         """Take one optimizer step.
 
         Parameters
         ----------
         batch : item of `distribute`
             A global batch.
-        requests : sequence of float
-            Numbers of this process, such as a wish to stop.
+        votes : sequence of float
+            Of this process, such as 1 to stop and 0 not to.
 
         Returns
         -------
-        ndarray of float32, shape (1 + len(requests),)
-            The batch's mean loss; the sum of each request over all replicas, so that all processes know of it at the
+        ndarray of float32, shape (1 + len(votes),)
+            The batch's mean loss; the sum of each vote over all replicas, so that all processes know of it at the
             same step.
         """
-        return self._train_step(batch, tf.constant([float(request) for request in requests], tf.float32)).numpy()
+        return self._train_step(batch, tf.constant([float(vote) for vote in votes], tf.float32)).numpy()
 
     @tf.function(autograph=False)  # no Python condition in a step depends on a tensor, so nothing needs translating
-    def _train_step(self, batch: Any, requests: "tf.Tensor") -> "tf.Tensor":
-        sums = self._strategy.run(self._train_replica, args=(*batch, requests))
+    def _train_step(self, batch: Any, votes: "tf.Tensor") -> "tf.Tensor":
+        sums = self._strategy.run(self._train_replica, args=(*batch, votes))
         self.step.assign_add(1)
         return self._strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
-    def test_step(self, batch: Any, requests: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def test_step(self, batch: Any, votes: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate a global batch.
 
         Parameters
         ----------
         batch : tuple
             As for `train_step`.
-        requests : sequence of float
+        votes : sequence of float
             As for `train_step`.
 
         Returns
         -------
-        sums : ndarray of float32, shape (1 + len(requests),)
-            The sum of the mean losses of the batch's images; the sums of the requests.
+        sums : ndarray of float32, shape (1 + len(votes),)
+            The sum of the mean losses of the batch's images; the sums of the votes.
         confusion : ndarray of int64, shape (classes, classes)
             Pixels by true and predicted class.
         """
-        sums, confusion = self._test_step(batch, tf.constant([float(request) for request in requests], tf.float32))
+        sums, confusion = self._test_step(batch, tf.constant([float(vote) for vote in votes], tf.float32))
         return sums.numpy(), confusion.numpy()
 
     @tf.function(autograph=False)
-    def _test_step(self, batch: Any, requests: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
-        sums, confusions = self._strategy.run(self._test_replica, args=(*batch, requests))
+    def _test_step(self, batch: Any, votes: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
+        sums, confusions = self._strategy.run(self._test_replica, args=(*batch, votes))
         reduce = self._strategy.reduce
         return (
             reduce(tf.distribute.ReduceOp.SUM, sums, axis=None),
@@ -310,7 +311,7 @@ class UNetTrainer:
         )
 
     def _train_replica(
-        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", requests: "tf.Tensor"
+        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"
     ) -> "tf.Tensor":
         """Take a step on one replica's batch; the gradients of all replicas are summed by the optimizer."""
         variables = self.model.trainable_variables
@@ -322,7 +323,7 @@ class UNetTrainer:
             scaled = self._scale(loss)
         gradients = self._unscale(tape.gradient(scaled, variables))
         self.optimizer.apply_gradients(zip(gradients, variables))
-        return tf.concat([loss[None], requests], axis=0)
+        return tf.concat([loss[None], votes], axis=0)
 
     def _scale(self, loss: "tf.Tensor") -> "tf.Tensor":
         """Return a loss large enough for gradients in float16."""
@@ -343,34 +344,14 @@ class UNetTrainer:
         return hasattr(self.optimizer, "scale_loss")
 
     def _test_replica(
-        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", requests: "tf.Tensor"
+        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"
     ) -> tuple["tf.Tensor", "tf.Tensor"]:
         """Evaluate one replica's batch."""
         logits = self.model(images, training=False)
         pixel_losses = per_pixel_loss(masks, logits, class_weights=self._class_weights)
         loss = tf.reduce_sum(tf.reduce_mean(pixel_losses, axis=[1, 2]) * weights)
         confusion = confusion_matrix(masks, logits, weights, self._number_classes)
-        return tf.concat([loss[None], requests], axis=0), confusion
-
-
-def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
-    """Turn a confusion matrix into figures.
-
-    Parameters
-    ----------
-    confusion : ndarray of integers, shape (classes, classes)
-        Rows are true classes, columns predicted ones.
-
-    Returns
-    -------
-    dict
-        ``accuracy`` (float), ``iou`` and ``dice`` (ndarray of float64, shape (classes,)); NaN for a class that neither
-        truth nor prediction holds.
-    """
-    hits = np.diag(confusion).astype(np.float64)
-    sizes = confusion.sum(0) + confusion.sum(1)  # of truth and prediction together
-    with np.errstate(invalid="ignore"):
-        return {"accuracy": hits.sum() / confusion.sum(), "iou": hits / (sizes - hits), "dice": 2 * hits / sizes}
+        return tf.concat([loss[None], votes], axis=0), confusion
 
 
 def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict[str, Any]) -> None:

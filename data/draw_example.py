@@ -3,7 +3,7 @@ r"""Draw images beside their true and predicted masks, and print how well they a
     python data/draw_example.py --test_database data/example/test-cells.lmdb --image_folder data/images \
         --mask_folder data/masks --predicted_folder data/example/masks --output data/example/result.png
 
-Only the images of the test database count: the network has not learnt from them.
+Only the images of the test database count: the network has not learned from them.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imagereader import read_image
+from image_files import displayable, read_image, z_score
 from lmdb_utils import Database
 
 ROWS = 2
@@ -30,7 +30,7 @@ def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: P
     figure, axes = pyplot.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False)
     for row, (name, image, truth, predicted) in zip(axes, panels):
         classes = max(truth.max(), predicted.max(), 1)
-        row[0].imshow(image, cmap="gray", vmin=np.percentile(image, 0.5), vmax=np.percentile(image, 99.7))
+        row[0].imshow(displayable(z_score(image)))
         row[1].imshow(truth, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
         row[2].imshow(predicted, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
         for axis, title in zip(row, (name, "truth", "prediction")):
@@ -54,7 +54,7 @@ def main() -> int:
         truth, predicted = (read_image(folder / name)[..., 0] for folder in (args.mask_folder, args.predicted_folder))
         hits += int(((truth > 0) & (predicted > 0)).sum())
         sizes += int((truth > 0).sum() + (predicted > 0).sum())
-        panels.append((name, read_image(args.image_folder / name)[..., 0], truth, predicted))
+        panels.append((name, read_image(args.image_folder / name), truth, predicted))
     draw(panels[:ROWS], args.output)
     print(f"foreground Dice {2 * hits / max(sizes, 1):.4f} over {len(names)} test images that the network has not seen")
     return 0

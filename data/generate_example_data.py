@@ -47,24 +47,24 @@ def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
     return (texture - texture.mean()) / texture.std()
 
 
-def cell_centres(rng: np.random.Generator) -> list[tuple[float, float]]:
+def cell_centers(rng: np.random.Generator) -> list[tuple[float, float]]:
     """Return where cells are: some alone, some in clusters that touch."""
-    centres = []
+    centers = []
     for _ in range(rng.integers(5, 10)):
         row, column = rng.uniform(0, SIZE, 2)
-        centres.append((row, column))
+        centers.append((row, column))
         for _ in range(rng.choice([0, 0, 1, 2, 3])):
             angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(26, 36)
             row, column = row + distance * np.sin(angle), column + distance * np.cos(angle)
-            centres.append((row, column))
-    return centres
+            centers.append((row, column))
+    return centers
 
 
 def draw_cells(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return the cells' fluorescence in counts and their mask."""
     signal, mask = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE), np.uint8)
     cytoplasm, granules = smooth_noise(rng, 6), smooth_noise(rng, 1.5)
-    for row, column in cell_centres(rng):
+    for row, column in cell_centers(rng):
         distance, direction = polar_grid(row, column)
         profile = cell_radius_profile(rng, rng.uniform(13, 22))[direction]
         inside = distance < profile
@@ -94,7 +94,7 @@ def draw_debris(rng: np.random.Generator) -> np.ndarray:
 
 
 def illumination(rng: np.random.Generator) -> np.ndarray:
-    """Return the share of light that reaches each pixel: brightest off the centre, about half at the far corner."""
+    """Return the share of light that reaches each pixel: brightest off the center, about half at the far corner."""
     distance, _ = polar_grid(*rng.uniform(0.2 * SIZE, 0.8 * SIZE, 2))
     return np.exp(-((distance / (1.1 * SIZE)) ** 2))
 

@@ -24,7 +24,9 @@ def table(parser):
             continue
         default = "required" if action.required else "" if action.default is None else f"`{action.default}`"
         meaning = (action.help % {"default": action.default}).replace(" (Required)", "").replace("|", r"\|")
-        lines.append(f"| `{action.option_strings[0]}` | {default} | {meaning[0].lower()}{meaning[1:]} |")
+        if meaning.split()[0].istitle():  # a word, not a name such as SavedModel
+            meaning = f"{meaning[0].lower()}{meaning[1:]}"
+        lines.append(f"| `{action.option_strings[0]}` | {default} | {meaning} |")
     return "\n".join(lines)
 
 

@@ -19,9 +19,10 @@ from scipy import ndimage, special
 from skimage import transform
 
 import inference_unet
-from imagereader import ChannelStatistics, ImageFile, z_score
+from cli import InputError
+from image_files import ChannelStatistics, ImageFile, z_score
 from inference_unet import TileSizer, TileTooLarge
-from lmdb_utils import RADIUS, SIZE_FACTOR, InputError
+from lmdb_utils import RADIUS, SIZE_FACTOR
 from unet_model import build_unet, export_saved_model
 
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
@@ -247,7 +248,7 @@ def test_an_overlay_shows_the_image_and_the_outlines_of_its_classes(tmp_path, su
     neighbours = ndimage.maximum_filter(small, footprint=CROSS), ndimage.minimum_filter(small, footprint=CROSS)
     outline = (neighbours[0] != neighbours[1]) & (small > 0)
     for class_id in set(np.unique(small)) - {0}:
-        assert (picture[outline & (small == class_id)] == inference_unet.OUTLINE_COLOURS[class_id - 1]).all()
+        assert (picture[outline & (small == class_id)] == inference_unet.OUTLINE_COLORS[class_id - 1]).all()
     gray = image.mean(axis=2) if channels != 3 else image[..., 1]
     gray = transform.downscale_local_mean(gray, (factor, factor))
     assert np.corrcoef(picture[..., 1][~outline], gray[~outline])[0, 1] > 0.95

@@ -1,16 +1,12 @@
-import errno
 import os
-import pty
-import subprocess
-import sys
-from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
 import lmdb_utils
-from lmdb_utils import Database, DatabaseWriter, InputError, Record, decode_record, encode_record, new_databases
+from cli import InputError
+from lmdb_utils import Database, DatabaseWriter, Record, decode_record, encode_record, new_databases
 
 
 def write_small(path, count=3):
@@ -166,74 +162,6 @@ def test_pixels_are_counted_whatever_the_class_ids(least, most):
     mask = np.random.default_rng(0).integers(least, most, (40, 50), dtype=np.int32)
     counts = Record.encode(np.zeros((40, 50, 1), np.uint8), mask).class_counts
     assert counts == {int(value): int((mask == value).sum()) for value in np.unique(mask)}
-
-
-SHOW_PROGRESS = """
-import lmdb_utils
-lmdb_utils.configure_logging()
-progress = lmdb_utils.Progress("building", 200, "images", first=50)
-for done in (60, 100):
-    progress._shown = -1000.0
-    progress.update(done, "of cells")
-    progress.update(done + 1)
-lmdb_utils.logging.warning("a reader is slow")
-progress.close()
-"""
-
-
-def show_progress(**options):
-    environment = dict(os.environ, COLUMNS="30")
-    script = [sys.executable, "-c", SHOW_PROGRESS]
-    return subprocess.run(script, cwd=Path(lmdb_utils.__file__).parent, env=environment, check=True, **options)
-
-
-def test_progress_rewrites_one_line_in_a_terminal():
-    terminal, its_end = pty.openpty()
-    show_progress(stdout=its_end)
-    os.close(its_end)
-    first, second, warning, last = os.read(terminal, 10_000).decode().split("\r\x1b[K")[1:]
-    assert first.startswith("building 60/200 images of cel") and second.startswith("building 100/200 images of ce")
-    assert warning.endswith("WARNING a reader is slow\r\n")
-    assert len(first) == len(second) == 29 and last == ""  # it never wraps, and is gone in the end
-    os.close(terminal)
-
-
-def test_progress_is_a_log_line_now_and_then_in_a_file():
-    lines = show_progress(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.splitlines()
-    assert lines.pop().endswith(" WARNING a reader is slow")
-    assert [line.split(" INFO ")[1].split(" of cells ")[0] for line in lines] == [
-        "building 60/200 images",
-        "building 100/200 images",
-    ]
-    assert all("images/s, 0:00:0" in line and line.endswith(" left") for line in lines)
-
-
-def test_a_log_that_nobody_reads_on_ends_in_silence():
-    script = "import lmdb_utils as u; u.configure_logging(); log = u.logging.info\n"
-    script += "raise SystemExit(u.run_script(lambda: [log('line %d', number) for number in range(10**5)] and 7))"
-    command = [sys.executable, "-c", script]
-    folder = Path(lmdb_utils.__file__).parent
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline().endswith(b"line 0\n")
-        process.stdout.close()  # as head does
-        assert process.stderr.read() == b""
-    assert process.returncode == 7
-
-
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; check path"),
-        (FileNotFoundError("no database a.lmdb"), "no database a.lmdb"),
-        (InputError("expected 1, found 2"), "expected 1, found 2"),
-    ],
-)
-def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog):
-    def work():
-        raise error
-
-    assert lmdb_utils.run_script(work) == 2
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(told)
 
 
 def test_keys_sort_in_the_order_of_insertion():

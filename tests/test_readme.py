@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT, readme_commands
@@ -112,16 +113,5 @@ def test_files_that_are_named_exist():
 
 
 def test_the_block_of_augmentation_parameters_is_that_of_the_reader():
-    block = re.search(r"^```python\n(# setup the image data augmentation.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    assert block
-    for line in block[1].splitlines():
-        assert line in (ROOT / "imagereader.py").read_text(), line
-
-
-def test_the_worked_example_of_an_augmentation_applies_and_passes_its_test(project, databases):
-    patch = re.search(r"^```diff\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    subprocess.run(["git", "apply", "-"], input=patch[1], text=True, check=True, cwd=project)
-    done = run_in(project, sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_augment.py")
-    assert done.returncode == 0, done.stdout
-    code = f"from imagereader import ImageReader as R; print(R({str(databases[0])!r}).augmentation_limits())"
-    assert "'gamma_augmentation_severity': 0.2" in run_in(project, sys.executable, "-c", code).stdout
+    [block] = re.findall(r"^```python\n(# setup the image data augmentation.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    assert textwrap.indent(block, 8 * " ") in (ROOT / "imagereader.py").read_text()

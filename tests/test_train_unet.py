@@ -15,7 +15,7 @@ import tifffile
 from conftest import ROOT, build, run_script, write_folders, write_tiff
 
 import train_unet
-from lmdb_utils import InputError
+from cli import InputError
 
 SEED_OPTIONS = """--batch_size BATCH_SIZE --number_classes NUMBER_CLASSES --learning_rate LEARNING_RATE
     --test_every_n_steps TEST_EVERY_N_STEPS --balance_classes BALANCE_CLASSES --use_augmentation USE_AUGMENTATION
@@ -76,7 +76,7 @@ def test_metrics_are_those_of_every_test_image(run, databases):
     """Recompute the best epoch's figures with the exported model, in one pass of plain numpy."""
     import tensorflow as tf
 
-    from imagereader import z_score
+    from image_files import z_score
     from lmdb_utils import Database
 
     rows = read_csv(run[0] / "metrics.csv")
@@ -433,8 +433,8 @@ def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
     args = train_unet.build_parser().parse_args(
         ["--train_database=a", "--test_database=b", "--output_dir=c", "--learning_rate=1", "--test_every_n_steps=5000"]
     )
-    states = [train_unet.RunState(train_unet.EarlyStopping(1), step) for step in (0, 999, 1000, 5000)]
-    assert [train_unet.learning_rate_at(state, args) for state in states] == pytest.approx([0.1, 0.1, 1, 1])
+    rates = [train_unet.learning_rate_at(step, args) for step in (0, 999, 1000, 5000)]
+    assert rates == pytest.approx([0.1, 0.1, 1, 1])
 
 
 @pytest.mark.parametrize("queue, wait, advised", [(0, 5, True), (4, 5, False), (0, 0.25, False)])
@@ -457,9 +457,9 @@ def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue,
             seconds[0] += wait
             yield "batch"
 
-    supply = train_unet.Supply(batches(), Reader())
+    supply = train_unet.BatchSupply(batches(), Reader())
     for _ in range(3):
-        assert supply.take() == "batch"
+        assert supply.next_batch() == "batch"
         seconds[0] += 10
     figures = supply.figures()
     assert figures["reader/queue_fill"] == queue / 4

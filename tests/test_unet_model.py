@@ -12,7 +12,7 @@ from scipy import special
 
 import unet_model
 from lmdb_utils import RADIUS, SIZE_FACTOR
-from unet_model import build_unet, confusion_matrix, export_saved_model, score_confusion
+from unet_model import build_unet, confusion_matrix, export_saved_model
 
 
 def test_the_network_is_the_papers():
@@ -82,13 +82,6 @@ def test_dropout_is_a_function_of_its_key_keeps_the_mean_and_rests_outside_of_tr
     assert set(np.unique(first)) == {0, 2} and 0.95 < first.mean() < 1.05
     elsewhere = unet_model.StatelessDropout(0.5, 4, lambda: tf.constant([0, 1], tf.int64))(ones, training=True)
     assert 0.45 < (first == elsewhere.numpy()).mean() < 0.55
-
-
-def test_scores_of_a_confusion_matrix_written_out():
-    scores = score_confusion(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]))
-    assert scores["accuracy"] == pytest.approx(9 / 12)
-    np.testing.assert_allclose(scores["iou"], [6 / 9, 3 / 6, np.nan])
-    np.testing.assert_allclose(scores["dice"], [12 / 15, 6 / 9, np.nan])
 
 
 def test_a_saved_model_loads_with_tensorflow_alone_and_gives_the_models_softmax(tmp_path):

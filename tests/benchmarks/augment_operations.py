@@ -11,8 +11,9 @@ from common import CASES, finish, machine, make_parser, random_pair, summarize, 
 from scipy import ndimage
 
 from augment import Augmenter, Transformation, inverse_affine, sample_transformation
-from imagereader import ImageReader, z_score
-from lmdb_utils import positive_int
+from cli import positive_int
+from image_files import z_score
+from imagereader import ImageReader
 
 ROTATION = 1.0  # radians: far from the axes, where neighbours lie far apart in memory
 WARP = Transformation(rotation=ROTATION, jitter_rows=3.2, jitter_columns=-7.7, scale_rows=1.1, scale_columns=0.9)
@@ -58,7 +59,7 @@ def operations(case):
     augmenter = Augmenter(image.shape, mask.dtype)
     out = np.empty(image.shape, np.float32)
     with synthetic_database(case, count=1) as database:
-        limits = ImageReader(database).augmentation_limits()
+        limits = ImageReader(database).augmentation_limits
 
     def apply(transformation):
         return augmenter.apply(transformation, image, mask, rng)[0]

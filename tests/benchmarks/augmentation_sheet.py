@@ -12,21 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from cli import configure_logging, run_script, seed_int
+from image_files import displayable
 from imagereader import ImageReader
-from lmdb_utils import Database, configure_logging, run_script, seed_int
+from lmdb_utils import Database
 
 COLUMNS, ROWS = 4, 4
-
-
-def displayable(image):
-    """Return a z-scored image (H, W, C) as gray (H, W) or RGB (H, W, 3) values between 0 and 1."""
-    image = image[..., :3] if image.shape[2] >= 3 else image[..., 0]
-    return np.clip(image / 5 + 0.5, 0, 1)
 
 
 def take_batch(database, use_augmentation, seed):
@@ -44,8 +39,8 @@ def draw(database, filepath, seed):
     augmented, _ = take_batch(database, True, seed)
     figure, axes = pyplot.subplots(ROWS, 3 * COLUMNS, figsize=(3 * COLUMNS * 1.6, ROWS * 1.7))
     for index, panels in enumerate(axes.reshape(ROWS * COLUMNS, 3)):
-        panels[0].imshow(displayable(plain.images[index]), cmap="gray", vmin=0, vmax=1)
-        panels[1].imshow(displayable(augmented.images[index]), cmap="gray", vmin=0, vmax=1)
+        panels[0].imshow(displayable(plain.images[index]))
+        panels[1].imshow(displayable(augmented.images[index]))
         panels[2].imshow(augmented.masks[index], cmap="viridis", vmin=0, vmax=number_classes - 1)
         for panel, title in zip(panels, ("image", "augmented", "mask")):
             panel.set_axis_off()

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from common import ROOT, finish, machine, make_parser, summarize
 
-from lmdb_utils import positive_int
+from cli import positive_int
 
 PEER = """
 import sys, pathlib, tifffile

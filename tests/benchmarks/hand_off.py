@@ -12,8 +12,8 @@ import time
 import numpy as np
 from common import finish, machine, make_parser, parse_case, summarize, synthetic_database
 
+from cli import positive_int
 from imagereader import ImageReader
-from lmdb_utils import positive_int
 
 
 def take_full_queue(reader, stream):

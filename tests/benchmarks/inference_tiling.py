@@ -24,8 +24,9 @@ import numpy as np
 from common import ROOT, finish, machine, make_parser, summarize
 
 import inference_unet
-from imagereader import ChannelStatistics, ImageFile
-from lmdb_utils import RADIUS, SIZE_FACTOR, positive_int
+from cli import positive_int
+from image_files import ChannelStatistics, ImageFile
+from lmdb_utils import RADIUS, SIZE_FACTOR
 
 HALOS = range(0, 97, 16)
 FILE_TILE = 512  # pixels; edge of the tiles in synthetic files
@@ -78,7 +79,7 @@ def timed_softmax(path, model, sizer):
     with ImageFile(path, channels=model.channels) as image:
         statistics_of_channels = ChannelStatistics.measure(image)
         height, width, _ = image.shape
-        tile = sizer.shape(*(inference_unet.padded(length, model) for length in (height, width)))
+        tile = sizer.shape(*(inference_unet.round_up(length, model.size_factor) for length in (height, width)))
         tiles = inference_unet.plan_tiles(image.shape, tile, model)
         softmax = np.empty((height, width, model.number_classes), np.float32)
         blocks = inference_unet.segment(image, statistics_of_channels, tiles, sizer.batch_size(tile), model)

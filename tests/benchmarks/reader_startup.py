@@ -13,8 +13,9 @@ import numpy as np
 import psutil
 from common import finish, machine, make_parser, synthetic_database
 
+from cli import positive_int
 from imagereader import ImageReader
-from lmdb_utils import Database, Record, new_databases, positive_int
+from lmdb_utils import Database, Record, new_databases
 
 
 def write_tiny_records(filepath, count):

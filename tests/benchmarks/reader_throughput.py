@@ -18,8 +18,8 @@ import time
 from common import CASES, finish, machine, make_parser, summarize, synthetic_database
 
 import imagereader
+from cli import add_flag, positive_int
 from imagereader import ImageReader
-from lmdb_utils import add_flag, positive_int
 
 
 def measure_reader(database, readers, augmentation, batches, batch_size):

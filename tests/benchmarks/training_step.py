@@ -16,8 +16,8 @@ import time
 from common import finish, machine, make_parser, summarize, synthetic_database
 from reader_throughput import measure_reader
 
+from cli import add_flag, positive_int
 from imagereader import ImageReader
-from lmdb_utils import add_flag, positive_int
 
 
 class StarvationCounter(logging.Handler):
@@ -56,7 +56,7 @@ def measure(args, database):
     logging.getLogger().addHandler(starvation)
     with ImageReader(database, True, num_workers=args.readers, batch_size=args.batch_size) as reader:
         os.sched_setaffinity(0, network_cores)  # before TensorFlow counts them and starts its threads
-        from train_unet import Cluster, make_strategy, open_batches
+        from train_unet import Cluster, make_strategy, open_supply
         from unet_model import UNetTrainer, build_unet
 
         channels = reader.get_image_size()[2]
@@ -64,13 +64,13 @@ def measure(args, database):
         trainer = UNetTrainer(
             make_strategy(Cluster()), lambda key: build_unet(channels, 2, depth, dropout_key=key), 2, 1e-4
         )
-        with open_batches(trainer, reader) as batches:
-            constant = next(batches)
-            time_steps(trainer, lambda: next(batches), 10)
+        with open_supply(trainer, reader) as batches:
+            constant = batches.next_batch()
+            time_steps(trainer, batches.next_batch, 10)
             seconds = {"constant": [], "readers": []}
             for _ in range(args.runs):
                 seconds["constant"].append(time_steps(trainer, lambda: constant, args.steps))
-                seconds["readers"].append(time_steps(trainer, lambda: next(batches), args.steps))
+                seconds["readers"].append(time_steps(trainer, batches.next_batch, args.steps))
     images_per_second = args.batch_size * trainer.num_replicas / statistics.median(seconds["constant"])
     return {
         "constant_milliseconds": summarize([1000 * value for value in seconds["constant"]]),

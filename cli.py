@@ -1,0 +1,305 @@
+"""How a script meets its user and its operating system; standard library only.
+
+Owns the exception for bad input, exit codes, the parser and its checked option types, logging, progress lines, output
+files that appear only when they are complete, signals, and what processes of one script share: memory, and their end.
+"""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import logging
+import math
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker, shared_memory
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to resume
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # for the main process to answer
+SHARED_MEMORY_FOLDER = "/dev/shm"
+CLEAR_LINE = "\r\x1b[K"  # of a terminal
+
+PathLike = Union[str, "os.PathLike[str]"]
+Number = TypeVar("Number", int, float)
+NumberType = Callable[[str], Number]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
+
+
+def run_script(work: Callable[[], Optional[int]]) -> int:
+    """Call `work` and turn its end into an exit code; bad input becomes one line instead of a traceback.
+
+    Returns
+    -------
+    int
+        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, `EXIT_INTERRUPTED` after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except InputError as error:
+        logging.error("%s", error)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        named = error.filename is not None
+        logging.error("%s", f"cannot use {error.filename}: {error.strerror}; check path and disk" if named else error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        logging.error("interrupted; nothing half-written was left behind")
+        return EXIT_INTERRUPTED
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send the program's own log to standard output; `main` functions call it, nothing else does."""
+    logging.raiseExceptions = False  # the work continues if its log cannot be written: a full disk, a closed pipe
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
+    for name in ("absl", "matplotlib", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # A log line takes the place of the progress line that may stand in a terminal.
+    start = CLEAR_LINE if sys.stdout.isatty() else ""
+    line = f"{start}%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=level, format=line, stream=sys.stdout, force=True)
+
+
+def log_settings(args: argparse.Namespace) -> None:
+    """Log every option with its value, so that a log says how it was made."""
+    logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows defaults, and which reports a mistake in one line instead of a page of usage."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, with the option that was meant if a word is close to one, and exit."""
+        meant = [name for word in message.split() for name in self._options_near(word)]
+        suggestion = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{suggestion} (-h lists all options)\n")
+
+    def _options_near(self, word: str) -> list[str]:
+        known = self._option_string_actions
+        name = word.partition("=")[0].rstrip(":,")  # as argparse writes it in a sentence
+        return difflib.get_close_matches(name, known, 1) if name.startswith("--") and name not in known else []
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_flag(group: Any, name: str, default: int, text: str) -> None:
+    """Add an option that takes 0 or 1 to an argument group."""
+    group.add_argument(name, metavar=name[2:].upper(), type=flag, default=default, help=text)
+
+
+def number_type(
+    convert: Callable[[str], Number], accept: Callable[[Number], bool], expected: str
+) -> NumberType[Number]:
+    """Return the ``type`` of options that take a number; `expected` says in words which numbers are accepted."""
+
+    def parse(text: str) -> Number:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if accept(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
+
+
+positive_int = number_type(int, lambda value: value >= 1, "a whole number of at least 1")
+positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
+flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
+seed_int = number_type(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+
+
+def existing_folder(text: str) -> Path:
+    """Return `text` as the path of a folder that exists; the ``type`` of command-line options."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}; check the path")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A progress line: rewritten in place on a terminal, a plain log line now and then in a file.
+
+    Parameters
+    ----------
+    label : str
+        What is being done, such as ``"epoch 3"``.
+    total : int
+        Number of units of work.
+    unit : str
+        Their name in the plural, such as ``"images"``.
+    rate_factor : float
+        Units of `rate_unit` for each unit of work, for rates such as images/s if work is counted in steps.
+    rate_unit : str, optional
+        Name of what the rate counts; `unit` by default.
+    first : int
+        Units that were done before, by an earlier run.
+    """
+
+    TERMINAL_SECONDS = 0.5
+    FILE_SECONDS = 30.0
+
+    def __init__(
+        self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "", first: int = 0
+    ) -> None:
+        self._label, self._total, self._unit, self._first = label, total, unit, first
+        self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
+        self._terminal = sys.stdout.isatty()
+        self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
+        self._start = self._shown = time.monotonic()
+
+    def update(self, done: int, details: str = "") -> None:
+        """Show that `done` of the total are finished, if it is time for a line."""
+        now = time.monotonic()
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        left = format_seconds((self._total - done) / max(rate, 1e-9)) if rate else "unknown"
+        line = (
+            f"{self._label} {done}/{self._total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
+            f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"
+        )
+        if self._terminal:
+            sys.stdout.write(f"{CLEAR_LINE}{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stdout.flush()
+        else:
+            logging.info("%s", line)
+
+    def close(self) -> None:
+        """Clear the terminal's line, so that the next log line starts in an empty one."""
+        if self._terminal:
+            sys.stdout.write(CLEAR_LINE)
+            sys.stdout.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `target`; the file there takes its place if the block ends well, or else goes.
+
+    Whoever opens `target` finds the old file or the new one, and either of them complete, also after a power failure.
+    """
+    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: PathLike) -> None:
+    """Wait until a file, or what was renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back `STOP_SIGNALS` while child processes are started, which inherit that until they let them through.
+
+    Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
+    the process that multiprocessing cleans up with would be ended by SIGUSR1.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # lets some of the signals through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Have this process end as soon as its parent is gone, for whatever reason."""
+    parent: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
+    """Create shared memory of `size` bytes and reserve every page of it.
+
+    Without the reservation a file system that is too small would answer later, with a bus error.
+
+    Raises
+    ------
+    OSError
+        If ``/dev/shm`` cannot hold it.
+    """
+    # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
+    if size > free_shared_memory():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
+    name = f"psm_{secrets.token_hex(8)}"
+    path = f"{SHARED_MEMORY_FOLDER}/{name}"
+    # The process that cleans up knows of it before it exists, so that whoever is killed at any moment leaves nothing.
+    resource_tracker.register(f"/{name}", "shared_memory")
+    try:
+        memory = shared_memory.SharedMemory(name, create=True, size=size)
+        if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        # SharedMemory may have crossed it off already, and what is not on the list cannot be.
+        resource_tracker.register(f"/{name}", "shared_memory")
+        resource_tracker.unregister(f"/{name}", "shared_memory")
+        raise
+    return memory
+
+
+def free_shared_memory() -> float:
+    """Return the bytes free in the file system of shared memory; infinity if there is none to ask."""
+    try:
+        status = os.statvfs(SHARED_MEMORY_FOLDER)
+    except OSError:
+        return float("inf")
+    return status.f_bavail * status.f_frsize

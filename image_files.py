@@ -1,0 +1,605 @@
+"""Image files: what formats there are, reading windows of them, and bringing their pixels to one scale.
+
+Owns `ImageFile`, which decodes a TIFF, PNG or JPEG window by window and finds its channels, the normalization of
+channels, and the one mapping from an image to something that can be displayed.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import numpy as np
+
+from cli import InputError, PathLike, Progress
+
+IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
+
+LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
+JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
+STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
+FLOAT32_SUM_VALUES = 2**16  # squares that are added up in float32
+MEAN_TOLERANCE = 1e-6  # of a normalized channel's mean
+DISPLAYED_DEVIATIONS = 2.5  # on each side of the mean, from black to white
+
+Window = tuple[slice, slice]  # rows and columns of an image
+
+# ---------------------------------------------------------------------------------------------- files and folders
+
+
+def image_format(text: str) -> str:
+    """Return the key of `IMAGE_FORMATS` that an extension stands for; the ``type`` of command-line options."""
+    extension = f".{text.lower().lstrip('.')}"
+    for name, extensions in IMAGE_FORMATS.items():
+        if extension in extensions:
+            return name
+    raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
+
+
+def list_images(folder: PathLike, image_format: str) -> list[Path]:
+    """Return the images of one format in a folder, sorted by name.
+
+    Parameters
+    ----------
+    folder : path
+        Only its own files count, not those of folders in it.
+    image_format : str
+        A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif, ``.jpeg`` as jpg, in any case.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or holds no such file.
+    """
+    suffixes = IMAGE_FORMATS[image_format]
+    entries = list_files(folder)
+    images = [path for path in entries if path.suffix.lower() in suffixes]
+    if not images:
+        types = ", ".join(sorted({path.suffix or "none" for path in entries}))
+        folders = ", ".join(sorted(path.name for path in Path(folder).iterdir() if path.is_dir())[:4])
+        raise InputError(
+            f"expected {image_format} images in {folder}, found {len(entries)} files{types and f' of type {types}'}"
+            f"{folders and f' and the folders {folders}'}; check the folder or set --image_format"
+        )
+    return images
+
+
+def list_files(folder: PathLike) -> list[Path]:
+    """Return the files in a folder that are not hidden, sorted by name.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; check the path")
+    with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    return [folder / name for name in sorted(names)]
+
+
+def read_image(
+    filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None, as_mask: bool = False
+) -> np.ndarray:
+    """Read an image file; parameters and errors are those of `ImageFile`.
+
+    Returns
+    -------
+    ndarray, shape (H, W, C)
+        In the file's own pixel type.
+    """
+    with ImageFile(filepath, size, channels, as_mask) as image:
+        return next(image.windows([image.extent]))
+
+
+class ImageFile:
+    """An image file that is decoded window by window, so that it may be larger than memory; a context manager.
+
+    Parameters
+    ----------
+    filepath : path
+        TIFF, PNG or JPEG, by its extension.
+    size : (int, int), optional
+        Height and width, where they are known (from the mask). They, or `channels`, tell where the channels are
+        in a TIFF that does not say so.
+    channels : int, optional
+        Number of channels, where it is known (from the network).
+    as_mask : bool
+        Whether the pixels are class ids: those of a palette are its indices then, not its colors.
+
+    Attributes
+    ----------
+    path : Path
+    shape : (int, int, int)
+        Height, width, channels.
+    dtype : dtype
+        The file's own pixel type, in native byte order.
+    segment_shape : (int, int)
+        Rows and columns that are decoded together, those of a strip or tile; (1, W) where any row can be had.
+    divisible : bool
+        Whether a window can be had without decoding all of the file.
+    lossy : bool
+        Whether the file is or contains a JPEG, which has stray values.
+    resolution : (float, float, int), optional
+        A TIFF's pixels per unit along a row and along a column, and its code for the unit.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be decoded or is no 2-D image with channels.
+    """
+
+    def __init__(
+        self,
+        filepath: PathLike,
+        size: Optional[tuple[int, int]] = None,
+        channels: Optional[int] = None,
+        as_mask: bool = False,
+    ) -> None:
+        self.path = Path(filepath)
+        self.resolution: Optional[tuple[float, float, int]] = None
+        self.lossy = self.path.suffix.lower() in IMAGE_FORMATS["jpg"]
+        self._open_file: Any = None  # a TiffFile
+        self._channels: Optional[list[int]] = None
+        with self._readable_errors():
+            self._source = self._open(size, channels, as_mask)
+        self.shape: tuple[int, int, int] = self._source.shape
+        self.dtype, self.segment_shape = self._source.dtype, self._source.segment_shape
+        self.divisible = not isinstance(self._source, _WholeImage)
+        if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
+            logging.info(
+                "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
+                self.path, self.nbytes / 2**30,
+            )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded image."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def extent(self) -> Window:
+        """The window that is the whole image."""
+        return slice(0, self.shape[0]), slice(0, self.shape[1])
+
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Yield windows of the image in the order of a plan.
+
+        Parameters
+        ----------
+        plan : sequence of (slice, slice)
+            Rows and columns of each window, inside the image.
+
+        Yields
+        ------
+        ndarray, shape (rows, columns, C)
+            Not to be changed.
+
+        Notes
+        -----
+        A strip or tile of the file is decoded once; what later windows need of it is held until the last of them. So
+        the memory that overlapping windows take, row by row, is that of their overlap and of what the file's segments
+        have below it.
+        """
+        with self._readable_errors():
+            for window in self._source.windows(plan):
+                yield window if self._channels is None else window[..., self._channels]
+
+    def select_channels(self, channels: Sequence[int]) -> None:
+        """Have the image consist of some of the file's channels, counted from 0.
+
+        Raises
+        ------
+        InputError
+            If the file has fewer.
+        """
+        if max(channels) >= self.shape[2]:
+            raise InputError(f"expected at least {max(channels) + 1} channels in {self.path}, found {self.shape[2]}")
+        self._channels = list(channels)
+        height, width, _ = self.shape
+        self.shape = height, width, len(channels)
+
+    def blocks(self, values: int) -> list[Window]:
+        """Return a plan that covers the image once, segment by segment or in blocks of about so many values."""
+        height, width, channels = self.shape
+        rows, columns = self.segment_shape
+        columns = min(columns * max(1, values // (rows * columns * channels)), width)
+        if columns == width:
+            rows *= max(1, values // (rows * width * channels))
+        return [
+            (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
+            for row in range(0, height, rows)
+            for column in range(0, width, columns)
+        ]
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._open_file is not None:
+            self._open_file.close()
+
+    def __enter__(self) -> "ImageFile":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file."""
+        self.close()
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn whatever a decoder raises into one line that names the file."""
+        try:
+            yield
+        except InputError:
+            self.close()
+            raise
+        except Exception as error:  # every codec has its own exceptions, and a damaged file may raise any of them
+            self.close()
+            raise InputError(
+                f"cannot read {self.path}: {error or type(error).__name__}; is it damaged or another format?"
+            ) from error
+
+    def _open(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
+        """Return the object that decodes windows of this file: one of the classes below."""
+        if self.path.suffix.lower() not in IMAGE_FORMATS["tif"]:
+            shape, dtype, decode = _describe_png_or_jpeg(self.path, as_mask)
+            return _WholeImage(decode, dtype, AxisLayout.find(shape, "YXS"[: len(shape)], self.path, size, channels))
+        import tifffile
+
+        self._open_file = tifffile.TiffFile(self.path)
+        series = self._open_file.series[0]
+        self.lossy = series.keyframe.compression in JPEG_COMPRESSIONS
+        layout = AxisLayout.find(series.shape, series.axes, self.path, size, channels)
+        if "XResolution" in series.keyframe.tags:
+            self.resolution = (*series.keyframe.resolution, int(series.keyframe.resolutionunit))
+        if series.dataoffset is not None:
+            return _ContiguousTiff(self.path, series, layout)
+        if _SegmentedTiff.suits(series, layout):
+            return _SegmentedTiff(series, layout)
+        return _WholeImage(series.asarray, series.dtype, layout)
+
+
+class AxisLayout(NamedTuple):
+    """How the array in a file becomes (H, W, C): its shape without axes of length 1, and the axis of the channels."""
+
+    squeezed: tuple[int, ...]
+    channel_axis: Optional[int]
+
+    @classmethod
+    def find(
+        cls,
+        shape: tuple[int, ...],
+        axes: str,
+        path: Path,
+        size: Optional[tuple[int, int]],
+        channels: Optional[int],
+    ) -> "AxisLayout":
+        """Find the channels by the axes (tifffile's letters), or where these do not tell, by known size or channels."""
+        if 0 in shape or len(shape) < 2:
+            raise InputError(f"expected an image in {path}, found an array of shape {shape}; is the file damaged?")
+        keep = [axis for axis, length in enumerate(shape) if length > 1 or axes[axis] in "YX"]
+        axes, squeezed = "".join(axes[axis] for axis in keep), tuple(shape[axis] for axis in keep)
+        if len(squeezed) == 2:
+            return cls(squeezed, None)
+        if len(squeezed) != 3 or any(axis in "ZT" for axis in axes):
+            raise InputError(
+                f"expected a 2-D image with channels in {path}, found axes {axes} of shape {squeezed}; "
+                "save each plane as a file of its own"
+            )
+        channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
+        if channel_axis is None and size is not None:
+            channel_axis = {size == squeezed[:2]: 2, size == squeezed[1:]: 0}.get(True)
+        elif channel_axis is None and channels is not None and squeezed.count(channels) == 1:
+            channel_axis = squeezed.index(channels)
+        if channel_axis is None:  # the file names no axis, and nothing else tells: the shortest is the channels
+            channel_axis = int(np.argmin(squeezed))
+        return cls(squeezed, channel_axis)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        height, width, channels = self.channels_last(np.broadcast_to(np.uint8(0), self.squeezed)).shape
+        return height, width, channels
+
+    def channels_last(self, array: np.ndarray) -> np.ndarray:
+        """Return a view of the file's array as (H, W, C)."""
+        array = array.reshape(self.squeezed)
+        return array[..., None] if self.channel_axis is None else np.moveaxis(array, self.channel_axis, 2)
+
+
+class _WholeImage:
+    """An image that is decoded as a whole, when its first window is asked for, and then held."""
+
+    def __init__(self, decode: Callable[[], np.ndarray], dtype: np.dtype, layout: AxisLayout) -> None:
+        self._decode, self._layout = decode, layout
+        self.shape, self.dtype = layout.image_shape, dtype.newbyteorder("=")
+        self.segment_shape = (1, self.shape[1])
+
+    @functools.cached_property
+    def _array(self) -> np.ndarray:
+        return self._layout.channels_last(self._decode())
+
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        return (self._array[window].astype(self.dtype, copy=False) for window in plan)
+
+
+class _ContiguousTiff:
+    """Pixels that lie in the file one after another, as they are."""
+
+    def __init__(self, path: Path, series: Any, layout: AxisLayout) -> None:
+        self._path, self._offset, self._layout = path, series.dataoffset, layout
+        self._file_dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
+        self._file_shape = series.shape
+        self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
+        self.segment_shape = (1, self.shape[1])
+        self._map()  # raises where the file is too short
+
+    def _map(self) -> np.ndarray:
+        memory = np.memmap(self._path, self._file_dtype, "r", self._offset, self._file_shape)
+        return self._layout.channels_last(memory)
+
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        # Mapped anew for each window: the pages of a lasting map would count as our memory.
+        return (np.array(self._map()[window], self.dtype) for window in plan)
+
+
+class DecodedSegment(NamedTuple):
+    """Pixels (rows, columns, samples) of a strip or tile, and where in the image they begin."""
+
+    pixels: np.ndarray
+    row: int
+    column: int
+    channel: int
+
+    def from_row(self, row: int) -> "DecodedSegment":
+        """Return the segment without the rows above `row`, which lets go of their memory."""
+        return self if row <= self.row else self._replace(pixels=self.pixels[row - self.row :].copy(), row=row)
+
+
+class _SegmentedTiff:
+    """Strips or tiles, in one page with any number of samples, or in one page for each channel."""
+
+    def __init__(self, series: Any, layout: AxisLayout) -> None:
+        self._pages, self._keyframe = list(series.pages), series.keyframe
+        self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
+        page, (height, width, _) = self._keyframe, self.shape
+        rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+        self._down, self._across = -(-height // rows), -(-width // columns)
+        self.segment_shape = (min(rows, height), min(columns, width))
+
+    @staticmethod
+    def suits(series: Any, layout: AxisLayout) -> bool:
+        """Whether the channels are the samples of one page, or the pages."""
+        page = series.keyframe
+        if page.imagedepth != 1 or len(page.dataoffsets) < 2 or any(each is None for each in series.pages):
+            return False
+        if len(series.pages) == 1:
+            return layout.channel_axis is None or page.samplesperpixel > 1
+        return layout.channel_axis == 0 and layout.squeezed[0] == len(series.pages) and page.samplesperpixel == 1
+
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        first_rows: dict[tuple[int, int], list[int]] = {}  # of the windows that share a segment, the next one last
+        for window in reversed(plan):
+            for segment in self._segments(window):
+                first_rows.setdefault(segment, []).append(window[0].start)
+        held: dict[tuple[int, int], DecodedSegment] = {}
+
+        def fetch(segment: tuple[int, int]) -> DecodedSegment:
+            decoded = held.pop(segment, None) or self._decode(*segment)
+            first_rows[segment].pop()
+            if first_rows[segment]:
+                held[segment] = decoded.from_row(min(first_rows[segment]))
+            return decoded
+
+        for window in plan:
+            yield self._cut(window, fetch)
+
+    def _segments(self, window: Window) -> Iterator[tuple[int, int]]:
+        """Yield page and index of the segments that hold some of a window."""
+        rows, columns = (
+            range(part.start // length, -(-part.stop // length)) for part, length in zip(window, self.segment_shape)
+        )
+        for number, page in enumerate(self._pages):
+            for plane in range(len(page.dataoffsets) // (self._down * self._across)):
+                for row in rows:
+                    start = (plane * self._down + row) * self._across
+                    yield from ((number, start + column) for column in columns)
+
+    def _cut(self, window: Window, fetch: Callable[[tuple[int, int]], DecodedSegment]) -> np.ndarray:
+        """Return a window, put together from its segments."""
+        rows, columns = window
+        result = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self.dtype)
+        for segment in self._segments(window):
+            pixels, row, column, channel = fetch(segment)
+            height, width, samples = pixels.shape
+            top, bottom = max(row, rows.start), min(row + height, rows.stop)
+            left, right = max(column, columns.start), min(column + width, columns.stop)
+            target = result[top - rows.start : bottom - rows.start, left - columns.start : right - columns.start]
+            target[..., channel : channel + samples] = pixels[top - row : bottom - row, left - column : right - column]
+        return result
+
+    def _decode(self, number: int, index: int) -> DecodedSegment:
+        """Decode a segment of a page."""
+        page = self._pages[number]
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        data = None
+        if count:
+            handle = page.parent.filehandle
+            handle.seek(offset)
+            data = handle.read(count)
+            if len(data) < count:
+                raise ValueError(f"segment {index} ends beyond the end of the file")
+        options = {}
+        if self._keyframe.compression in JPEG_COMPRESSIONS:
+            options = {"jpegtables": page.jpegtables, "jpegheader": self._keyframe.jpegheader}
+        pixels, (sample, _, row, column, _), shape = self._keyframe.decode(data, index, **options)
+        if pixels is None:  # left out of the file
+            pixels = np.broadcast_to(self.dtype.type(self._keyframe.nodata), shape)
+        return DecodedSegment(pixels[0], row, column, number + sample)
+
+
+def _describe_png_or_jpeg(path: Path, as_mask: bool) -> tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
+    """Return the shape, (H, W) or (H, W, samples), and pixel type of an image, and a function that decodes it."""
+    from PIL import Image  # comes with scikit-image
+
+    Image.MAX_IMAGE_PIXELS = None  # large images are what this suite is for, not an attack
+    with Image.open(path) as picture:
+        (width, height), mode, bits = picture.size, picture.mode, 8
+        if picture.format == "PNG":
+            with open(path, "rb") as file:
+                bits, color = file.read(26)[24:]  # bits per sample, type of color
+    if bits == 16:  # Pillow would narrow RGB to 8 bits
+        import imagecodecs
+
+        shape = {0: (height, width), 2: (height, width, 3), 4: (height, width, 2), 6: (height, width, 4)}[color]
+        return shape, np.dtype(np.uint16), lambda: imagecodecs.png_decode(path.read_bytes())
+    if mode == "P" and not as_mask:
+        mode = "RGB"
+    pixel = np.asarray(Image.new(mode, (1, 1)))
+
+    def decode() -> np.ndarray:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert(mode))
+        # Pillow stretches 2 and 4 bits of gray to 8.
+        return pixels // (255 // (2**bits - 1)) if as_mask and mode == "L" and bits < 8 else pixels
+
+    return (height, width, *pixel.shape[2:]), pixel.dtype, decode
+
+
+# ---------------------------------------------------------------------------------------------- normalization
+
+
+def z_score(image: np.ndarray, out: Optional[np.ndarray] = None, overwrite: bool = False) -> np.ndarray:
+    """Normalize each channel of an image to mean 0 and standard deviation 1.
+
+    Parameters
+    ----------
+    image : ndarray, shape (H, W, C)
+        Any real dtype.
+    out : ndarray of float32, shape (H, W, C), optional
+        Where to put the result.
+    overwrite : bool
+        Compute in the image's own memory, which loses its content; for float32 only.
+
+    Returns
+    -------
+    ndarray of float32, shape (H, W, C)
+        A channel whose standard deviation is at most 1 is only centered, as in the NIST reference implementation:
+        an empty image must not become amplified noise.
+
+    Notes
+    -----
+    One channel at a time goes through a plane that stays in the cache, and into `out` once. The corrected two-pass
+    algorithm (Chan, Golub and LeVeque, 1983) makes float32 sums safe: what rounding left of the mean is measured, taken
+    off the variance, and off the image where it could be seen.
+    """
+    out = np.empty(image.shape, np.float32) if out is None else out
+    scratch = np.empty(0 if overwrite else image.shape[:2], np.float32)
+    for channel in range(image.shape[2]):
+        source = image[..., channel]
+        if overwrite:
+            scratch = source
+        elif image.dtype.kind in "iu" and image.dtype.itemsize > 2:
+            # float32 would round large whole numbers, but not their differences.
+            np.subtract(source, float(source[0, 0]), out=scratch, dtype=np.float64, casting="unsafe")
+        else:
+            np.copyto(scratch, source)
+        _normalize(scratch, out[..., channel])
+    return out
+
+
+def _normalize(plane: np.ndarray, out: np.ndarray) -> None:
+    """Write the z-score of a float32 plane (H, W) into `out`; `plane` is overwritten."""
+    ones = np.ones(len(plane), np.float32)
+
+    def mean() -> float:
+        return float((ones @ plane).sum(dtype=np.float64)) / plane.size
+
+    np.subtract(plane, np.float32(mean()), out=plane)
+    rest = mean()
+    rows = max(1, FLOAT32_SUM_VALUES // plane.shape[1])
+    blocks = (plane[first : first + rows].reshape(-1) for first in range(0, len(plane), rows))
+    variance = sum(float(np.dot(block, block)) for block in blocks) / plane.size - rest**2
+    factor = 1 / max(variance, 1.0) ** 0.5
+    if abs(rest) * factor > MEAN_TOLERANCE:
+        np.subtract(plane, np.float32(rest), out=plane)
+    np.multiply(plane, np.float32(factor), out=out)
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of an image; both float64 of shape (C,)."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def measure(cls, image: ImageFile) -> "ChannelStatistics":
+        """Read an image once, block by block, and return its statistics.
+
+        Raises
+        ------
+        InputError
+            If a pixel is NaN or infinite.
+
+        Notes
+        -----
+        Count, mean and sum of squared deviations of the parts are combined (Chan, Golub and LeVeque, 1983), all in
+        float64.
+        """
+        channels = image.shape[2]
+        count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
+        plan = image.blocks(STATISTICS_BLOCK_VALUES)
+        progress = Progress(f"measuring {image.path.name}", len(plan), "parts")
+        for done, block in enumerate(image.windows(plan), 1):
+            rows = max(1, STATISTICS_BLOCK_VALUES // block[0].size)  # a strip may be a large block
+            parts = range(0, len(block), rows)
+            for start, stop in zip(parts, [*parts[1:], len(block)]):
+                part = block[start:stop].astype(np.float64).reshape(-1, channels)
+                part_mean = part.mean(axis=0)
+                part_squares = np.square(part - part_mean).sum(axis=0)
+                total = count + len(part)
+                squares += part_squares + np.square(part_mean - mean) * count * len(part) / total
+                mean += (part_mean - mean) * len(part) / total
+                count = total
+            progress.update(done)
+        progress.close()
+        if not np.isfinite(squares).all():
+            raise InputError(
+                f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0"
+            )
+        return cls(mean, np.sqrt(squares / count))
+
+    def z_score(self, window: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
+        """Return a window (H, W, C) of the image as float32, normalized as `z_score` normalizes a complete image."""
+        result = np.empty(window.shape, np.float32) if out is None else out
+        for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation)):
+            # The difference in float64: float32 would round large numbers before it is taken.
+            np.subtract(window[..., channel], mean, out=result[..., channel], dtype=np.float64, casting="unsafe")
+            if deviation > 1:
+                result[..., channel] *= np.float32(1 / deviation)
+        return result
+
+
+def displayable(scores: np.ndarray) -> np.ndarray:
+    """Turn z-scores into something to look at.
+
+    Parameters
+    ----------
+    scores : ndarray, shape (H, W, C)
+        An image with mean 0 and standard deviation 1 in each channel.
+
+    Returns
+    -------
+    ndarray of uint8, shape (H, W, 3)
+        Three channels are taken for red, green and blue; the mean of others is gray. `DISPLAYED_DEVIATIONS` below the
+        mean is black, as many above it white.
+    """
+    colors = scores if scores.shape[2] == 3 else scores.mean(axis=2, keepdims=True)
+    levels = np.clip(255 * (0.5 + colors / (2 * DISPLAYED_DEVIATIONS)), 0, 255).astype(np.uint8)
+    return np.broadcast_to(levels, (*scores.shape[:2], 3))

@@ -1,0 +1,293 @@
+"""What the scripts write for people: CSV files, scores, TensorBoard, curves, pictures of predictions and of records.
+
+Nothing here changes what is trained or segmented. TensorFlow and matplotlib are imported inside functions.
+"""
+
+import csv
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cli import replacing
+from image_files import displayable, z_score
+from lmdb_utils import Database
+
+if TYPE_CHECKING:
+    from train_unet import RunState
+
+EXAMPLES = 4  # test images in the picture of predictions
+PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
+
+
+class Report:
+    """Writes the figures of each test epoch: CSV files, pictures, TensorBoard, and the log.
+
+    Parameters
+    ----------
+    folder : path
+        Output folder of the run.
+    test_database : path
+        Where the images of ``predictions.png`` come from.
+    number_classes : int
+        Classes, background included.
+    epoch : int
+        Test epochs done; what the files contain of later ones, from a run that was killed, is dropped.
+    """
+
+    def __init__(self, folder: Path, test_database: str, number_classes: int, epoch: int) -> None:
+        import tensorflow as tf
+
+        self._folder, self._classes = folder, range(number_classes)
+        self._writers = {
+            name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
+            for name in ("train", "test")
+        }
+        self._examples = read_examples(test_database)
+        scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in self._classes]
+        head = ["epoch", "step", "learning_rate", "train_loss", "test_loss", "accuracy", "mean_iou"]
+        self._begin("metrics.csv", [*head, *scores], epoch)
+        self._begin("test_loss.csv", ["epoch", "test_loss"], epoch)
+        predicted = [f"predicted_{class_id}" for class_id in self._classes]
+        self._begin("confusion.csv", ["epoch", "true_class", *predicted], epoch)
+
+    def write(self, state: "RunState", train: dict[str, float], test: dict[str, Any], model: Any) -> None:
+        """Write the results of a test epoch.
+
+        Parameters
+        ----------
+        state : RunState
+            Where the run stands.
+        train : dict
+            ``loss`` and ``learning_rate``; where steps were taken, ``images_per_second`` and `BatchSupply.figures`.
+        test : dict
+            ``loss``, ``confusion``, and the figures of `score_confusion`.
+        model : keras.Model
+            Gives logits for the pictures.
+        """
+        mean_iou = mean_of_present(test["iou"])
+        scores = [text_of_score(score) for score in (test["accuracy"], mean_iou, *test["iou"], *test["dice"])]
+        losses = [f"{train['loss']:.6f}", f"{test['loss']:.6f}"]
+        self._append("metrics.csv", [state.epoch, state.step, f"{train['learning_rate']:g}", *losses, *scores])
+        self._append("test_loss.csv", [state.epoch, losses[1]])
+        for class_id, row in enumerate(test["confusion"]):
+            self._append("confusion.csv", [state.epoch, class_id, *row])
+        pictures = {
+            "curves": draw_curves(self._folder / "metrics.csv", self._classes),
+            "predictions": draw_predictions(self._examples, model, len(self._classes)),
+            "confusion": draw_confusion(test["confusion"]),
+        }
+        for name in ("curves", "predictions"):
+            with replacing(self._folder / f"{name}.png") as path:
+                pictures[name].savefig(path, dpi=100)
+        self._write_tensorboard(state.step, train, {**test, "mean_iou": mean_iou}, pictures)
+        self._log(state, train, test)
+
+    def conclude(self, reason: str, state: "RunState") -> None:
+        """Log how the run ended, the best figures of each class, and where everything lies."""
+        with open(self._folder / "metrics.csv", newline="") as file:
+            best = next(row for row in csv.DictReader(file) if int(row["epoch"]) == state.best_epoch)
+        logging.info(
+            "done: %s; best test loss %.4f, in epoch %d of %d", reason, state.stopping.best_loss, state.best_epoch,
+            state.epoch,
+        )  # fmt: skip
+        for class_id in self._classes:
+            iou, dice = best[f"iou_{class_id}"], best[f"dice_{class_id}"]
+            logging.info("class %d: %s", class_id, f"IoU {iou}, Dice {dice}" if iou else "absent from the test images")
+            if iou and float(iou) == 0:
+                logging.warning(
+                    "the network finds nothing of class %d: train longer, with a lower --learning_rate, or let rare "
+                    "classes weigh more with --balance_classes 1 or --class_weights auto", class_id,
+                )  # fmt: skip
+        logging.info("the model is in %s", self._folder / "saved_model")
+        logging.info(
+            "look at predictions.png and curves.png in %s, or at: tensorboard --logdir %s", self._folder, self._folder
+        )
+
+    def _log(self, state: "RunState", train: dict[str, float], test: dict[str, Any]) -> None:
+        dice = ", ".join("absent" if math.isnan(score) else f"{score:.3f}" for score in test["dice"])
+        speed = ""
+        if "images_per_second" in train:
+            speed = (
+                f"; {train['images_per_second']:.1f} images/s, queue {train['reader/queue_fill']:.0%} full, waited for "
+                f"data {train['reader/wait_share']:.0%}"
+            )
+        logging.info(
+            "epoch %d step %d: train loss %.4f, test loss %.4f%s, accuracy %.4f, Dice of each class %s%s",
+            state.epoch, state.step, train["loss"], test["loss"],
+            " (best)" if state.best_epoch == state.epoch else "", test["accuracy"], dice, speed,
+        )  # fmt: skip
+
+    def _write_tensorboard(
+        self, step: int, train: dict[str, float], test: dict[str, Any], pictures: dict[str, Any]
+    ) -> None:
+        import tensorflow as tf
+
+        with self._writers["train"].as_default(step):
+            for name, value in train.items():
+                tf.summary.scalar(name, value)
+            self._writers["train"].flush()
+        with self._writers["test"].as_default(step):
+            for name in ("loss", "accuracy", "mean_iou"):
+                tf.summary.scalar(name, test[name])
+            for name in ("iou", "dice"):
+                for class_id, value in enumerate(test[name]):
+                    if not math.isnan(value):
+                        tf.summary.scalar(f"{name}/class_{class_id}", value)
+            for name in ("predictions", "confusion"):
+                tf.summary.image(name, pixels_of(pictures[name])[None])
+            self._writers["test"].flush()
+
+    def _begin(self, name: str, columns: list[str], epoch: int) -> None:
+        """Begin a CSV file, with the rows of earlier epochs where there are some."""
+        rows: list[list[str]] = []
+        if (self._folder / name).exists():
+            with open(self._folder / name, newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) <= epoch]
+        with replacing(self._folder / name) as path, open(path, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+
+    def _append(self, name: str, row: Sequence[Any]) -> None:
+        """Append one row to a CSV file; opened and closed each time, so that a killed job has lost nothing."""
+        with open(self._folder / name, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
+    """Turn a confusion matrix into figures.
+
+    Parameters
+    ----------
+    confusion : ndarray of integers, shape (classes, classes)
+        Rows are true classes, columns predicted ones.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` (float), ``iou`` and ``dice`` (ndarray of float64, shape (classes,)); NaN for a class that neither
+        truth nor prediction contains.
+    """
+    hits = np.diag(confusion).astype(np.float64)
+    sizes = confusion.sum(0) + confusion.sum(1)  # of truth and prediction together
+    with np.errstate(invalid="ignore"):
+        return {"accuracy": hits.sum() / confusion.sum(), "iou": hits / (sizes - hits), "dice": 2 * hits / sizes}
+
+
+def mean_of_present(scores: np.ndarray) -> float:
+    """Return the mean over the classes that occur; NaN where none does."""
+    present = scores[~np.isnan(scores)]
+    return float(present.mean()) if len(present) else math.nan
+
+
+def text_of_score(score: float) -> str:
+    """Return a score for a CSV file; an absent class has none."""
+    return "" if math.isnan(score) else f"{score:.6f}"
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def read_examples(database: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return z-scores (H, W, C) and masks (H, W) of a few images, spread over a database."""
+    with Database(database) as opened:
+        count = opened.metadata.count
+        chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
+        pairs = [opened.read(int(record)) for record in chosen]
+        return [(z_score(image), np.array(mask)) for image, mask in pairs]
+
+
+def draw_predictions(examples: list[tuple[np.ndarray, np.ndarray]], model: Any, number_classes: int) -> Any:
+    """Return a figure with a row for each example: image, truth, prediction."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 2.5 * len(examples)), layout="constrained")
+    axes = figure.subplots(len(examples), 3, squeeze=False)
+    for row, (image, mask) in zip(axes, examples):
+        row[0].imshow(displayable(image))
+        show_classes(row[1], mask, number_classes)
+        show_classes(row[2], np.argmax(model(image[None], training=False)[0], axis=-1), number_classes)
+        for place in row:
+            place.set_axis_off()
+    for place, title in zip(axes[0], ("image", "truth", "prediction")):
+        place.set_title(title)
+    return figure
+
+
+def show_classes(axes: Any, mask: np.ndarray, number_classes: int) -> None:
+    """Draw a mask (H, W) of the classes 0 to ``number_classes - 1`` in colors."""
+    axes.imshow(mask, cmap="viridis", vmin=0, vmax=max(number_classes - 1, 1), interpolation="nearest")
+
+
+def draw_records(database: Database, output: Path) -> Path:
+    """Draw random records of a database with their masks; return where."""
+    from matplotlib.figure import Figure
+
+    metadata = database.metadata
+    count = min(PREVIEW_RECORDS, metadata.count)
+    chosen = sorted(np.random.default_rng(0).choice(metadata.count, count, replace=False).tolist())
+    rows = -(-count // PREVIEW_COLUMNS)
+    figure = Figure(figsize=(4 * PREVIEW_COLUMNS, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * PREVIEW_COLUMNS, squeeze=False).ravel()
+    for place in axes:
+        place.set_axis_off()
+    for left, right, index in zip(axes[::2], axes[1::2], chosen):
+        image, mask = database.read(index)
+        # Scaled also if it hardly varies, which z_score would leave as it is.
+        deviations = np.maximum(image.std(axis=(0, 1), dtype=np.float64), 1e-9)
+        left.imshow(displayable((image - image.mean(axis=(0, 1), dtype=np.float64)) / deviations))
+        left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
+        # Ranks, so that gaps in the ids take no colors.
+        show_classes(right, np.searchsorted(metadata.classes, mask), len(metadata.classes))
+        right.set_title(f"classes {', '.join(map(str, np.unique(mask)[:6]))}", fontsize=7)
+    figure.savefig(output, dpi=100)
+    return output
+
+
+def draw_curves(metrics: Path, classes: range) -> Any:
+    """Return a figure of the losses and the scores of each class, from metrics.csv."""
+    from matplotlib.figure import Figure
+
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    for axes, names in (
+        (losses, ["train_loss", "test_loss"]),
+        (scores, ["accuracy", *(f"dice_{class_id}" for class_id in classes)]),
+    ):
+        for name in names:
+            axes.plot(steps, [float(row[name] or "nan") for row in rows], marker=".", label=name.replace("_", " "))
+        axes.set_xlabel("step")
+        axes.legend()
+    return figure
+
+
+def draw_confusion(confusion: np.ndarray) -> Any:
+    """Return a figure of a confusion matrix, as shares of each true class."""
+    from matplotlib.figure import Figure
+
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    edge = 2 + 0.5 * len(confusion)
+    figure = Figure(figsize=(edge, edge), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for true_class, row in enumerate(shares):
+        for predicted, share in enumerate(row):
+            axes.text(predicted, true_class, f"{share:.1%}", ha="center", va="center", color="gray", size=8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    return figure
+
+
+def pixels_of(figure: Any) -> np.ndarray:
+    """Return a figure as an array of uint8, shape (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,103 @@
+import errno
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import cli
+from cli import InputError
+
+SHOW_PROGRESS = """
+import cli
+cli.configure_logging()
+progress = cli.Progress("building", 200, "images", first=50)
+for done in (60, 100):
+    progress._shown = -1000.0
+    progress.update(done, "of cells")
+    progress.update(done + 1)
+cli.logging.warning("a reader is slow")
+progress.close()
+"""
+
+
+def show_progress(**options):
+    environment = dict(os.environ, COLUMNS="30")
+    script = [sys.executable, "-c", SHOW_PROGRESS]
+    return subprocess.run(script, cwd=ROOT, env=environment, check=True, **options)
+
+
+def test_progress_rewrites_one_line_in_a_terminal():
+    terminal, its_end = pty.openpty()
+    show_progress(stdout=its_end)
+    os.close(its_end)
+    first, second, warning, last = os.read(terminal, 10_000).decode().split("\r\x1b[K")[1:]
+    assert first.startswith("building 60/200 images of cel") and second.startswith("building 100/200 images of ce")
+    assert warning.endswith("WARNING a reader is slow\r\n")
+    assert len(first) == len(second) == 29 and last == ""  # it never wraps, and is gone in the end
+    os.close(terminal)
+
+
+def test_progress_is_a_log_line_now_and_then_in_a_file():
+    lines = show_progress(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.splitlines()
+    assert lines.pop().endswith(" WARNING a reader is slow")
+    assert [line.split(" INFO ")[1].split(" of cells ")[0] for line in lines] == [
+        "building 60/200 images",
+        "building 100/200 images",
+    ]
+    assert all("images/s, 0:00:0" in line and line.endswith(" left") for line in lines)
+
+
+def test_a_log_that_nobody_reads_on_ends_in_silence():
+    script = "import cli as u; u.configure_logging(); log = u.logging.info\n"
+    script += "raise SystemExit(u.run_script(lambda: [log('line %d', number) for number in range(10**5)] and 7))"
+    command = [sys.executable, "-c", script]
+    folder = ROOT
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().endswith(b"line 0\n")
+        process.stdout.close()  # as head does
+        assert process.stderr.read() == b""
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; check path"),
+        (FileNotFoundError("no database a.lmdb"), "no database a.lmdb"),
+        (InputError("expected 1, found 2"), "expected 1, found 2"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog):
+    def work():
+        raise error
+
+    assert cli.run_script(work) == 2
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(told)
+
+
+def allocate_shared_memory_with(name, step, script):
+    """Run a script that allocates shared memory "psm_NAME" and defines what becomes of a step of that, `instead`."""
+    lines = f"import mmap, os, secrets, sys; sys.path.insert(0, {str(ROOT)!r}); import cli\n{script}\n"
+    lines += f"secrets.token_hex, {step} = lambda _: {name!r}, instead\n"
+    lines += "try: cli.allocate_shared_memory(5000)\nexcept OSError as error: print(error)"
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)  # waits for the tracker too
+
+
+@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap"])
+def test_a_process_that_is_killed_while_it_makes_shared_memory_leaves_none(step):
+    path = f"/dev/shm/psm_{os.getpid()}"
+    script = f"def instead(*_): print(os.path.exists({path!r}), flush=True); os.kill(os.getpid(), 9)"
+    done = allocate_shared_memory_with(str(os.getpid()), step, script)
+    assert (done.stdout, done.returncode) == ("True\n", -9), done.stderr
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap", "cli.shared_memory._posixshmem.shm_open"])
+def test_shared_memory_that_cannot_be_had_leaves_no_file_and_no_complaint(step):
+    script = "def instead(*_, **options): raise OSError(12, 'no memory')"
+    done = allocate_shared_memory_with(str(os.getpid()), step, script)
+    assert (done.stdout, done.stderr, done.returncode) == ("[Errno 12] no memory\n", "", 0)
+    assert not os.path.exists(f"/dev/shm/psm_{os.getpid()}")
