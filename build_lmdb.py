@@ -48,7 +48,7 @@ from cli import (
     seed_int,
     signals_held,
 )
-from image_files import IMAGE_FORMATS, ImageFile, image_format, list_files, list_images
+from image_files import IMAGE_FORMATS, ImageFile, clipped, image_format, list_files, list_images, reflect_to
 from lmdb_utils import (
     HEADER,
     IMAGE_DTYPES,
@@ -252,18 +252,10 @@ def channel_list(text: str) -> tuple[int, ...]:
 
 
 class LabelMap(NamedTuple):
-    """Which class each mask value becomes; the ``type`` of ``--label_map``.
+    """Which class each mask value becomes; the ``type`` of ``--label_map``."""
 
-    Attributes
-    ----------
-    text : str
-        As it was given.
-    ranges : tuple of (first, last, class)
-        Ascending and apart from each other; ``last`` is included.
-    """
-
-    text: str
-    ranges: tuple[tuple[int, int, int], ...]
+    text: str  # as it was given
+    ranges: tuple[tuple[int, int, int], ...]  # (first, last, class), ascending; last is included
 
     @classmethod
     def parse(cls, text: str) -> "LabelMap":
@@ -295,13 +287,7 @@ class LabelMap(NamedTuple):
         return smallest_mask_type(max(class_id for _, _, class_id in self.ranges))
 
     def apply(self, mask: np.ndarray) -> np.ndarray:
-        """Return the classes of an integer mask of any shape, of type `dtype`.
-
-        Raises
-        ------
-        Unusable
-            If a value is not in the map.
-        """
+        """Return the classes of an integer mask, of any shape, as `dtype`; refuse values that are not in the map."""
         if mask.dtype.itemsize <= 2:
             unsigned = mask.view(f"u{mask.dtype.itemsize}")
             classes = _lookup_table(self, mask.dtype.str)[unsigned]
@@ -401,13 +387,7 @@ def describe_build(args: argparse.Namespace, left_out: int) -> dict[str, Any]:
 
 
 def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
-    """Log problems by kind, with the first few of each; refuse to build unless bad files are to be left out.
-
-    Raises
-    ------
-    InputError
-        If there are problems and `skip_bad` is false.
-    """
+    """Log problems by kind, with the first few of each; refuse to build unless bad files are to be left out."""
     log = logging.warning if skip_bad else logging.error
     kinds: dict[ProblemKind, list[Problem]] = {}
     for problem in problems:
@@ -440,13 +420,7 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 
 
 def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
-    """Return each image with its mask, sorted by name, and what has no partner or several.
-
-    Raises
-    ------
-    InputError
-        If there is no image or no mask at all.
-    """
+    """Return each image with its mask, sorted by name, and what has no partner or several."""
     suffix = args.mask_suffix or ""
     mask_paths = list_masks(args.mask_folder, args.mask_format, suffix)
     image_paths = list_images(args.image_folder, args.image_format)
@@ -455,23 +429,14 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
         image_paths = [path for path in image_paths if not suffix or not path.stem.endswith(suffix)]
     images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
-    problems = [
-        Problem(
-            ProblemKind.SHARED_NAME,
-            str(path),
-            f"{path}: there is also {', '.join(other.name for other in group if other != path)}",
-        )
-        for stems in (images, masks)
-        for group in stems.values()
-        for path in group
-        if len(group) > 1
-    ]
+    problems = []
+    for group in (*images.values(), *masks.values()):
+        for path in group if len(group) > 1 else ():
+            others = ", ".join(other.name for other in group if other != path)
+            problems.append(Problem(ProblemKind.SHARED_NAME, str(path), f"{path}: there is also {others}"))
     lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
     advice = f"; names must be equal but for the extension{guess_suffix(lone_images, lone_masks)}"
-    for kind, lone, stems in (
-        (ProblemKind.NO_MASK, lone_images, images),
-        (ProblemKind.NO_IMAGE, lone_masks, masks),
-    ):
+    for kind, lone, stems in ((ProblemKind.NO_MASK, lone_images, images), (ProblemKind.NO_IMAGE, lone_masks, masks)):
         paths = [str(path) for stem in lone for path in stems[stem] if len(stems[stem]) == 1]
         problems += [Problem(kind, path, path, advice) for path in paths]
     shared = sorted(images.keys() & masks.keys())
@@ -514,13 +479,7 @@ def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
 def split_pairs(
     pairs: Sequence[Pair], train_fraction: float, seed: int, split_by: "Optional[re.Pattern[str]]"
 ) -> tuple[list[Pair], list[Pair]]:
-    """Split at random but reproducibly, by image or by group of images, with at least one on each side.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two pairs or groups, or a name that tells no group.
-    """
+    """Split at random but reproducibly, by image or by group of images, with at least one on each side."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(group_of(pair, split_by), []).append(pair)
@@ -558,23 +517,13 @@ class Options(NamedTuple):
 
 
 class PairSpec(NamedTuple):
-    """What the headers of a pair tell.
-
-    Attributes
-    ----------
-    height, width, channels : int
-        Of the image, with the channels that are used.
-    dtypes : (str, str)
-        Types of image and mask in the files.
-    divisible : bool
-        Whether both files can be read in parts.
-    """
+    """What the headers of a pair say."""
 
     height: int
     width: int
-    channels: int
-    dtypes: tuple[str, str]
-    divisible: bool
+    channels: int  # that are used
+    dtypes: tuple[str, str]  # of image and mask in the files
+    divisible: bool  # whether both files can be read in parts
 
     @property
     def image_dtype(self) -> str:
@@ -664,13 +613,10 @@ def open_pair(pair: Pair) -> Iterator[tuple[ImageFile, ImageFile]]:
 
 
 def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSpec:
-    """Return the kind of a pair of files whose headers are in order.
-
-    Raises
-    ------
-    Unusable
-    """
-    check_mask(mask, options)
+    """Return the specification of a pair of files; raise `Unusable` if their headers are not in order."""
+    fault = describe_mask_fault(mask, options)
+    if fault:
+        raise Unusable(ProblemKind.BAD_MASK, fault)
     height, width, _ = image.shape
     if (height, width) != mask.shape[:2]:
         raise Unusable(
@@ -678,18 +624,9 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
             f"{image.path} is {height} x {width}, {mask.path} is {mask.shape[0]} x {mask.shape[1]}; is the mask that "
             "of another image?",
         )
-    if min(height, width) < SIZE_FACTOR:
-        raise Unusable(
-            ProblemKind.BAD_IMAGE,
-            f"expected at least {SIZE_FACTOR} x {SIZE_FACTOR} pixels in {image.path}, found {height} x {width}; leave "
-            "it out or use larger images",
-        )
-    if image.dtype.name not in (*IMAGE_DTYPES, *LOSSLESS_WIDENING):
-        raise Unusable(
-            ProblemKind.BAD_IMAGE,
-            f"expected an image of {', '.join(IMAGE_DTYPES)} in {image.path}, found {image.dtype}, which none of them "
-            f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}",
-        )
+    fault = describe_image_fault(image)
+    if fault:
+        raise Unusable(ProblemKind.BAD_IMAGE, fault)
     if options.channels is not None:
         try:
             image.select_channels(options.channels)
@@ -699,54 +636,48 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
     return PairSpec(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
 
 
-def check_mask(mask: ImageFile, options: Options) -> None:
-    """Refuse a mask whose header tells that it holds no class ids."""
+def describe_image_fault(image: ImageFile) -> str:
+    """Return why an image cannot be stored, from its header, or nothing."""
+    height, width, _ = image.shape
+    if min(height, width) < SIZE_FACTOR:
+        return (
+            f"expected at least {SIZE_FACTOR} x {SIZE_FACTOR} pixels in {image.path}, found {height} x {width}; leave "
+            "it out or use larger images"
+        )
+    if image.dtype.name not in (*IMAGE_DTYPES, *LOSSLESS_WIDENING):
+        return (
+            f"expected an image of {', '.join(IMAGE_DTYPES)} in {image.path}, found {image.dtype}, which none of them "
+            f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}"
+        )
+    return ""
+
+
+def describe_mask_fault(mask: ImageFile, options: Options) -> str:
+    """Return why a mask contains no class ids, from its header, or nothing."""
     if mask.shape[2] != 1:
-        raise Unusable(
-            ProblemKind.BAD_MASK,
-            f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels; save class ids as a "
-            "grayscale image",
-        )
+        found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
+        return f"{found}; save class ids as a grayscale image"
     if mask.lossy:
-        raise Unusable(
-            ProblemKind.BAD_MASK, f"{mask.path} is compressed as JPEG, which changes class ids; save it without"
-        )
+        return f"{mask.path} is compressed as JPEG, which changes class ids; save it without"
     if mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING) and mask.dtype.kind != "f":
-        return
+        return ""
+    found = f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}"
     if mask.dtype.kind not in "iu":
-        raise Unusable(
-            ProblemKind.BAD_MASK,
-            f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; save class ids as whole "
-            "numbers",
-        )
+        return f"{found}; save class ids as whole numbers"
     if options.label_map is None:
-        raise Unusable(
-            ProblemKind.BAD_MASK,
-            f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; convert it, or map its "
-            "values with --label_map, such as 0:0,1-4294967295:1",
-        )
+        return f"{found}; convert it, or map its values with --label_map, such as 0:0,1-4294967295:1"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------- reading and encoding
 
 
 class EncodeJob(NamedTuple):
-    """Records of a pair that a process makes in one go.
-
-    Attributes
-    ----------
-    pair : Pair
-    size : (int, int)
-        Height and width of a record.
-    origins : list of (int, int)
-        Row and column of each record in the image.
-    record_bytes : int
-        Length of each of these records.
-    """
+    """Records of a pair that a process makes in one go."""
 
     pair: Pair
-    size: tuple[int, int]
-    origins: list[tuple[int, int]]
+    size: tuple[int, int]  # height and width of a record
+    origins: list[tuple[int, int]]  # row and column of each record in the image
     record_bytes: int
 
     @property
@@ -796,21 +727,13 @@ def tile_starts(length: int, size: int) -> list[int]:
 
 
 def encode_records(options: Options, job: EncodeJob) -> Encoded:
-    """Read, check and encode the records of a job.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be read or its pixels cannot be used.
-    """
+    """Read, check and encode the records of a job; raise `InputError` if a file or its pixels cannot be used."""
     with open_pair(job.pair) as (image, mask):
         if options.channels is not None:
             image.select_channels(options.channels)
-        (rows, columns), (height, width, _) = job.size, mask.shape
-        windows = [
-            (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
-            for row, column in job.origins
-        ]
+        rows, columns = job.size
+        squares = ((slice(row, row + rows), slice(column, column + columns)) for row, column in job.origins)
+        windows = [clipped(square, mask.shape) for square in squares]
         records, minimum, maximum = [], [], []
         for origin, pixels, ids in zip(job.origins, image.windows(windows), mask.windows(windows)):
             pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
@@ -822,7 +745,7 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
                     ProblemKind.NOT_FINITE,
                     f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0",
                 )
-            pixels, ids = pad_to(pixels, job.size), pad_to(class_ids(ids[..., 0], mask.path, options), job.size)
+            pixels, ids = reflect_to(pixels, job.size), reflect_to(class_ids(ids[..., 0], mask.path, options), job.size)
             records.append(Record.encode(pixels, ids, *origin))
     return Encoded(records, np.min(minimum, axis=0).tolist(), np.max(maximum, axis=0).tolist())
 
@@ -840,35 +763,18 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     return mask.astype(options.mask_dtype)
 
 
-def pad_to(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an array (H, W, ...) extended by reflection at its bottom and right to at least `size`."""
-    missing = [max(edge - length, 0) for edge, length in zip(size, array.shape)]
-    if not any(missing):
-        return array
-    return np.pad(array, [(0, rows) for rows in missing] + [(0, 0)] * (array.ndim - 2), mode="reflect")
-
-
 def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Problem]:
     """Return the records of a job, or why its pair cannot be used; runs in a worker process."""
     return problem_or(lambda: encode_records(options, job), job.pair)
 
 
 class Build:
-    """Has pairs encoded and appends their records; gathers what only pixels tell.
-
-    Parameters
-    ----------
-    workers : Workers
-        Who encodes.
-    specs : dict
-        Of the pairs that are usable so far.
-    options : Options
-        From the command line.
+    """Has the pairs that are usable so far encoded, and appends their records.
 
     Attributes
     ----------
     problems : list of Problem
-        One for each pair that turned out to be unusable.
+        One for each pair whose pixels turned out to be unusable.
     """
 
     def __init__(self, workers: "Workers", specs: dict[Pair, PairSpec], options: Options) -> None:
@@ -910,15 +816,11 @@ class Build:
 # ---------------------------------------------------------------------------------------------- worker processes
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """Processes that do tasks, of which the results come in the order of the tasks; a context manager.
 
-    Arrays in results come through shared memory, several times as fast as through a pipe.
-
-    Parameters
-    ----------
-    count : int
-        Number of processes; with one, this process does the tasks itself.
+    Arrays in results come through shared memory, several times as fast as through a pipe. With a `count` of 1, this
+    process does the tasks itself.
     """
 
     def __init__(self, count: int) -> None:
@@ -937,12 +839,10 @@ class Workers:
         name: Callable[[Task], str],
         nbytes: Callable[[Task], int] = lambda _: 0,
     ) -> Iterator[tuple[Task, Result]]:
-        """Yield each task with what `function` returns for it, in order.
+        """Yield each task with what `function`, a function of a module, returns for it; in order.
 
         Parameters
         ----------
-        function : callable
-            Of a module, so that a process can find it.
         tasks : iterable
             Asked for a few ahead of the results.
         name : callable
@@ -990,10 +890,6 @@ class Workers:
         chunk = self._pending.popleft()
         chunk.free_memory()
         yield from zip(chunk.tasks, results)
-
-    def __enter__(self) -> "Workers":
-        """Return itself."""
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Stop the processes; what has not begun is not done any more."""

@@ -98,7 +98,7 @@ def read_image(
         return next(image.windows([image.extent]))
 
 
-class ImageFile:
+class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     """An image file that is decoded window by window, so that it may be larger than memory; a context manager.
 
     Parameters
@@ -212,20 +212,14 @@ class ImageFile:
         columns = min(columns * max(1, values // (rows * columns * channels)), width)
         if columns == width:
             rows *= max(1, values // (rows * width * channels))
-        return [
-            (slice(row, min(row + rows, height)), slice(column, min(column + columns, width)))
-            for row in range(0, height, rows)
-            for column in range(0, width, columns)
-        ]
+        origins = [(row, column) for row in range(0, height, rows) for column in range(0, width, columns)]
+        windows = ((slice(row, row + rows), slice(column, column + columns)) for row, column in origins)
+        return [clipped(window, self.shape) for window in windows]
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._open_file is not None:
             self._open_file.close()
-
-    def __enter__(self) -> "ImageFile":
-        """Return itself."""
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Close the file."""
@@ -265,6 +259,18 @@ class ImageFile:
         return _WholeImage(series.asarray, series.dtype, layout)
 
 
+def clipped(window: Window, shape: Sequence[int]) -> Window:
+    """Return what of a window lies in an image of some shape (H, W, ...)."""
+    rows, columns = (slice(part.start, min(part.stop, length)) for part, length in zip(window, shape))
+    return rows, columns
+
+
+def reflect_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Return an array (H, W, ...), extended by reflection at its bottom and right to at least a size (H, W)."""
+    missing = [(0, max(edge - length, 0)) for edge, length in zip(size, array.shape)]
+    return np.pad(array, [*missing, *[(0, 0)] * (array.ndim - 2)], mode="reflect") if np.any(missing) else array
+
+
 class AxisLayout(NamedTuple):
     """How the array in a file becomes (H, W, C): its shape without axes of length 1, and the axis of the channels."""
 
@@ -273,12 +279,7 @@ class AxisLayout(NamedTuple):
 
     @classmethod
     def find(
-        cls,
-        shape: tuple[int, ...],
-        axes: str,
-        path: Path,
-        size: Optional[tuple[int, int]],
-        channels: Optional[int],
+        cls, shape: tuple[int, ...], axes: str, path: Path, size: Optional[tuple[int, int]], channels: Optional[int]
     ) -> "AxisLayout":
         """Find the channels by the axes (tifffile's letters), or where these do not tell, by known size or channels."""
         if 0 in shape or len(shape) < 2:

@@ -39,7 +39,16 @@ from cli import (
     replacing,
     run_script,
 )
-from image_files import ChannelStatistics, ImageFile, displayable, image_format, list_images
+from image_files import (
+    ChannelStatistics,
+    ImageFile,
+    Window,
+    clipped,
+    displayable,
+    image_format,
+    list_images,
+    reflect_to,
+)
 from lmdb_utils import RADIUS, SIZE_FACTOR, count_classes
 
 Item = TypeVar("Item")
@@ -86,36 +95,27 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add options beyond the specification."""
-    parser.add_argument(
-        "--tile_size",
-        type=positive_int,
-        help="largest edge in pixels of the tiles that larger images are cut into, halo included; changes memory and "
+    text = (
+        "largest edge in pixels of the tiles that larger images are cut into, halo included; changes memory and "
         "speed, not the result. Without it, tiles have the shape that makes least work for an image in half of the "
         f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels; should "
-        "memory run out all the same, they are halved",
+        "memory run out all the same, they are halved"
     )
-    text = (
-        "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in "
-        "OUTPUT_FOLDER/probabilities"
-    )
-    add_flag(parser, "--save_probabilities", 0, f"{text} [0 = false, 1 = true]")
-    text = (
-        "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in "
-        "OUTPUT_FOLDER/overlays"
-    )
-    add_flag(parser, "--save_overlay", 0, f"{text} [0 = false, 1 = true]")
+    parser.add_argument("--tile_size", type=positive_int, help=text)
+    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in"
+    add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
+    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in"
+    add_flag(parser, "--save_overlay", 0, f"{text} OUTPUT_FOLDER/overlays [0 = false, 1 = true]")
     text = (
         "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
         "a run that was interrupted goes on"
     )
     add_flag(parser, "--overwrite", 0, text)
-    parser.add_argument(
-        "--shard",
-        metavar="PART/PARTS",
-        type=Shard.parse,
-        help="do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
-        "the tasks of an srun and the elements of a job array share the images by themselves",
+    text = (
+        "do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
+        "the tasks of an srun and the elements of a job array share the images by themselves"
     )
+    parser.add_argument("--shard", metavar="PART/PARTS", type=Shard.parse, help=text)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -208,30 +208,15 @@ class TileTooLarge(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded SavedModel and what has to be known about it.
+    """A loaded SavedModel and what has to be known about it."""
 
-    Attributes
-    ----------
-    predict : callable
-        From float32 (1, H, W, C) to softmax, ndarray of float32 (1, H, W, classes).
-    channels, number_classes : int
-    radius : int
-        Pixels beyond each edge of a block of the pooling grid on which its results depend; the halo of a tile.
-    size_factor : int
-        Heights, widths and tile origins are multiples of it.
-    features : int
-        Of the network's top level; most of the memory it works in is proportional to it.
-    source_channels : sequence of int, optional
-        Channels of the images that the network was trained on, where it was not all of them.
-    """
-
-    predict: Any
+    predict: Callable[[np.ndarray], np.ndarray]  # from float32 (N, H, W, C) to softmax, float32 (N, H, W, classes)
     channels: int
     number_classes: int
-    radius: int
-    size_factor: int
-    features: int = PAPER_FEATURES
-    source_channels: Optional[Sequence[int]] = None
+    radius: int  # pixels beyond each edge of a block of the pooling grid on which its results depend; the halo
+    size_factor: int  # heights, widths and tile origins are multiples of it
+    features: int = PAPER_FEATURES  # of the top level; most of the memory that the network needs is proportional to it
+    source_channels: Optional[Sequence[int]] = None  # of the training images that were used, if not all of them
 
     @property
     def halo(self) -> int:
@@ -250,13 +235,7 @@ class Model:
 
 
 def load_model(filepath: str) -> Model:
-    """Load a SavedModel with a ``serving_default`` signature.
-
-    Raises
-    ------
-    InputError
-        If the folder is missing or holds no such model.
-    """
+    """Load a SavedModel with a ``serving_default`` signature; refuse everything else."""
     folder = Path(filepath)
     if not (folder / "saved_model.pb").is_file():
         found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
@@ -295,13 +274,7 @@ def load_model(filepath: str) -> Model:
 
 
 class Network:
-    """The signature of a SavedModel, which turns a float32 batch (N, H, W, C) into one of softmax (N, H, W, classes).
-
-    Raises
-    ------
-    InputError
-        If the signature is not of this kind.
-    """
+    """The signature of a SavedModel, from a float32 batch (N, H, W, C) to one of softmax (N, H, W, classes)."""
 
     def __init__(self, folder: Path, loaded: Any) -> None:
         self._folder, self._loaded = folder, loaded  # what was loaded has to live as long as its signature
@@ -323,15 +296,7 @@ class Network:
         )
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
-        """Return the softmax of a batch.
-
-        Raises
-        ------
-        TileTooLarge
-            If memory runs out.
-        InputError
-            If the network cannot take tiles of this size.
-        """
+        """Return the softmax of a batch; raise `TileTooLarge` if memory runs out."""
         import tensorflow as tf
 
         try:
@@ -360,7 +325,7 @@ class TileSizer:
     Parameters
     ----------
     model : Model
-        Tells halo and grid.
+        Has the halo and the grid.
     pixels : int
         Largest area that the network takes at once, halos included.
     longest : int, optional
@@ -369,7 +334,7 @@ class TileSizer:
     Raises
     ------
     InputError
-        If that is off the network's grid, or leaves nothing between the halos.
+        If `longest` is off the network's grid, or leaves nothing between the halos.
     """
 
     def __init__(self, model: Model, pixels: int, longest: Optional[int] = None) -> None:
@@ -394,8 +359,7 @@ class TileSizer:
             if rows and columns:
                 candidates.add((rows, columns))
         return min(
-            candidates,
-            key=lambda tile: (self._work(height, tile[0]) * self._work(width, tile[1]), -tile[0] * tile[1]),
+            candidates, key=lambda tile: (self._work(height, tile[0]) * self._work(width, tile[1]), -tile[0] * tile[1])
         )
 
     def _edge(self, length: int, max_edge: int) -> Optional[int]:
@@ -467,31 +431,18 @@ def free_in_control_groups() -> Iterator[int]:
 class Tile(NamedTuple):
     """A window on the image, and the zone of responsibility inside it; both on the network's grid."""
 
-    rows: slice
-    columns: slice
-    zone_rows: slice
-    zone_columns: slice
+    window: Window
+    zone: Window
 
 
 class Block(NamedTuple):
-    """The result for one tile's zone of responsibility, without what lies outside the image.
+    """The result for one tile's zone of responsibility, without what lies outside the image."""
 
-    Attributes
-    ----------
-    row, column : int
-        Where in the image the block begins.
-    image : ndarray of float32, shape (rows, columns, C)
-        z-scores of the image.
-    softmax : ndarray of float32, shape (rows, columns, classes)
-    classes : ndarray of unsigned int, shape (rows, columns)
-        The most probable class of each pixel.
-    """
-
-    row: int
+    row: int  # where in the image the block begins
     column: int
-    image: np.ndarray
-    softmax: np.ndarray
-    classes: np.ndarray
+    image: np.ndarray  # z-scores, float32 (rows, columns, C)
+    softmax: np.ndarray  # float32 (rows, columns, classes)
+    classes: np.ndarray  # the most probable class of each pixel, unsigned (rows, columns)
 
 
 def segment_file(
@@ -554,27 +505,10 @@ def write_results(
 def segment(
     image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
 ) -> Generator[Block, None, None]:
-    """Segment an image; reading, the network, and what is done with the results overlap.
+    """Yield the results for tiles of one shape, in their order; `batch_size` of them go to the network at once.
 
-    Parameters
-    ----------
-    image : ImageFile
-        Opened for reading.
-    statistics : ChannelStatistics
-        Of the whole image.
-    tiles : sequence of Tile
-        All of one shape.
-    batch_size : int
-        Tiles that the network takes at once.
-    model : Model
-        The network, with what is known about it.
-
-    Yields
-    ------
-    Block
-        The results, in the order of the tiles.
+    Reading, the network, and what is done with the results overlap.
     """
-    height, width, _ = image.shape
 
     def predictions() -> Generator[tuple[Sequence[Tile], np.ndarray, np.ndarray], None, None]:
         with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size))) as batches:
@@ -584,9 +518,8 @@ def segment(
     with contextlib.closing(prefetch(predictions())) as results:
         for part, batch, softmax in results:
             for tile, window, scores in zip(part, batch, softmax):
-                rows = slice(tile.zone_rows.start, min(tile.zone_rows.stop, height))
-                columns = slice(tile.zone_columns.start, min(tile.zone_columns.stop, width))
-                kept = relative_slice(rows, tile.rows), relative_slice(columns, tile.columns)
+                rows, columns = clipped(tile.zone, image.shape)
+                kept = relative_slice(rows, tile.window[0]), relative_slice(columns, tile.window[1])
                 classes = most_probable(scores[kept], model.mask_dtype)
                 yield Block(rows.start, columns.start, window[kept], scores[kept], classes)
 
@@ -606,23 +539,13 @@ def read_batches(
 
     Where the image ends before the network's grid does, it goes on by reflection.
     """
-    height, width, channels = image.shape
-    windows = image.windows(
-        [
-            (
-                slice(tile.rows.start, min(tile.rows.stop, height)),
-                slice(tile.columns.start, min(tile.columns.stop, width)),
-            )
-            for tile in tiles
-        ]
-    )
-    edges = [tiles[0].rows.stop - tiles[0].rows.start, tiles[0].columns.stop - tiles[0].columns.start]
+    size = [part.stop - part.start for part in tiles[0].window]
+    windows = image.windows([clipped(tile.window, image.shape) for tile in tiles])
     for first in range(0, len(tiles), batch_size):
         part = tiles[first : first + batch_size]
-        batch = np.empty((len(part), *edges, channels), np.float32)
+        batch = np.empty((len(part), *size, image.shape[2]), np.float32)
         for place, window in zip(batch, windows):
-            missing = [(0, edge - length) for edge, length in zip(edges, window.shape)]
-            statistics.z_score(np.pad(window, [*missing, (0, 0)], mode="reflect") if any(missing) else window, place)
+            statistics.z_score(reflect_to(window, size), place)
         yield part, batch
 
 
@@ -640,11 +563,7 @@ def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> lis
     rows, columns = (
         list(plan_axis(round_up(length, model.size_factor), edge, model.halo)) for length, edge in zip(shape, tile)
     )  # fmt: skip
-    return [
-        Tile(window_rows, window_columns, zone_rows, zone_columns)
-        for window_rows, zone_rows in rows
-        for window_columns, zone_columns in columns
-    ]
+    return [Tile(*zip(row, column)) for row in rows for column in columns]
 
 
 def plan_axis(length: int, edge: int, halo: int) -> Iterator[tuple[slice, slice]]:
@@ -771,30 +690,15 @@ def tiff_of(
         yield add
 
 
-class TiledTiff:
+class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
     """A tiled, zlib-compressed TIFF that is given block by block; a context manager.
 
     Tiles are compressed and written by a thread as soon as they are full, in whatever order that happens, and the table
     of their places is sorted at the end. Held in memory are only those that blocks have filled in part.
-
-    Parameters
-    ----------
-    path : path
-        Where the file appears when it is whole.
-    shape : (int, int) or (int, int, int)
-        Height, width and, if there are several values for each pixel, their number.
-    dtype : dtype
-        Of the values.
-    resolution : (float, float, int), optional
-        Pixels per unit along a row and along a column, and the code for the unit.
     """
 
     def __init__(
-        self,
-        path: Path,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        resolution: Optional[tuple[float, float, int]],
+        self, path: Path, shape: tuple[int, ...], dtype: np.dtype, resolution: Optional[tuple[float, float, int]]
     ) -> None:
         self._path, self._shape, self._dtype, self._resolution = path, shape, dtype, resolution
         self._across = -(-shape[1] // TIFF_TILE)
@@ -872,10 +776,6 @@ class TiledTiff:
                 values = np.empty(len(self._order), np.int64)
                 values[self._order] = tag.value
                 tag.overwrite(values.tolist())
-
-    def __enter__(self) -> "TiledTiff":
-        """Return itself."""
-        return self
 
     def __exit__(self, kind: Optional[type], *exception: object) -> None:
         """Finish the file, or after an exception only end the thread."""

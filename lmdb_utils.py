@@ -156,16 +156,6 @@ class Metadata:
     record_row: np.ndarray
     record_column: np.ndarray
 
-    ARRAYS = (
-        "classes",
-        "pixel_counts",
-        "record_offsets",
-        "class_records",
-        "record_image",
-        "record_row",
-        "record_column",
-    )
-
     @property
     def count(self) -> int:
         """Number of records."""
@@ -193,7 +183,7 @@ class Metadata:
 
     def to_bytes(self) -> bytes:
         """Serialize as an uncompressed npz archive."""
-        arrays = {field: getattr(self, field) for field in self.ARRAYS}
+        arrays: dict[str, Any] = {name: each for name, each in vars(self).items() if isinstance(each, np.ndarray)}
         header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **self.info}
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         arrays["names"] = np.frombuffer(self.joined_names, np.uint8)
@@ -205,11 +195,11 @@ class Metadata:
     def from_bytes(cls, value: bytes) -> "Metadata":
         """Read what `to_bytes` wrote; raises `InputError` where the version is another one."""
         with np.load(io.BytesIO(value), allow_pickle=False) as archive:
-            info = json.loads(archive["header"].tobytes())
-            if info.pop("format") != FORMAT_NAME or info.pop("version") != FORMAT_VERSION:
-                raise InputError(f"its format is not version {FORMAT_VERSION} of {FORMAT_NAME}")
-            names = archive["names"].tobytes()
-            return cls(info=info, joined_names=names, **{field: archive[field] for field in cls.ARRAYS})
+            arrays = dict(archive)
+        info = json.loads(arrays.pop("header").tobytes())
+        if info.pop("format") != FORMAT_NAME or info.pop("version") != FORMAT_VERSION:
+            raise InputError(f"its format is not version {FORMAT_VERSION} of {FORMAT_NAME}")
+        return cls(info=info, joined_names=arrays.pop("names").tobytes(), **arrays)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -464,7 +454,7 @@ def databases_in(folder: str) -> str:
     return f"; there is {', '.join(found)}" if found else ""
 
 
-class Database:
+class Database(contextlib.AbstractContextManager["Database"]):
     """A finished database, opened read-only; a context manager.
 
     Must be opened in the process that uses it: an LMDB environment does not survive a fork, and one process may open
@@ -525,7 +515,7 @@ class Database:
             raise InputError(f"{self.filepath} is an LMDB database, but not one of build_lmdb.py; build it again")
         try:
             return Metadata.from_bytes(bytes(value))
-        except (InputError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (InputError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{self.filepath} cannot be used: {error}; build it again with build_lmdb.py") from error
 
     def __len__(self) -> int:
@@ -543,10 +533,6 @@ class Database:
         """Close the file; views into it must not be used any more. May be called twice."""
         self._transaction.abort()
         self._environment.close()
-
-    def __enter__(self) -> "Database":
-        """Return itself."""
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Close the file."""

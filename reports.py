@@ -58,16 +58,9 @@ class Report:
     def write(self, state: "RunState", train: dict[str, float], test: dict[str, Any], model: Any) -> None:
         """Write the results of a test epoch.
 
-        Parameters
-        ----------
-        state : RunState
-            Where the run stands.
-        train : dict
-            ``loss`` and ``learning_rate``; where steps were taken, ``images_per_second`` and `BatchSupply.figures`.
-        test : dict
-            ``loss``, ``confusion``, and the figures of `score_confusion`.
-        model : keras.Model
-            Gives logits for the pictures.
+        `train` has ``loss``, ``learning_rate`` and, if steps were taken, ``images_per_second`` and
+        `BatchSupply.figures`; `test` has ``loss``, ``confusion`` and the figures of `score_confusion`. `model` gives
+        logits for the pictures.
         """
         mean_iou = mean_of_present(test["iou"])
         scores = [text_of_score(score) for score in (test["accuracy"], mean_iou, *test["iou"], *test["dice"])]

@@ -105,25 +105,7 @@ def run_job(args: argparse.Namespace) -> NoReturn:
 
 
 class Run(NamedTuple):
-    """What one run consists of.
-
-    Attributes
-    ----------
-    args : argparse.Namespace
-        The command line.
-    cluster : Cluster
-        The processes that train together.
-    trainer : UNetTrainer
-        The network, and steps on it.
-    stop : StopRequest
-        Asked at each step.
-    checkpoints : Checkpoints
-        Where `state` is saved.
-    state : RunState
-        Where the run stands; changed as it proceeds.
-    first_step : int
-        Where it stood when this process started.
-    """
+    """What a run consists of; `state` changes as it proceeds."""
 
     args: argparse.Namespace
     cluster: "Cluster"
@@ -131,7 +113,7 @@ class Run(NamedTuple):
     stop: "StopRequest"
     checkpoints: "Checkpoints"
     state: "RunState"
-    first_step: int
+    first_step: int  # that this process takes, which a resumed run does not begin with 0
 
     @property
     def global_batch(self) -> int:
@@ -147,13 +129,7 @@ def train(
     metadata: tuple[Metadata, Metadata],
     weights: Optional[list[float]],
 ) -> int:
-    """Train until the test loss stops improving, `max_epochs` is reached or a signal comes; return the exit code.
-
-    Raises
-    ------
-    TrainingError
-        If the loss is not finite, memory or disk run out, or another process is gone.
-    """
+    """Train until the test loss stops improving, `max_epochs` is reached or a signal comes; return the exit code."""
     trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
     checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
     state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
@@ -182,7 +158,7 @@ def train(
 
 def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, float]]:
     """Train to the next test epoch; return loss, learning rate and speed, or None if a signal has come before."""
-    args, state, rate = run.args, run.state, 0.0
+    args, state = run.args, run.state
     label = f"epoch {state.epoch + 1} step"
     progress = Progress(label, args.test_every_n_steps, "", run.global_batch, "images", first=state.epoch_step)
     batches.begin_measuring()
@@ -388,15 +364,7 @@ def open_supply(trainer: "UNetTrainer", reader: ImageReader) -> Iterator["BatchS
 
 
 class BatchSupply:
-    """Global batches from a reader, and how well it keeps up.
-
-    Parameters
-    ----------
-    batches : iterator
-        From `UNetTrainer.distribute`.
-    reader : ImageReader
-        That they come from.
-    """
+    """The global batches that `UNetTrainer.distribute` makes of a reader's, and how well the reader keeps up."""
 
     def __init__(self, batches: Any, reader: ImageReader) -> None:
         self._batches, self.reader = batches, reader
@@ -473,49 +441,26 @@ def add_data_options(group: Any) -> None:
 def add_training_options(group: Any) -> None:
     """Add what the specification lists besides the data."""
     group.add_argument("--batch_size", type=positive_int, default=4, help="images in a batch, for each GPU")
-    group.add_argument(
-        "--number_classes", type=positive_int, default=2, help="classes being segmented, background (0) included"
-    )
+    text = "classes being segmented, background (0) included"
+    group.add_argument("--number_classes", type=positive_int, default=2, help=text)
     text = "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps"
     group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
-    group.add_argument(
-        "--test_every_n_steps",
-        type=positive_int,
-        default=1000,
-        help="number of gradient update steps to take between test epochs, which makes an epoch here, however small "
-        "the data set",
-    )
+    text = "number of gradient update steps to take between test epochs: an epoch here, however small the data set"
+    group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)
     text = "whether to balance classes [0 = false, 1 = true]: draw each equally often, then an image that holds it"
     add_flag(group, "--balance_classes", 0, text)
-    add_flag(
-        group,
-        "--use_augmentation",
-        1,
-        "whether to use data augmentation [0 = false, 1 = true]: transform each training image at random",
-    )
-    group.add_argument(
-        "--early_stopping",
-        metavar="EARLY_STOPPING_COUNT",
-        type=positive_int,
-        default=10,
-        help="Perform early stopping when the test loss does not improve (by more than 1e-4) for N test epochs",
-    )
-    group.add_argument(
-        "--reader_count",
-        type=positive_int,
-        default=1,
-        help="how many processes to use for disk I/O and augmentation per gpu",
-    )
+    text = "whether to use data augmentation [0 = false, 1 = true]: transform each training image at random"
+    add_flag(group, "--use_augmentation", 1, text)
+    text = "Perform early stopping when the test loss does not improve (by more than 1e-4) for N test epochs"
+    group.add_argument("--early_stopping", metavar="EARLY_STOPPING_COUNT", type=positive_int, default=10, help=text)
+    text = "how many processes to use for disk I/O and augmentation per gpu"
+    group.add_argument("--reader_count", type=positive_int, default=1, help=text)
 
 
 def add_run_options(group: Any) -> None:
     """Add options beyond the specification."""
-    group.add_argument(
-        "--baseline_feature_depth",
-        type=positive_int,
-        default=64,
-        help="features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop",
-    )
+    text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
+    group.add_argument("--baseline_feature_depth", type=positive_int, default=64, help=text)
     text = "stop after so many test epochs; without it only --early_stopping ends a run"
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
@@ -590,10 +535,8 @@ def compare_sides(args: argparse.Namespace, train: Metadata, test: Metadata) -> 
     if shared:
         logging.warning(
             "%d names of images are in both databases, such as %s: if these are the same images, the test loss looks "
-            "better than the network is; take the train and test database of one build",
-            len(shared),
-            min(shared),
-        )
+            "better than the network is; take the train and test database of one build", len(shared), min(shared),
+        )  # fmt: skip
 
 
 def weights_of_classes(args: argparse.Namespace, train: Metadata) -> Optional[list[float]]:
@@ -655,17 +598,13 @@ def report_no_gpu(version: str, with_cuda: bool) -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or not (os.path.exists(GPU_DEVICE) or os.environ.get("SLURM_JOB_GPUS")):
         return
+    advice = "this node has a GPU, but TensorFlow %s was built without CUDA: install one for GPUs (see the README)"
     if with_cuda:
-        logging.warning(
+        advice = (
             "this node has a GPU, but TensorFlow cannot use it: python -m pip install 'tensorflow[and-cuda]==%s' "
-            "brings the libraries that it needs; nvidia-smi tells whether the driver works",
-            version,
+            "brings the libraries that it needs; nvidia-smi tells whether the driver works"
         )
-    else:
-        logging.warning(
-            "this node has a GPU, but TensorFlow %s was built without CUDA: install one for GPUs (see the README)",
-            version,
-        )
+    logging.warning(advice, version)
 
 
 def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, replicas: int) -> None:
@@ -712,13 +651,7 @@ class Cluster(NamedTuple):
 
 
 def addresses_from_slurm(environment: Mapping[str, str]) -> list[str]:
-    """Return HOST:PORT of each task of this ``srun``, in the order of their ranks.
-
-    Raises
-    ------
-    InputError
-        If a host has no address, for which TensorFlow would wait for ever.
-    """
+    """Return HOST:PORT of each task of this ``srun``, by rank; refuse a host without address: TensorFlow would wait."""
     nodes = environment["SLURM_STEP_NODELIST"]
     try:
         hosts = subprocess.run(
@@ -772,19 +705,9 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class EarlyStopping:
-    """Follows the test loss.
+    """Follows the test loss; an improvement is more than `EARLY_STOPPING_DELTA` below the loss of the last one."""
 
-    Attributes
-    ----------
-    patience : int
-        Test epochs without improvement after which to stop.
-    best_loss : float
-        Lowest test loss so far.
-    epochs_without_improvement : int
-        Since the loss last fell by more than `EARLY_STOPPING_DELTA` below the loss of the epoch that last did so.
-    """
-
-    patience: int
+    patience: int  # test epochs without improvement after which to stop
     best_loss: float = math.inf
     epochs_without_improvement: int = 0
     _reference_loss: float = field(default=math.inf, repr=False)
@@ -807,32 +730,15 @@ class EarlyStopping:
 
 @dataclass
 class RunState:
-    """Where a run stands: what a checkpoint holds besides the weights.
-
-    Attributes
-    ----------
-    step : int
-        Training steps taken.
-    samples : int
-        Images that these took from the training stream.
-    epoch : int
-        Test epochs done.
-    epoch_step : int
-        Steps since the last test epoch.
-    epoch_loss : float
-        Sum of the losses of these steps.
-    best_epoch : int
-        Test epoch of the lowest test loss.
-    stopping : EarlyStopping
-    """
+    """Where a run stands: what a checkpoint contains besides the weights."""
 
     stopping: EarlyStopping
-    step: int = 0
-    samples: int = 0
-    epoch: int = 0
-    epoch_step: int = 0
-    epoch_loss: float = 0.0
-    best_epoch: int = 0
+    step: int = 0  # training steps taken
+    samples: int = 0  # images that these took from the training stream
+    epoch: int = 0  # test epochs done
+    epoch_step: int = 0  # steps since the last test epoch
+    epoch_loss: float = 0.0  # sum of the losses of these steps
+    best_epoch: int = 0  # of the lowest test loss
 
     def count_step(self, loss: float, global_batch: int) -> None:
         """Take note of a training step."""
@@ -903,13 +809,7 @@ class Checkpoints:
 
     @classmethod
     def compare(cls, output_dir: Path, settings: dict[str, Any]) -> None:
-        """Refuse to go on with a run of other settings; needs no TensorFlow, which takes seconds to load.
-
-        Raises
-        ------
-        InputError
-            If the newest checkpoint was saved with other settings.
-        """
+        """Refuse to resume a run of other settings; needs no TensorFlow, which takes seconds to load."""
         saved = settings
         for folder in cls.find(output_dir):
             with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: `restore` passes over it as well
@@ -927,13 +827,7 @@ class Checkpoints:
         return self._cluster.is_chief and time.monotonic() - self.saved_at > 60 * minutes
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint, and remove all but the last `CHECKPOINTS_KEPT`.
-
-        Raises
-        ------
-        TrainingError
-            If it cannot be written; earlier ones are untouched.
-        """
+        """Write a checkpoint, then remove all but the last `CHECKPOINTS_KEPT`; after a failure all are still there."""
         with saving(f"a checkpoint of step {state.step} in {self._folder}"):
             if self._cluster.is_chief:
                 self._write(state)
@@ -961,13 +855,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self) -> Optional[RunState]:
-        """Load the newest checkpoint that can be read; return its state, or None where there is no checkpoint.
-
-        Raises
-        ------
-        InputError
-            If none can be read.
-        """
+        """Load the newest checkpoint that can be read and return its state; None if there is no checkpoint at all."""
         found = self.find(self._folder.parent)
         for folder in found:
             try:
