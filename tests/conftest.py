@@ -1,5 +1,6 @@
 """Small data sets that tests build, and how they start the scripts as a user does."""
 
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from scipy import ndimage
@@ -158,6 +160,25 @@ def databases(tmp_path_factory):
     return build(tmp_path_factory.mktemp("databases"), "--train_fraction", "0.77", count=21)
 
 
+@pytest.fixture
+def disk_log(monkeypatch):
+    """Return a list that gets each flush to the disk and each rename, with the path, as they happen."""
+    log, fsync, rename = [], os.fsync, os.rename
+
+    def logged_fsync(descriptor):
+        log.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def logged_rename(source, target, *arguments, **options):
+        log.append(("rename", Path(target)))
+        rename(source, target, *arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_rename)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    return log
+
+
 def shared_memory_of(pid):
     """Return the paths of the shared memory that a process has mapped, its readers' batches."""
     return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
@@ -185,27 +206,38 @@ def pytest_collection_modifyitems(config, items):
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 
 
+def leftovers():
+    """Return the files in shared memory that are named as ours are, but for those that other programs have in use."""
+    found = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for process in psutil.process_iter() if found else ():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            used = set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{process.pid}/maps").read_text()))
+            found -= used if process.pid not in ours else set()
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Fail a test that leaves a file in shared memory; among several processes the end of the session tells."""
-    before = set(os.listdir("/dev/shm"))
+    before = leftovers()
     yield
     deadline = time.monotonic() + 5  # what a dead process held, others remove
-    while not IS_ONE_OF_SEVERAL and set(os.listdir("/dev/shm")) - before:
-        assert time.monotonic() < deadline, set(os.listdir("/dev/shm")) - before
+    while not IS_ONE_OF_SEVERAL and leftovers() - before:
+        assert time.monotonic() < deadline, leftovers() - before
         time.sleep(0.1)
 
 
 def pytest_sessionstart(session):
     """Remember what was in shared memory before."""
-    session.config.stash[FILES_BEFORE] = set(os.listdir("/dev/shm"))
+    session.config.stash[FILES_BEFORE] = leftovers()
 
 
 def pytest_sessionfinish(session):
     """Fail a session of several processes that leaves a file in shared memory; with ``-n 0`` the test fails itself."""
     if script_server.cache_info().currsize:
         script_server().close()
-    left = set(os.listdir("/dev/shm")) - session.config.stash[FILES_BEFORE]
+    left = leftovers() - session.config.stash[FILES_BEFORE]
     if left and not IS_ONE_OF_SEVERAL:
         print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; -n 0 tells which test does that")
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

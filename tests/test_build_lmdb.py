@@ -741,3 +741,29 @@ def test_a_stopped_build_leaves_the_old_database_and_the_next_one_clears_up(tmp_
     assert start(tmp_path).returncode == 0
     assert sorted(os.listdir(tmp_path / "db")) == ["test-t.lmdb", "train-t.lmdb"]
     assert train.read_bytes() == old
+
+
+@pytest.mark.parametrize("nbytes, ahead", [(0, 6 * 16), (100 * 2**20, 3)])
+def test_results_of_at_most_256_mb_wait_to_be_written(nbytes, ahead, monkeypatch):
+    """However many processes there are; small tasks go to them sixteen at a time, three such groups for each."""
+    monkeypatch.setattr(build_lmdb, "allocate_shared_memory", lambda size: os.open("/nowhere", os.O_RDONLY))
+    asked = []
+    with build_lmdb.Workers(2) as workers:
+        results = workers.run(abs, (asked.append(task) or task for task in range(-200, 0)), str, lambda task: nbytes)
+        assert next(results) == (-200, 200)
+        assert ahead <= len(asked) <= ahead + 1  # one is known to belong to the next group
+        results.close()
+
+
+def test_results_come_through_shared_memory_in_the_order_of_the_tasks_and_leave_none(monkeypatch):
+    sizes = []
+    allocate = build_lmdb.allocate_shared_memory
+    monkeypatch.setattr(build_lmdb, "allocate_shared_memory", lambda size: sizes.append(size) or allocate(size))
+    tasks = [np.full(2**19, number, np.int32) for number in range(20)]
+    with build_lmdb.Workers(2) as workers:
+        for task, result in workers.run(np.copy, tasks, str, lambda task: task.nbytes):
+            np.testing.assert_array_equal(result, task)
+        assert sizes == 10 * [2**22]
+        unfinished = workers.run(np.copy, tasks, str, lambda task: task.nbytes)
+        next(unfinished)
+    assert len(sizes) > 10  # what was not asked for is removed as well (conftest.py)

@@ -101,3 +101,19 @@ def test_shared_memory_that_cannot_be_had_leaves_no_file_and_no_complaint(step):
     done = allocate_shared_memory_with(str(os.getpid()), step, script)
     assert (done.stdout, done.stderr, done.returncode) == ("[Errno 12] no memory\n", "", 0)
     assert not os.path.exists(f"/dev/shm/psm_{os.getpid()}")
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, disk_log):
+    target = tmp_path / "a.png"
+    with cli.replacing(target) as temporary:
+        temporary.write_text("new")
+    assert disk_log == [("flush", temporary), ("rename", target)] and target.read_text() == "new"
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    target = tmp_path / "a.png"
+    target.write_text("old")
+    with pytest.raises(ValueError), cli.replacing(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

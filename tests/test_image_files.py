@@ -9,7 +9,7 @@ from PIL import Image
 
 import image_files
 from cli import InputError
-from image_files import ChannelStatistics, ImageFile, read_image, z_score
+from image_files import ChannelStatistics, ImageFile, displayable, read_image, z_score
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,23 @@ def test_tiles_that_a_file_leaves_out_are_empty(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_tiles_have_the_tables_of_their_page(tmp_path, channels):
+def test_jpeg_tiles_are_decoded(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 255, (150, 130, channels)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", image.squeeze(), tile=(64, 48), compression="jpeg")
     expected = tifffile.imread(tmp_path / "a.tif").reshape(image.shape)
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("compression", [6, 7, 33007, 34892])
+def test_every_kind_of_jpeg_strip_has_the_tables_of_its_page_and_counts_as_lossy(tmp_path, compression):
+    image = np.random.default_rng(0).integers(0, 255, (400, 300, 3)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.tif", compression="jpeg")
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        assert tif.pages[0].jpegtables and len(tif.pages[0].dataoffsets) > 1
+        tif.pages[0].tags["Compression"].overwrite(compression)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), tifffile.imread(tmp_path / "a.tif"))
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert file.lossy
 
 
 def test_a_tiled_file_that_ends_early_is_refused_by_name_when_its_end_is_read(tmp_path):
@@ -251,3 +263,12 @@ def test_a_nearly_constant_channel_is_only_centered():
 def test_a_deviation_of_1_is_where_scaling_begins(deviation, expected):
     image = np.resize(np.array([5 - deviation, 5 + deviation], np.float32), (4, 4, 1))
     assert z_score(image).std() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_an_image_is_displayed_in_gray_or_color_around_its_mean(channels):
+    scores = np.linspace(-4, 4, 40 * channels).reshape(8, 5, channels)
+    expected = scores if channels == 3 else scores.mean(axis=2)[..., None].repeat(3, axis=2)
+    picture = displayable(scores)
+    assert picture.dtype == np.uint8 and picture.shape == (8, 5, 3)
+    np.testing.assert_allclose(picture, 255 * np.clip(0.5 + expected / 5, 0, 1), atol=1)

@@ -1,3 +1,5 @@
+import contextlib
+import inspect
 import itertools
 import os
 import re
@@ -11,6 +13,7 @@ import psutil
 import pytest
 from conftest import ROOT, build
 
+import augment
 import imagereader
 from cli import InputError
 from image_files import z_score
@@ -91,11 +94,11 @@ def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databa
 
 
 def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it_was():
-    def steps(processes, replicas, batch_size, first_sample=0):
+    def steps(world_size, replicas, batch_size, first_sample=0):
         """Samples of each of three steps, of all processes and replicas in turn."""
         streams = [
-            imagereader.Stream(0, True, False, 100, batch_size, replicas, process, processes, first_sample)
-            for process in range(processes)
+            imagereader.Stream(0, True, False, 100, batch_size, replicas, rank, world_size, first_sample)
+            for rank in range(world_size)
         ]
         return [
             [s for stream in streams for r in range(replicas) for s in stream.samples(step * replicas + r)]
@@ -108,16 +111,28 @@ def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it
     assert steps(2, 3, 2, first_sample=12)[:2] == alone[1:]
 
 
-@pytest.mark.parametrize("batch_size, workers, replicas", [(2, 1, 1), (4, 3, 1), (2, 2, 2), (7, 1, 1)])
-def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas):
+@pytest.mark.parametrize(
+    "batch_size, workers, replicas, world_size", [(2, 1, 1, 1), (4, 3, 1, 1), (2, 2, 2, 1), (7, 1, 1, 1), (2, 1, 1, 2)]
+)
+def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas, world_size):
     options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "replicas": replicas}
-    with ImageReader(databases[1], **options) as reader, Database(databases[1]) as database:
-        count = reader.get_image_count()
-        assert count == 5  # neither of 2, 4, 7
+    with contextlib.ExitStack() as stack:
+        readers = [
+            stack.enter_context(ImageReader(databases[1], rank=rank, world_size=world_size, **options))
+            for rank in range(world_size)
+        ]
+        database = stack.enter_context(Database(databases[1]))
+        assert len(database) == 5  # neither of 2, 4, 7
+        expected = np.stack([z_score(database.read(index)[0]) for index in range(5)])
+        streams = [reader.generator() for reader in readers]
         for _ in range(3):
-            batches = take(reader, reader.get_pass_steps() * replicas)
-            seen = np.concatenate([batch.images[batch.weights > 0] for batch in batches])
-            expected = np.stack([z_score(database.read(index)[0]) for index in range(count)])
+            steps = [
+                batch
+                for _ in range(readers[0].get_pass_steps())
+                for stream in streams
+                for batch in itertools.islice(stream, replicas)
+            ]
+            seen = np.concatenate([batch.images[batch.weights > 0] for batch in steps])
             np.testing.assert_array_equal(seen, expected)
 
 
@@ -138,6 +153,23 @@ def test_balanced_classes_are_drawn_equally_often(tmp_path):
         shares.append((masks == 2).any((1, 2)).mean())
     assert shares[0] == pytest.approx(0.5 + 0.5 / 20, abs=0.1)
     assert shares[1] == pytest.approx(1 / 20)
+
+
+def test_the_augmentation_block_sets_every_limit_and_an_attribute_that_is_none_is_refused(databases):
+    limits = ImageReader(databases[0]).augmentation_limits
+    signature = inspect.signature(augment.sample_transformation).parameters
+    assert limits == {
+        "reflection_flag": True,
+        "rotation_flag": True,
+        "jitter_augmentation_severity": 0.1,
+        "noise_augmentation_severity": 0.02,
+        "scale_augmentation_severity": 0.1,
+        "blur_max_sigma": 2,
+    }
+    of_the_augmentation = [name for name, each in signature.items() if each.kind is each.KEYWORD_ONLY]
+    assert sorted(imagereader.AUGMENTATION_LIMITS.values()) == sorted(of_the_augmentation)
+    with pytest.raises(ValueError, match="found _rotation_flg$"):
+        imagereader.augmentation_limits({"_rotation_flg": True, "_blur_max_sigma": 2})
 
 
 def test_a_class_beyond_the_network_is_refused_with_file_and_option(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import skimage.io
 import tensorflow as tf
 import tifffile
-from conftest import ROOT, STORED, make_pair, run_script, write_stored, write_tiff
+from conftest import ROOT, STORED, WITHOUT_GPU, make_pair, run_script, write_stored, write_tiff
 from scipy import ndimage, special
 from skimage import transform
 
@@ -486,3 +486,30 @@ def test_the_output_folder_may_not_be_the_image_folder(gray_model, tmp_path):
 
 def test_metadata_is_read_from_the_saved_model(gray_model):
     assert json.loads((gray_model / "unet_metadata.json").read_text())["radius"] == RADIUS
+
+
+MEASURE_MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+import inference_unet
+
+def peak_bytes():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+model = inference_unet.load_model(sys.argv[1])
+model.predict(np.zeros((1, 64, 64, 1), np.float32))  # what the first call allocates once
+before = peak_bytes()
+inference_unet.free_memory = lambda: 1e9
+edge = int(inference_unet.affordable_pixels(model) ** 0.5) // 16 * 16
+model.predict(np.zeros((1, edge, edge, 1), np.float32))
+print((peak_bytes() - before) / 1e9)
+"""
+
+
+def test_the_network_takes_up_to_half_of_the_free_memory(tmp_path):
+    export_saved_model(build_unet(1, 2, 16), tmp_path / "saved_model", {"baseline_feature_depth": 16})
+    script = MEASURE_MEMORY.format(root=str(ROOT))
+    command = [sys.executable, "-c", script, str(tmp_path / "saved_model")]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=WITHOUT_GPU).stdout
+    assert 0.2 < float(printed) < 0.55

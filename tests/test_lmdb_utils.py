@@ -1,4 +1,6 @@
 import os
+import re
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -167,3 +169,23 @@ def test_pixels_are_counted_whatever_the_class_ids(least, most):
 def test_keys_sort_in_the_order_of_insertion():
     keys = [lmdb_utils.record_key(index) for index in (0, 9, 10, 99, 10**6, 10**9)] + [lmdb_utils.METADATA_KEY]
     assert keys == sorted(keys)
+
+
+def test_databases_are_on_the_disk_before_they_take_their_names(tmp_path, disk_log):
+    targets = [tmp_path / "train.lmdb", tmp_path / "test.lmdb"]
+    with new_databases(*targets) as writers:
+        for writer in writers:
+            writer.append(Record.encode(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
+            writer.finish({})
+    assert [(kind, path.name) for kind, path in disk_log[:2]] == [("flush", target.name) for target in targets]
+    assert disk_log[2:] == [*(("rename", target) for target in targets), ("flush", tmp_path)]
+
+
+def test_the_system_does_not_read_ahead_in_a_database(tmp_path):
+    write_small(tmp_path / "a.lmdb")
+    with Database(tmp_path / "a.lmdb"):
+        maps = Path("/proc/self/smaps").read_text()
+    flags = re.findall(rf"{tmp_path}/a.lmdb\n(?:\w+:.*\n)*?VmFlags:(.*)", maps)
+    if not flags:
+        pytest.skip("this system does not tell how memory is mapped")
+    assert [" rr " in each for each in flags] == [True]

@@ -106,6 +106,58 @@ def test_a_saved_model_loads_with_tensorflow_alone_and_gives_the_models_softmax(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("saved_model")] == ["saved_model"]
 
 
+def make_batch(size=32):
+    rng = np.random.default_rng(0)
+    images, masks = rng.standard_normal((2, size, size, 1), np.float32), rng.integers(0, 2, (2, size, size))
+    return images, masks.astype(np.uint8), np.ones(2, np.float32)
+
+
+def make_trainer(network, **options):
+    """Return a trainer, on one CPU, of a network without dropout that `network` are the options of."""
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    return unet_model.UNetTrainer(strategy, lambda key: build_unet(1, 2, 2, 0.0, **network), 2, 1e-3, **options)
+
+
+def cross_entropy(logits, masks, weights, label_smoothing=0.0):
+    """Return the loss of each pixel, computed in float64."""
+    logarithms = special.log_softmax(np.asarray(logits, np.float64), axis=-1)
+    hits = np.take_along_axis(logarithms, masks[..., None].astype(int), axis=-1)[..., 0]
+    smooth = (1 - label_smoothing) * hits + label_smoothing * logarithms.mean(axis=-1)
+    return -smooth * np.asarray(weights)[masks]
+
+
+def test_classes_weigh_in_training_and_testing_and_labels_are_smoothed_in_training_alone():
+    images, masks, _ = make_batch()
+    trainer = make_trainer({"batch_norm": False}, label_smoothing=0.3, class_weights=[1.0, 5.0])
+    logits = trainer.model(images).numpy()
+    sums, _ = trainer.test_step(make_batch())
+    np.testing.assert_allclose(sums, [2 * cross_entropy(logits, masks, [1, 5]).mean()], rtol=1e-5)
+    [loss] = trainer.train_step(make_batch())
+    np.testing.assert_allclose(loss, cross_entropy(logits, masks, [1, 5], 0.3).mean(), rtol=1e-5)
+
+
+def test_loss_scaling_keeps_gradients_that_float16_has_no_number_for():
+    """Weights of the classes make the loss, and with it the gradients, a millionth of what they were."""
+    moved = []
+    for loss_scaling in (False, True):
+        tf.keras.utils.set_random_seed(0)
+        trainer = make_trainer({"precision": "mixed_float16"}, class_weights=[1e-6, 1e-6], loss_scaling=loss_scaling)
+        before = trainer.model.get_weights()[0].copy()
+        trainer.train_step(make_batch())
+        moved.append(np.abs(trainer.model.get_weights()[0] - before).max())
+    assert moved[0] == 0 < moved[1]
+
+
+def test_moving_averages_of_batch_normalization_forget_a_tenth_at_each_step():
+    model, (images, _, _) = build_unet(1, 2, 2), make_batch()
+    layer = next(layer for layer in model.layers if isinstance(layer, tf.keras.layers.BatchNormalization))
+    averages = []
+    for _ in range(2):
+        model(images, training=True)
+        averages.append(layer.moving_mean.numpy())
+    np.testing.assert_allclose(averages[1], 1.9 * averages[0], rtol=1e-5)
+
+
 STEPS = """
 import atexit, os, sys
 sys.path.insert(0, {root!r})
@@ -123,7 +175,7 @@ else:
 from unet_model import UNetTrainer, build_unet, export_saved_model
 
 rng = np.random.default_rng(0)
-share = slice(4 // cluster.processes * cluster.process, 4 // cluster.processes * (cluster.process + 1))
+share = slice(4 // cluster.world_size * cluster.rank, 4 // cluster.world_size * (cluster.rank + 1))
 images = rng.standard_normal((5, 4, 32, 32, 1), np.float32)[:, share]
 masks = rng.integers(0, 2, (5, 4, 32, 32)).astype(np.uint8)[:, share]
 
@@ -139,13 +191,16 @@ tf.keras.utils.set_random_seed(1)
 trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_rate=0, batch_norm=False), 2, 1e-2)
 first = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
 batches = trainer.distribute(Reader())
-sums = [trainer.train_step(next(batches), (cluster.process == 1 and step == 3,)) for step in range(5)]
+sums = [trainer.train_step(next(batches), (cluster.rank == 1 and step == 3,)) for step in range(5)]
 confusion = trainer.test_step(next(trainer.distribute(Reader())))[1]
 last = np.concatenate([np.ravel(weights) for weights in trainer.model.get_weights()])
 np.savez(result, first=first, last=last, sums=sums, pixels=confusion.sum())
 
-if replicas == 2:  # as it is used: with dropout and batch normalisation
+if replicas == 2:  # as it is used: with dropout and batch normalization
     trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 2, 1e-3)
+    outputs = strategy.run(tf.function(lambda: trainer.model(images[0, :1], training=True)))
+    one, other = strategy.experimental_local_results(outputs)
+    assert np.abs(one - other).max() > 1e-3, "both replicas drop the same"
     assert np.isfinite(trainer.train_step(next(trainer.distribute(Reader())))[0])
     export_saved_model(trainer.model, result + ".saved_model", {{}})
 atexit._run_exitfuncs()  # as train_unet.py ends
@@ -182,7 +237,7 @@ def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_bat
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 5, "\n".join(outputs)
     one, *others = (np.load(tmp_path / f"{number}.npz") for number in range(5))
-    assert np.abs(one["last"] - one["first"]).max() > 1e-2, "nothing was learnt"
+    assert np.abs(one["last"] - one["first"]).max() > 1e-2, "nothing was learned"
     for other in others:
         np.testing.assert_array_equal(one["first"], other["first"])
         np.testing.assert_allclose(one["sums"][:, 0], other["sums"][:, 0], rtol=1e-5)
