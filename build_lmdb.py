@@ -831,6 +831,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             context = multiprocessing.get_context("spawn")
             self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
         self._pending: collections.deque[Chunk] = collections.deque()
+        self._idle: list[shared_memory.SharedMemory] = []  # of chunks that are finished
 
     def run(
         self,
@@ -876,10 +877,10 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     def _submit(self, function: Callable[[Any], Any], tasks: list[Any], nbytes: int) -> "Chunk":
         """Have tasks done; without shared memory, if there is too little, their results come through the pipe."""
         executor: Any = self._executor
-        memory = None
-        if nbytes:
+        memory = self._idle.pop() if self._idle and 0 < nbytes <= CHUNK_BYTES else None
+        if nbytes and memory is None:
             with contextlib.suppress(OSError):
-                memory = allocate_shared_memory(nbytes)
+                memory = allocate_shared_memory(max(nbytes, CHUNK_BYTES))
         with signals_held():  # this may start a process
             future = executor.submit(do_chunk, function, tasks, memory and memory.name)
         return Chunk(tasks, nbytes, memory, future)
@@ -888,7 +889,10 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         """Wait for the first chunk and yield its tasks with their results."""
         results = self._pending[0].results()
         chunk = self._pending.popleft()
-        chunk.free_memory()
+        if chunk.memory is not None and chunk.nbytes <= CHUNK_BYTES:
+            self._idle.append(chunk.memory)
+        else:
+            free(chunk.memory)
         yield from zip(chunk.tasks, results)
 
     def __exit__(self, *exception: object) -> None:
@@ -897,8 +901,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             if self._executor is not None:
                 self._executor.shutdown(cancel_futures=True)
         finally:  # a Ctrl-C may come while it waits
-            for chunk in self._pending:
-                chunk.free_memory()
+            for memory in (*self._idle, *(chunk.memory for chunk in self._pending)):
+                free(memory)
 
 
 class Chunk(NamedTuple):
@@ -915,11 +919,12 @@ class Chunk(NamedTuple):
         memory: Any = self.memory
         return pickle.loads(content, buffers=[bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])])
 
-    def free_memory(self) -> None:
-        """Remove the shared memory."""
-        if self.memory is not None:
-            self.memory.close()
-            self.memory.unlink()
+
+def free(memory: Optional[shared_memory.SharedMemory]) -> None:
+    """Remove shared memory, if there is any."""
+    if memory is not None:
+        memory.close()
+        memory.unlink()
 
 
 def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
@@ -949,13 +954,20 @@ def do_chunk(function: Callable[[Any], Any], tasks: list[Any], memory_name: Opti
     content = pickle.dumps(results, 5, buffer_callback=buffers.append)
     arrays = [buffer.raw() for buffer in buffers]
     ends = list(itertools.accumulate((array.nbytes for array in arrays), initial=0))
-    memory: Any = memory_name and shared_memory.SharedMemory(memory_name)
+    memory: Any = memory_name and attached_memory(memory_name)
     if memory is None or ends[-1] > memory.size:
         return pickle.dumps(results, 5), []
     for array, start, end in zip(arrays, ends, ends[1:]):
         memory.buf[start:end] = array
-    memory.close()
+    if memory.size > CHUNK_BYTES:  # the main process does not use it again
+        memory.close()
     return content, ends
+
+
+@functools.lru_cache
+def attached_memory(name: str) -> Any:
+    """Return shared memory of the main process."""
+    return shared_memory.SharedMemory(name)
 
 
 def start_worker() -> None:

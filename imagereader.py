@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import connection, shared_memory
@@ -145,11 +146,24 @@ def _shared_memory_error(layout: RingLayout) -> InputError:
     )
 
 
-def aligned_memory(size: int) -> np.ndarray:
-    """Return new memory (uint8) that begins at a multiple of `ALIGNMENT`; its content is arbitrary."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
+class MemoryRecycler:
+    """Provides blocks of memory, and takes each back when no array refers to it any more.
+
+    New memory for each batch would cost more than the copy into it, because the system clears every page first.
+    """
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._idle: list[bytearray] = []
+
+    def new_block(self) -> np.ndarray:
+        """Return a block (uint8) that begins at a multiple of `ALIGNMENT`; its content is arbitrary."""
+        memory = self._idle.pop() if self._idle else bytearray(self._block_bytes + ALIGNMENT)
+        address = np.ndarray(1, np.uint8, memory).ctypes.data
+        block = np.ndarray(self._block_bytes, np.uint8, memory, -address % ALIGNMENT)
+        # A view keeps the block alive, and so does a view of a view: numpy makes the lowest array the base of both.
+        weakref.finalize(block, self._idle.append, memory).atexit = False
+        return block
 
 
 # ---------------------------------------------------------------------------------------------- the sample stream
@@ -368,6 +382,7 @@ class ImageReader:
             seed, shuffle, balance_classes, pass_length, batch_size, replicas, rank, world_size, first_sample
         )
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
+        self._recycler = MemoryRecycler(self._layout.slot_bytes)
         self._forget_workers()
         self._stopping = threading.Event()
         self._taking = threading.Lock()  # held to look at the shared memory, which must not close under a consumer
@@ -560,7 +575,7 @@ class ImageReader:
                     if self._stopping.is_set():
                         return None
                     start = self._layout.slot_offset(worker, round_index)
-                    memory = aligned_memory(self._layout.slot_bytes)
+                    memory = self._recycler.new_block()
                     np.copyto(memory, np.ndarray(memory.shape, np.uint8, self._memory.buf, start))
                     self._taken += 1
                     self._free[worker][round_index % self._layout.slots_per_worker].release()

@@ -17,7 +17,7 @@ import augment
 import imagereader
 from cli import InputError
 from image_files import z_score
-from imagereader import ImageReader, ReaderError
+from imagereader import ImageReader, MemoryRecycler, ReaderError, RingLayout
 from lmdb_utils import Database
 
 
@@ -242,17 +242,31 @@ def test_tensorflow_takes_a_batch_over_without_a_second_copy(databases, monkeypa
     if tensorflow_copies_everything():
         pytest.skip("this TensorFlow copies every batch")
     with ImageReader(databases[0], batch_size=2) as reader:
-        blocks, aligned_memory = [], imagereader.aligned_memory
+        blocks, new_block = [], reader._recycler.new_block
 
-        def allocate_and_note(size):
-            block = aligned_memory(size)
+        def new_block_noted():
+            block = new_block()
             blocks.append(block.ctypes.data)
             return block
 
-        monkeypatch.setattr(imagereader, "aligned_memory", allocate_and_note)
+        monkeypatch.setattr(reader._recycler, "new_block", new_block_noted)
         batches = iter(reader.get_tf_dataset())
         for _ in range(100):
             assert np.asarray(memoryview(next(batches)[0])).ctypes.data in blocks
+    assert len(set(blocks)) < 20  # and its memory serves again
+
+
+def test_memory_is_not_recycled_while_a_view_of_a_view_lives():
+    recycler = MemoryRecycler(1000)
+    layout = RingLayout(1, 1, 1, (4, 4, 1), "uint8")
+    view = layout.batch(recycler.new_block(), 0).masks[0][1:, 1:].T
+    address = view.ctypes.data
+    others = [recycler.new_block() for _ in range(3)]
+    assert all(not other.ctypes.data <= address < other.ctypes.data + 1000 for other in others)
+    del view
+    again = recycler.new_block()
+    assert again.ctypes.data <= address < again.ctypes.data + 1000
+    assert again.ctypes.data % 64 == 0
 
 
 # ---------------------------------------------------------------------------------------------- processes
