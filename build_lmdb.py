@@ -887,13 +887,15 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     def _finish_first(self) -> Iterator[tuple[Any, Any]]:
         """Wait for the first chunk and yield its tasks with their results."""
-        results = self._pending[0].results()
+        content, ends = self._pending[0].future.result()
         chunk = self._pending.popleft()
+        memory: Any = chunk.memory
+        arrays = [bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])]
         if chunk.memory is not None and chunk.nbytes <= CHUNK_BYTES:
             self._idle.append(chunk.memory)
         else:
             free(chunk.memory)
-        yield from zip(chunk.tasks, results)
+        yield from zip(chunk.tasks, pickle.loads(content, buffers=arrays))
 
     def __exit__(self, *exception: object) -> None:
         """Stop the processes; what has not begun is not done any more."""
@@ -906,18 +908,12 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
 
 class Chunk(NamedTuple):
-    """Tasks that a process does in one go, the size of the arrays in their results, and where and when these come."""
+    """Tasks that a process does in one go, the size of the arrays in their results, where and when these come."""
 
     tasks: list[Any]
     nbytes: int
     memory: Optional[shared_memory.SharedMemory]
     future: "concurrent.futures.Future[tuple[bytes, list[int]]]"
-
-    def results(self) -> list[Any]:
-        """Wait for the results and return them."""
-        content, ends = self.future.result()
-        memory: Any = self.memory
-        return pickle.loads(content, buffers=[bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])])
 
 
 def free(memory: Optional[shared_memory.SharedMemory]) -> None:
@@ -1030,16 +1026,14 @@ def unusual_content(metadata: Metadata) -> Iterator[str]:
         )
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
-    if metadata.info["image_dtype"] == "float32" and np.ptp(metadata.info["value_range"], axis=1).max() <= 2:
+    spread = np.ptp(metadata.info["value_range"], axis=1)  # of each channel
+    if metadata.info["image_dtype"] == "float32" and spread.max() <= 2:
         yield (
             "values of a small range: z-scoring only centers a channel whose standard deviation is at most 1; multiply "
             "the images, for example by 1000, so that it scales them as well"
         )
-    constant = [
-        channel for channel, (minimum, maximum) in enumerate(metadata.info["value_range"]) if minimum == maximum
-    ]
-    others = [channel for channel in range(metadata.image_shape[2]) if channel not in constant]
-    if constant and others:
+    constant, others = np.flatnonzero(spread == 0), np.flatnonzero(spread)
+    if len(constant) and len(others):
         chosen = metadata.info["channels"] or range(metadata.image_shape[2])
         yield (
             f"the same value everywhere in channel {', '.join(str(chosen[channel]) for channel in constant)} (alpha?): "

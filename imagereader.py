@@ -9,6 +9,8 @@ TensorFlow, which would cost each of them 400 MB and seconds.
 
 import atexit
 import contextlib
+import inspect
+import itertools
 import logging
 import multiprocessing
 import os
@@ -46,16 +48,6 @@ POLL_SECONDS = 0.5  # how often every wait looks whether it is time to stop
 STOP_SECONDS = 5.0  # what a worker gets to finish the image in hand before it is killed
 
 READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# What the attributes of the augmentation block are called in `augment.sample_transformation`.
-AUGMENTATION_LIMITS = {
-    "_reflection_flag": "reflection_flag",
-    "_rotation_flag": "rotation_flag",
-    "_jitter_augmentation_severity": "jitter_augmentation_severity",
-    "_noise_augmentation_severity": "noise_augmentation_severity",
-    "_scale_augmentation_severity": "scale_augmentation_severity",
-    "_blur_max_sigma": "blur_max_sigma",
-    "_intensity_augmentation_severity": "intensity_augmentation_severity",
-}
 
 
 # ---------------------------------------------------------------------------------------------- the ring
@@ -399,8 +391,6 @@ class ImageReader:
         self._taken = 0
         self._starving = False
 
-    # ------------------------------------------------------------------ lifecycle
-
     def startup(self) -> None:
         """Start the workers; does nothing where they run already.
 
@@ -506,8 +496,6 @@ class ImageReader:
         if self._failure is not None:
             raise self._failure
 
-    # ------------------------------------------------------------------ batches
-
     def get_image_count(self) -> int:
         """Return the number of images in the database."""
         return self.metadata.count
@@ -523,14 +511,12 @@ class ImageReader:
 
     def describe_step(self, step: int) -> list[str]:
         """Return in words the records that this process's replicas take in a step, counted from the reader's start."""
-        described = []
+        stream, batches = self._stream, range(step * self._stream.replicas, (step + 1) * self._stream.replicas)
+        samples = itertools.chain.from_iterable(map(stream.samples, batches))
         with Database(self._database) as database:
-            source = SampleSource(database, self._stream, None)
-            for batch in range(step * self._stream.replicas, (step + 1) * self._stream.replicas):
-                for sample in self._stream.samples(batch):
-                    record = source.pick(sample, self._stream.generator(sample))
-                    described.append(self.metadata.describe_record(record))
-        return described
+            source = SampleSource(database, stream, None)
+            records = [source.pick(sample, stream.generator(sample)) for sample in samples]
+        return [self.metadata.describe_record(record) for record in records]
 
     def get_queue_size(self) -> int:
         """Return the number of finished batches that wait to be taken."""
@@ -614,17 +600,17 @@ class ImageReader:
 
 
 def augmentation_limits(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes that the augmentation block has set, as arguments of `augment.sample_transformation`.
+    """Return the attributes of the augmentation block as the arguments of `augment.sample_transformation`.
 
     Raises
     ------
     ValueError
-        If the block sets another attribute, which nothing would heed.
+        If the block sets an attribute that is no such argument: nothing would heed it.
     """
-    unknown = block.keys() - AUGMENTATION_LIMITS.keys()
-    if unknown:
-        raise ValueError(f"expected attributes {', '.join(AUGMENTATION_LIMITS)}, found {', '.join(sorted(unknown))}")
-    return {AUGMENTATION_LIMITS[name]: limit for name, limit in block.items()}
+    known = [f"_{name}" for name in inspect.getfullargspec(augment.sample_transformation).kwonlyargs]
+    if unknown := sorted(block.keys() - set(known)):
+        raise ValueError(f"expected attributes {', '.join(known)}, found {', '.join(unknown)}")
+    return {name[1:]: limit for name, limit in block.items()}
 
 
 def make_layout(
@@ -632,10 +618,9 @@ def make_layout(
 ) -> RingLayout:
     """Return a ring as deep as `RING_BYTES`, half of the free shared memory and `SLOTS_PER_WORKER` allow."""
     mask_dtype = "uint8" if number_classes <= 256 else "int32"
-    minimum, maximum = SLOTS_PER_WORKER
     one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
     budget = min(RING_BYTES, free_shared_memory() / 2)  # the other half is for the other reader: train and test
-    slots = min(max(int(budget // (one.slot_bytes * num_workers)), minimum), maximum)
+    slots = int(np.clip(budget // (one.slot_bytes * num_workers), *SLOTS_PER_WORKER))
     return RingLayout(num_workers, slots, batch_size, image_shape, mask_dtype)
 
 
@@ -682,13 +667,11 @@ def describe_failure(process: Any, pipe: Any) -> str:
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables for the child processes started in the block."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)

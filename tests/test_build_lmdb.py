@@ -763,7 +763,11 @@ def test_results_come_through_shared_memory_in_the_order_of_the_tasks_and_leave_
     with build_lmdb.Workers(2) as workers:
         for task, result in workers.run(np.copy, tasks, str, lambda task: task.nbytes):
             np.testing.assert_array_equal(result, task)
-        assert sizes == 10 * [2**22]
-        unfinished = workers.run(np.copy, tasks, str, lambda task: task.nbytes)
-        next(unfinished)
-    assert len(sizes) > 10  # what was not asked for is removed as well (conftest.py)
+        assert sizes == 6 * [2**22]  # three for each process; those of finished chunks serve again
+        large = [np.full(2**21, number, np.int32) for number in range(8)]
+        for task, result in workers.run(np.copy, large, str, lambda task: task.nbytes):
+            np.testing.assert_array_equal(result, task)
+        assert sizes[6:] == 8 * [2**23]
+        assert sum(memory.size for memory in workers._idle) == 6 * 2**22  # whatever large results there were
+        next(workers.run(np.copy, tasks, str, lambda task: task.nbytes))
+    # What was not asked for is removed as well (conftest.py).
