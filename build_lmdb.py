@@ -326,7 +326,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
     args = build_parser().parse_args(argv)
     configure_logging()
-    return run_script(lambda: run(args))
+    return run_script(lambda stop: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -829,7 +829,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         if count > 1:
             # Spawned: what a process inherits by a fork, such as an open database, is not its own.
             context = multiprocessing.get_context("spawn")
-            self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
+            with signals_held():  # this starts a process that cleans up
+                self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
         self._pending: collections.deque[Chunk] = collections.deque()
         self._idle: list[shared_memory.SharedMemory] = []  # of chunks that are finished
 

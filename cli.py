@@ -1,7 +1,7 @@
 """How a script meets its user and its operating system; standard library only.
 
 Owns the exception for bad input, exit codes, the parser and its checked option types, logging, progress lines, output
-files that appear only when they are complete, signals, and what processes of one script share: memory, and their end.
+files that appear only when they are complete, signals, and what processes share: memory, GPUs of a node, and their end.
 """
 
 import argparse
@@ -12,13 +12,14 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
@@ -26,10 +27,12 @@ from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to resume
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+SIGNAL_EXIT_BASE = 128  # to which a shell adds the number of the signal that ended a program
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # for the main process to answer
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # for the main process to answer
+SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
 SHARED_MEMORY_FOLDER = "/dev/shm"
+NO_MEMORY = re.compile("out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED|failed to allocate", re.IGNORECASE)
 CLEAR_LINE = "\r\x1b[K"  # of a terminal
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -41,26 +44,31 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
 
 
-def run_script(work: Callable[[], Optional[int]]) -> int:
+def run_script(work: Callable[["StopRequest"], Optional[int]]) -> int:
     """Call `work` and turn its end into an exit code; bad input becomes one line instead of a traceback.
 
     Returns
     -------
     int
-        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, `EXIT_INTERRUPTED` after Ctrl-C.
+        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, and 128 + its number after a signal that
+        asks to stop, such as Ctrl-C.
     """
-    try:
-        return work() or 0
-    except InputError as error:
-        logging.error("%s", error)
-        return EXIT_BAD_INPUT
-    except OSError as error:
-        named = error.filename is not None
-        logging.error("%s", f"cannot use {error.filename}: {error.strerror}; check path and disk" if named else error)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        logging.error("interrupted; nothing half-written was left behind")
-        return EXIT_INTERRUPTED
+    with StopRequest() as stop:
+        try:
+            return work(stop) or 0
+        except (InputError, OSError, KeyboardInterrupt) as error:
+            if stop.signal is not None:  # all else is a consequence: signals reach child processes as well
+                logging.error("interrupted; nothing half-written was left behind")
+                return SIGNAL_EXIT_BASE + stop.signal
+            logging.error("%s", describe_error(error))
+            return EXIT_BAD_INPUT
+
+
+def describe_error(error: BaseException) -> str:
+    """Return one line for the user about an error."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}; check path and disk"
+    return str(error)
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -234,7 +242,75 @@ def flush_to_disk(path: PathLike) -> None:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
+    """Answers `STOP_SIGNALS` in its context: the first asks the work to stop, a second ends the process at once.
+
+    The work is stopped by a KeyboardInterrupt, or by its own looking at the request once it has set `is_polled`. Python
+    calls handlers in the main thread, which TensorFlow may keep for as long as a step hangs. So a thread sees to the
+    second signal. SIGHUP, of a terminal that closes, is left alone if nohup has it ignored.
+
+    Attributes
+    ----------
+    signal : signal.Signals or None
+        The first that came.
+    is_polled : bool
+        Whether the work looks at the request by itself.
+    """
+
+    def __init__(self) -> None:
+        self.signal: Optional[signal.Signals] = None
+        self.is_polled = False
+        self._handlers_before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        """Take over the signals."""
+        self._pipe, self._pipe_end = os.pipe()
+        os.set_blocking(self._pipe_end, False)
+        self._pipe_before = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, daemon=True, name="signals").start()
+        self.watch()
+        return self
+
+    def watch(self) -> None:
+        """Take over the signals; again, if a library may have taken them in the meantime."""
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers_before.setdefault(number, signal.signal(number, self._interrupt))
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """Stop the work; in the main thread, whenever that has time for it."""
+        is_first, self.signal = self.signal is None, self.signal or signal.Signals(number)
+        if is_first and not self.is_polled:
+            raise KeyboardInterrupt
+
+    def _answer(self) -> None:
+        """Take note of the signals as they come; the main function of the thread."""
+        since = None
+        while numbers := os.read(self._pipe, 1):
+            number, now = numbers[0], time.monotonic()
+            if number not in STOP_SIGNALS:
+                continue
+            if since is None:
+                since = now
+                if self.is_polled:
+                    os.write(2, b"\nfinishing the step in hand, then saving; the same once more ends at once\n")
+            elif number == signal.SIGINT or now - since > SAME_REQUEST_SECONDS:
+                os._exit(SIGNAL_EXIT_BASE + number)  # child processes notice, and end as well
+        os.close(self._pipe)
+
+    def __bool__(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    def __exit__(self, *exception: object) -> None:
+        """Give back the signals."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._pipe_before)
+        os.close(self._pipe_end)  # which ends the thread
 
 
 @contextlib.contextmanager
@@ -251,6 +327,45 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
+    """Return how many tasks of this ``srun`` each of its nodes has."""
+    counts: list[int] = []  # from such as "2(x3),1"
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
+        counts += [int(count)] * int(repeated or 1)
+    return counts
+
+
+def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) -> Sequence[int]:
+    """Return which of the visible GPUs belong to this task of an ``srun``.
+
+    Slurm binds GPUs to tasks only if it is asked to; then a task sees fewer of them than the job has on the node.
+
+    Raises
+    ------
+    InputError
+        If there are fewer GPUs than tasks, and these must not share one.
+    """
+    is_bound = visible < int(environment.get("SLURM_GPUS_ON_NODE", visible))
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or is_bound or not visible:
+        return range(visible)
+    tasks, task = tasks_of_nodes(environment)[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
+    if visible < tasks and not may_share:
+        raise InputError(
+            f"expected a GPU for each of the {tasks} tasks on this node, found {visible}; lower --ntasks-per-node"
+        )
+    if visible < tasks:
+        return [task % visible]
+    return range(task * visible // tasks, (task + 1) * visible // tasks)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means want of memory: also the forms that cuDNN, cuBLAS and the CUDA driver give it."""
+    return type(error).__name__ in ("ResourceExhaustedError", "MemoryError") or bool(NO_MEMORY.search(str(error)))
 
 
 def end_with_parent() -> None:

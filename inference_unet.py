@@ -34,6 +34,8 @@ from cli import (
     add_flag,
     configure_logging,
     existing_folder,
+    gpus_of_task,
+    is_out_of_memory,
     log_settings,
     positive_int,
     replacing,
@@ -122,7 +124,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
     args = build_parser().parse_args(argv)
     configure_logging()
-    return run_script(lambda: run(args))
+    return run_script(lambda stop: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,8 +250,11 @@ def load_model(filepath: str) -> Model:
 
     from unet_model import METADATA_FILE
 
-    for gpu in tf.config.list_physical_devices("GPU"):
+    gpu = own_gpu()
+    if gpu is not None:
+        tf.config.set_visible_devices([gpu], "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
     try:
         loaded = tf.saved_model.load(os.fspath(folder))
     except (OSError, ValueError, KeyError, IndexError, tf.errors.OpError) as error:
@@ -301,10 +306,10 @@ class Network:
 
         try:
             softmax = np.asarray(self._signature(**{self._input_name: tf.constant(batch)})[self._output_name])
-        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-            raise TileTooLarge from error
-        except tf.errors.OpError as error:
-            reason = error.message.splitlines()[0]
+        except (tf.errors.OpError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise TileTooLarge from error
+            reason = str(error).splitlines()[0]
             raise InputError(
                 f"the network in {self._folder} fails on tiles of shape {batch.shape}: {reason}"
             ) from error
@@ -393,16 +398,26 @@ def affordable_pixels(model: Model) -> int:
     return min(int(MEMORY_SHARE * free_memory() / (4 * float32_values)), MAX_TILE_PIXELS)
 
 
-def free_memory() -> float:
-    """Return the bytes that are free on the fullest GPU, or where there is none in this computer and this job."""
+def own_gpu() -> Optional[Any]:
+    """Return the GPU that does the work of this process, None if there is none; tasks of a node have one each."""
     import tensorflow as tf
 
-    if tf.config.list_physical_devices("GPU"):
-        with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError):
-            # TensorFlow would tell only after it has taken all of the memory.
-            query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    visible = tf.config.list_physical_devices("GPU")
+    own = gpus_of_task(len(visible), os.environ, may_share=True)
+    return visible[own[0]] if visible else None
+
+
+def free_memory() -> float:
+    """Return the bytes that are free on this process's GPU, or if it has none in this computer and this job."""
+    gpu = own_gpu()
+    if gpu is not None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            # TensorFlow would tell only what it has taken itself. It counts the devices that CUDA makes visible.
+            index, visible = int(gpu.name.rpartition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
+            name = visible.split(",")[index].strip() if visible else str(index)
+            query = ["nvidia-smi", f"--id={name}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
             printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-            return min(int(mebibytes) for mebibytes in printed.split()) * 2.0**20
+            return int(printed) * 2.0**20
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     return float(min([available, *free_in_control_groups()]))

@@ -19,29 +19,29 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 import numpy as np
 
 from cli import (
     EXIT_FAILURE,
     EXIT_STOPPED,
-    STOP_SIGNALS,
     InputError,
     Parser,
     Progress,
+    StopRequest,
     add_flag,
     configure_logging,
     flush_to_disk,
+    gpus_of_task,
+    is_out_of_memory,
     log_settings,
     number_type,
     positive_float,
@@ -49,6 +49,7 @@ from cli import (
     replacing,
     run_script,
     seed_int,
+    tasks_of_nodes,
 )
 from imagereader import ImageReader, ReaderError, check_classes
 from lmdb_utils import RADIUS, SIZE_FACTOR, Database, Metadata
@@ -57,13 +58,15 @@ if TYPE_CHECKING:
     from reports import Report
     from unet_model import UNetTrainer
 
+Item = TypeVar("Item")
+
 WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
 WARM_UP_STEPS = 1000  # at most
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
 ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
-SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
 FIRST_PORT, PORTS = 15000, 10000  # for the processes of a Slurm job to talk to each other
+TOO_LITTLE_MEMORY = "the GPU has too little memory: lower --batch_size or build the databases with smaller tiles"
 GPU_DEVICE = "/dev/nvidiactl"  # what the driver of NVIDIA makes if it finds a GPU
 
 
@@ -71,23 +74,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
     args = build_parser().parse_args(argv)
     configure_logging()
-    return run_script(lambda: run_job(args))
+    return run_script(lambda stop: run_job(args, stop))
 
 
-def run_job(args: argparse.Namespace) -> NoReturn:
+def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
     """Check the input, train, and end the process; what can go wrong ends in a message and an exit code."""
     metadata = read_metadata(args)
     weights = weights_of_classes(args, metadata[0])
     Checkpoints.compare(args.output_dir, fixed_settings(args, *metadata))
-    stop = StopRequest()
-    stop.watch()
+    stop.is_polled = True
     cluster = Cluster.find(os.environ)
     if cluster.is_chief:
         prepare_output_dir(args.output_dir, args.resume)
     else:
         logging.getLogger().setLevel(logging.WARNING)  # the chief speaks for all
     log_settings(args)
-    strategy = make_strategy(cluster, bool(args.deterministic))
+    strategy = make_strategy(cluster, bool(args.deterministic), bool(args.mixed_precision))
     stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
     code = EXIT_FAILURE
     try:
@@ -110,7 +112,7 @@ class Run(NamedTuple):
     args: argparse.Namespace
     cluster: "Cluster"
     trainer: "UNetTrainer"
-    stop: "StopRequest"
+    stop: StopRequest
     checkpoints: "Checkpoints"
     state: "RunState"
     first_step: int  # that this process takes, which a resumed run does not begin with 0
@@ -125,7 +127,7 @@ def train(
     args: argparse.Namespace,
     cluster: "Cluster",
     strategy: Any,
-    stop: "StopRequest",
+    stop: StopRequest,
     metadata: tuple[Metadata, Metadata],
     weights: Optional[list[float]],
 ) -> int:
@@ -144,8 +146,8 @@ def train(
             if not train_figures or not test_figures:
                 return save_and_stop(run)
             is_best = state.finish_epoch(test_figures["loss"])
-            portable.set_weights(trainer.model.get_weights())  # in all processes, which may have to talk
             if report is not None:
+                portable.set_weights(trainer.model.get_weights())
                 with saving(f"the results of epoch {state.epoch} in {args.output_dir}"):
                     report.write(state, train_figures, test_figures, portable)
                     if is_best:
@@ -164,15 +166,17 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
     batches.begin_measuring()
     stopped, first, start = False, state.epoch_step, time.monotonic()
     while state.epoch_step < args.test_every_n_steps and not stopped:
-        run.trainer.set_learning_rate(learning_rate_at(state.step, args))
-        votes = (bool(run.stop), run.checkpoints.are_due(args.checkpoint_minutes))
-        loss, stop_votes, save_votes = run.trainer.train_step(batches.next_batch(), votes).tolist()
-        if not math.isfinite(loss):
-            raise TrainingError(describe_loss(run, loss, batches.reader))
-        state.count_step(loss, run.global_batch)
-        stopped = bool(stop_votes)
-        progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
-        if save_votes and not stopped:
+        steps, to_save = queue_steps(run, batches), False
+        for figures in one_late(steps):
+            loss, stop_votes, save_votes = figures.numpy().tolist()
+            if not math.isfinite(loss):
+                raise TrainingError(describe_loss(run, loss, batches.reader))
+            state.count_step(loss, run.global_batch)
+            progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
+            stopped, to_save = stopped or bool(stop_votes), to_save or bool(save_votes)
+            if stopped or to_save:
+                steps.close()  # after the one that is queued already, whose loss comes next
+        if to_save and not stopped:
             run.checkpoints.save(state)
     progress.close()
     batches.advise(args.reader_count)
@@ -192,15 +196,39 @@ def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
     count, steps = batches.reader.get_image_count(), batches.reader.get_pass_steps()
     progress = Progress("test step", steps, "", count / steps, "images")
     loss_sum, confusion = 0.0, np.zeros((), np.int64)
-    for step in range(steps):
-        (loss, stop_votes), counts = run.trainer.test_step(batches.next_batch(), (bool(run.stop),))
+    queued = (run.trainer.test_step(batches.next_batch(), (bool(run.stop),)) for _ in range(steps))
+    for step, (figures, counts) in enumerate(one_late(queued), 1):
+        loss, stop_votes = figures.numpy().tolist()
         if stop_votes:
             return None
-        loss_sum += float(loss)
-        confusion = confusion + counts
-        progress.update(step + 1)
+        loss_sum += loss
+        confusion = confusion + counts.numpy()
+        progress.update(step)
     progress.close()
+    if not math.isfinite(loss_sum):
+        raise TrainingError(
+            f"the test loss became {loss_sum / count} in epoch {run.state.epoch + 1}; the last checkpoint and the best "
+            "model so far are kept. Lower --learning_rate and look for broken test images"
+        )
     return {"loss": loss_sum / count, "confusion": confusion, **score_confusion(confusion)}
+
+
+def queue_steps(run: Run, batches: "BatchSupply") -> Generator[Any, None, None]:
+    """Have the steps taken that are left of the epoch; yield the loss and votes of each, for others to read."""
+    args, first = run.args, run.state.step
+    for step in range(first, first + args.test_every_n_steps - run.state.epoch_step):
+        run.trainer.set_learning_rate(learning_rate_at(step, args))
+        votes = (bool(run.stop), run.checkpoints.are_due(args.checkpoint_minutes))
+        yield run.trainer.train_step(batches.next_batch(), votes)
+
+
+def one_late(queued: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item when the next one has been asked for: a device has a step to take while the last one is read."""
+    last: list[Item] = []
+    for item in queued:
+        yield from last
+        last = [item]
+    yield from last
 
 
 # ---------------------------------------------------------------------------------------------- parts of a run
@@ -226,8 +254,30 @@ def build_networks(
         args.label_smoothing,
         weights,
         bool(args.mixed_precision),
+        uses_xla(args, strategy),
     )
     return trainer, build_unet(*network)
+
+
+def uses_xla(args: argparse.Namespace, strategy: Any) -> Optional[bool]:
+    """Return whether to compile the training step; None to try it.
+
+    Raises
+    ------
+    InputError
+        If the step of several replicas is to be compiled, which have to meet in the middle of it.
+    """
+    import tensorflow as tf
+
+    one = strategy.num_replicas_in_sync == 1
+    if args.xla == "1" and not one:
+        raise InputError(
+            f"expected a single GPU for --xla 1, found {strategy.num_replicas_in_sync}; leave it out, or set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
+    if args.xla == "auto" and one and not args.deterministic and tf.config.list_logical_devices("GPU"):
+        return None
+    return args.xla == "1"
 
 
 def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
@@ -305,9 +355,9 @@ def training_errors(cluster: "Cluster") -> Iterator[None]:
 
     try:
         yield
-    except tf.errors.ResourceExhaustedError as error:
-        raise TrainingError("the GPU has too little memory: lower --batch_size or crop smaller tiles") from error
     except tf.errors.OpError as error:
+        if is_out_of_memory(error):
+            raise TrainingError(TOO_LITTLE_MEMORY) from error
         if cluster.world_size == 1:
             raise
         found = re.search(r"aborted by: (.*)", error.message)
@@ -324,7 +374,6 @@ def supplies(run: Run) -> Iterator[Any]:
     """Yield context managers of the batches to train with, from where the run stands, and of those to test with."""
     args, replicas = run.args, run.trainer.num_replicas // run.cluster.world_size
     common = {
-        "num_workers": args.reader_count * replicas,
         "number_classes": args.number_classes,
         "batch_size": args.batch_size,
         "seed": args.seed,
@@ -334,13 +383,20 @@ def supplies(run: Run) -> Iterator[Any]:
     train_reader = ImageReader(
         args.train_database,
         name="train reader",
+        num_workers=args.reader_count * replicas,
         use_augmentation=bool(args.use_augmentation),
         balance_classes=bool(args.balance_classes),
         shuffle=True,
         first_sample=run.state.samples,
         **common,
     )
-    test_reader = ImageReader(args.test_database, name="test reader", shuffle=False, **common)
+    test_reader = ImageReader(
+        args.test_database,
+        name="test reader",
+        num_workers=args.test_reader_count * replicas,
+        shuffle=False,
+        **common,
+    )
     return (open_supply(run.trainer, reader) for reader in (train_reader, test_reader))
 
 
@@ -467,6 +523,8 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
     group.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
+    text = "how many processes to use for test images per gpu, which are not augmented and so take little time"
+    group.add_argument("--test_reader_count", type=positive_int, default=1, help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
     group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
     text = "factor of each class in the loss, such as 1,5,5; auto lets all classes weigh the same in total"
@@ -480,6 +538,11 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--mixed_precision", 0, text)
     text = "whether to repeat a run bit by bit on the same machine, more slowly [0 = false, 1 = true]"
     add_flag(group, "--deterministic", 0, text)
+    text = (
+        "whether to compile the training step with XLA, which takes a minute at the start and is faster afterwards "
+        "[0 = false, 1 = true]; auto does so on a single GPU if it works there and --deterministic is 0"
+    )
+    group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 
 
 share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
@@ -573,13 +636,21 @@ def prepare_output_dir(folder: Path, resume: str) -> None:
     logging.getLogger().addHandler(log_file)
 
 
-def make_strategy(cluster: "Cluster", deterministic: bool = False) -> Any:
-    """Return a strategy over all visible GPUs of all processes, or over the CPU where there is none, and say which."""
+def make_strategy(cluster: "Cluster", deterministic: bool = False, mixed_precision: bool = False) -> Any:
+    """Return a strategy over the GPUs of all processes, or over the CPU if there is none, and say which.
+
+    Raises
+    ------
+    InputError
+        If a GPU cannot compute, or several tasks of a node would have to share one.
+    """
     import tensorflow as tf
 
     if deterministic:
         tf.config.experimental.enable_op_determinism()
-    gpus = tf.config.list_physical_devices("GPU")
+    visible = tf.config.list_physical_devices("GPU")
+    gpus = [visible[index] for index in gpus_of_task(len(visible), os.environ, may_share=False)]
+    tf.config.set_visible_devices(gpus, "GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     if gpus:
@@ -588,8 +659,47 @@ def make_strategy(cluster: "Cluster", deterministic: bool = False) -> Any:
         report_no_gpu(tf.__version__, tf.test.is_built_with_cuda())
     if cluster.world_size > 1:
         logging.info("process %d of %d, waiting for the others", cluster.rank + 1, cluster.world_size)
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    return tf.distribute.MirroredStrategy(None if gpus else ["CPU:0"])
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    check_gpus(gpus, "float16" if mixed_precision else "float32")  # not before: several processes have to meet first
+    return strategy
+
+
+def check_gpus(gpus: Sequence[Any], precision: str) -> None:
+    """Have each GPU compute a small convolution, before anything else is started.
+
+    Raises
+    ------
+    InputError
+        If one cannot: it is too new or too old for this TensorFlow, its memory is taken, or a library is missing.
+    """
+    import tensorflow as tf
+
+    for gpu, device in zip(gpus, tf.config.list_logical_devices("GPU")):
+        try:
+            with tf.device(device.name):
+                tf.nn.conv2d(tf.ones((1, 16, 16, 8), precision), tf.ones((3, 3, 8, 8), precision), 1, "SAME").numpy()
+        except tf.errors.OpError as error:
+            raise InputError(describe_gpu_failure(gpu, precision, error)) from error
+
+
+def describe_gpu_failure(gpu: Any, precision: str, error: Any) -> str:
+    """Return what there is to know about a GPU that cannot compute, and what to do."""
+    import tensorflow as tf
+
+    details = tf.config.experimental.get_device_details(gpu)
+    capability = ".".join(map(str, details.get("compute_capability", ["unknown"])))
+    cuda = tf.sysconfig.get_build_info().get("cuda_version", "unknown")
+    advice = "update its driver, or install a TensorFlow for it: python -m pip install --upgrade 'tensorflow[and-cuda]'"
+    if is_out_of_memory(error):
+        advice = "end the programs that take its memory, which nvidia-smi lists, or choose another"
+    return (
+        f"expected {gpu.name} ({details.get('device_name', 'unknown')}, compute capability {capability}) to compute in "
+        f"{precision} with TensorFlow {tf.__version__} for CUDA {cuda}, found that a convolution fails "
+        f"({error.message.splitlines()[0]}); {advice}"
+    )
 
 
 def report_no_gpu(version: str, with_cuda: bool) -> None:
@@ -623,7 +733,7 @@ def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, re
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------- processes and signals
+# ---------------------------------------------------------------------------------------------- processes
 
 
 class Cluster(NamedTuple):
@@ -663,37 +773,9 @@ def addresses_from_slurm(environment: Mapping[str, str]) -> list[str]:
         raise InputError(
             f"cannot find the computers {nodes} of this job: {error}; train on one node instead"
         ) from error
-    counts: list[int] = []  # of the tasks on each node, from such as "2(x3),1"
-    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
-        counts += [int(count)] * int(repeated or 1)
-    of_ranks = [host for host, count in zip(hosts, counts) for _ in range(count)]
+    of_ranks = [host for host, count in zip(hosts, tasks_of_nodes(environment)) for _ in range(count)]
     port = FIRST_PORT + int(environment.get("SLURM_JOB_ID", 0)) % PORTS
     return [f"{host}:{port + rank}" for rank, host in enumerate(of_ranks)]
-
-
-class StopRequest:
-    """Notes a signal that asks to stop, for the training loop to answer; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: Optional[signal.Signals] = None
-        self._since = 0.0
-
-    def watch(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGUSR1."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        # No logging here: the signal may have interrupted a line that is being written.
-        if self.signal is None:
-            self.signal, self._since = signal.Signals(number), time.monotonic()
-            os.write(2, b"\nfinishing the step in hand, then saving; the same once more ends at once\n")
-        elif number == signal.SIGINT or time.monotonic() - self._since > SAME_REQUEST_SECONDS:
-            os._exit(128 + number)  # the readers notice, and end as well
-
-    def __bool__(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal is not None
 
 
 # ---------------------------------------------------------------------------------------------- where a run stands
@@ -791,7 +873,7 @@ class Checkpoints:
     settings : dict
         From `fixed_settings`; saved along.
     cluster : Cluster
-        All processes have to save, as some weights are put together from theirs; only the chief keeps the result.
+        All its processes hold the same network, so that the chief alone writes.
     """
 
     def __init__(self, output_dir: Path, trainer: "UNetTrainer", settings: dict[str, Any], cluster: Cluster) -> None:
@@ -828,12 +910,9 @@ class Checkpoints:
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint, then remove all but the last `CHECKPOINTS_KEPT`; after a failure all are still there."""
-        with saving(f"a checkpoint of step {state.step} in {self._folder}"):
-            if self._cluster.is_chief:
+        if self._cluster.is_chief:
+            with saving(f"a checkpoint of step {state.step} in {self._folder}"):
                 self._write(state)
-            else:
-                with tempfile.TemporaryDirectory() as folder:
-                    self._objects.write(f"{folder}/weights")
         self.saved_at = time.monotonic()
 
     def _write(self, state: RunState) -> None:
@@ -878,6 +957,8 @@ def saving(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
+        if is_out_of_memory(error):
+            raise TrainingError(f"cannot make {what}: {TOO_LITTLE_MEMORY}") from error
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"cannot write {what}: {reason}; the checkpoints before are kept. Free some space and start again"

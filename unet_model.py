@@ -1,18 +1,21 @@
 """The network, its loss, and one training or test step on every replica.
 
-Owns the U-Net (Ronneberger et al., arXiv 1505.04597, with ``same`` convolutions), the exported SavedModel, and
-`UNetTrainer`, which runs steps under a tf.distribute strategy. Its geometry, on which databases and inference depend as
-well, stands in `lmdb_utils`: `SIZE_FACTOR` and `RADIUS`.
+Owns the U-Net (Ronneberger et al., arXiv 1505.04597, with ``same`` convolutions), the exported SavedModel, the
+optimizer, and `UNetTrainer`, which runs steps under a tf.distribute strategy. Its geometry, on which databases and
+inference depend as well, stands in `lmdb_utils`: `SIZE_FACTOR` and `RADIUS`.
+
+Several replicas train exactly as one with the same global batch would: batch normalization and optimizer see sums over
+all of them, so that every replica of every process holds the same network at any time.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import numpy as np
 import tensorflow as tf
 
 from cli import PathLike
@@ -24,6 +27,7 @@ DROPOUT_RATE = 0.5
 DROPOUT_LEVELS = 2  # the deepest ones
 # Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
 BATCH_NORM_MOMENTUM = 0.9
+BATCH_NORM_EPSILON = 1e-3  # added to the variance
 
 METADATA_FILE = "unet_metadata.json"  # inside the SavedModel's folder
 
@@ -71,7 +75,7 @@ def build_unet(
             )
             features = convolution(features)
             if batch_norm:
-                features = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, dtype=precision)(features)
+                features = BatchNormalization()(features)
         return features
 
     def drop(features: Any, level: int) -> Any:
@@ -125,6 +129,121 @@ class StatelessDropout(tf.keras.layers.Layer):
             return tf.nn.dropout(features, self.rate)
         seed = tf.random.experimental.stateless_fold_in(self._key(), self._number)
         return tf.nn.experimental.stateless_dropout(features, self.rate, seed)
+
+
+class BatchNormalization(tf.keras.layers.Layer):
+    """Batch normalization (Ioffe and Szegedy, arXiv 1502.03167) over the global batch: that of all replicas.
+
+    Takes and returns float16 or float32; means and variances are float32. Keras' own layer gives other moving variances
+    in Keras 2 than in Keras 3, and keeps them for each replica.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dtype="float32", autocast=False)
+
+    def build(self, shape: Sequence[Optional[int]]) -> None:
+        """Make the weights: one of each kind for each feature."""
+
+        def add(name: str, initializer: str, trainable: bool = True) -> Any:
+            return self.add_weight(
+                name=name, shape=(shape[-1],), initializer=initializer, trainable=trainable, dtype="float32"
+            )
+
+        self.gamma, self.beta = add("gamma", "ones"), add("beta", "zeros")
+        self.moving_mean, self.moving_variance = (
+            add("moving_mean", "zeros", False),
+            add("moving_variance", "ones", False),
+        )
+        self.built = True
+
+    def call(self, features: "tf.Tensor", training: bool = False) -> "tf.Tensor":
+        """Normalize by the global batch while training, and note its statistics; by these at any other time."""
+        weights = self.gamma, self.beta, self.moving_mean, self.moving_variance
+        gamma, beta, moving_mean, moving_variance = map(tf.convert_to_tensor, weights)
+        if not training:
+            return normalize(features, gamma, beta, moving_mean, moving_variance)
+        if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+            normalized, mean, variance = normalize_batch(features, gamma, beta)
+        else:
+            normalized, mean, variance = normalize_global_batch(features, gamma, beta, moving_mean)
+        for variable, moving, new in (
+            (self.moving_mean, moving_mean, mean),
+            (self.moving_variance, moving_variance, variance),
+        ):
+            assign(variable, BATCH_NORM_MOMENTUM * moving + (1 - BATCH_NORM_MOMENTUM) * new)
+        return normalized
+
+
+def normalize(features: Any, gamma: Any, beta: Any, mean: Any, variance: Any) -> "tf.Tensor":
+    """Return features (N, H, W, F) normalized by the given mean and variance, each (F,)."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=features,
+        scale=gamma,
+        offset=beta,
+        mean=mean,
+        variance=variance,
+        epsilon=BATCH_NORM_EPSILON,
+        is_training=False,
+    )[0]
+
+
+def normalize_batch(features: Any, gamma: Any, beta: Any) -> tuple["tf.Tensor", "tf.Tensor", "tf.Tensor"]:
+    """Return features normalized by their own mean and variance, and these two."""
+    normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=features, scale=gamma, offset=beta, mean=[], variance=[], epsilon=BATCH_NORM_EPSILON
+    )
+    pixels = tf.cast(pixels_of(features), tf.float32)
+    return normalized, mean, tf.math.multiply_no_nan(variance, (pixels - 1) / pixels)  # of n, not of n - 1
+
+
+def pixels_of(features: "tf.Tensor") -> "tf.Tensor":
+    """Return how many pixels features (N, H, W, F) have."""
+    return tf.reduce_prod(tf.shape(features)[:3])
+
+
+@tf.custom_gradient
+def normalize_global_batch(features: Any, gamma: Any, beta: Any, near: Any) -> Any:
+    """Return features normalized by mean and variance over all replicas, and these two.
+
+    Parameters
+    ----------
+    features : tensor of float16 or float32, shape (N, H, W, F)
+        Of this replica; all have as many.
+    gamma, beta : tensor of float32, shape (F,)
+        Standard deviation and mean to give them.
+    near : tensor of float32, shape (F,)
+        A guess at the means; the closer, the smaller the rounding error of the variances.
+
+    Notes
+    -----
+    Written out, because automatic gradients would keep several copies of the features in float32.
+    """
+    context = tf.distribute.get_replica_context()
+
+    def mean_of_replicas(values: list[Any]) -> list[Any]:
+        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stack(values))
+        return tf.unstack(sums / context.num_replicas_in_sync)
+
+    _, own_mean, own_variance = normalize_batch(features, gamma, beta)
+    distance = own_mean - near
+    distance, square = mean_of_replicas([distance, own_variance + tf.square(distance)])
+    mean, variance = near + distance, tf.maximum(square - tf.square(distance), 0.0)
+
+    def gradient(change: Any, *of_statistics: Any) -> Any:
+        change, inverse = tf.cast(change, tf.float32), tf.math.rsqrt(variance + BATCH_NORM_EPSILON)
+        standard = (tf.cast(features, tf.float32) - mean) * inverse
+        beta_change, gamma_change = tf.reduce_sum(change, [0, 1, 2]), tf.reduce_sum(change * standard, [0, 1, 2])
+        pixels = tf.cast(pixels_of(features), tf.float32)
+        common_beta, common_gamma = mean_of_replicas([beta_change / pixels, gamma_change / pixels])
+        change = gamma * inverse * (change - common_beta - standard * common_gamma)
+        return tf.cast(change, features.dtype), gamma_change, beta_change, None
+
+    return (normalize(features, gamma, beta, mean, variance), mean, variance), gradient
+
+
+def assign(variable: Any, value: "tf.Tensor") -> None:
+    """Set this replica's copy of a variable, to what all replicas set theirs to."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
 def per_pixel_loss(
@@ -183,8 +302,68 @@ def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tenso
     cells = number_classes**2
     cell = tf.cast(masks, tf.int32) * number_classes + tf.argmax(logits, axis=-1, output_type=tf.int32)
     cell = tf.where(weights[:, None, None] > 0, cell, cells)  # padding goes to one more cell, which is dropped
-    counts = tf.math.bincount(tf.reshape(cell, [-1]), minlength=cells + 1, maxlength=cells + 1)
+    with tf.device("CPU:0"):  # a GPU's way to count is not deterministic
+        counts = tf.math.bincount(tf.reshape(cell, [-1]), minlength=cells + 1, maxlength=cells + 1)
     return tf.cast(tf.reshape(counts[:cells], [number_classes, number_classes]), tf.int64)
+
+
+class Adam(tf.Module):
+    """Adam (Kingma and Ba, arXiv 1412.6980), with a loss scale that keeps small gradients of a float16 network.
+
+    Gradients are summed over all replicas before anything looks at them, so that all replicas agree whether one of them
+    had an overflow: then the step is left out and the scale halved. After `GROWTH_STEPS` steps without any it doubles.
+
+    Parameters
+    ----------
+    variables : sequence of variables
+        To train; called in the scope of their strategy.
+    loss_scaling : bool
+        Whether the network computes in float16.
+    """
+
+    BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
+    FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**15, 2000
+
+    def __init__(self, variables: Sequence[Any], loss_scaling: bool) -> None:
+        super().__init__()
+        self._loss_scaling = loss_scaling
+        self.means, self.variances = (
+            [tf.Variable(tf.zeros(variable.shape), trainable=False) for variable in variables] for _ in range(2)
+        )
+        self.updates = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.loss_scale = tf.Variable(self.FIRST_LOSS_SCALE if loss_scaling else 1.0, trainable=False)
+        self.steps_without_overflow = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+    def scale(self, loss: "tf.Tensor") -> "tf.Tensor":
+        """Return a loss whose gradients float16 has numbers for."""
+        return loss * self.loss_scale if self._loss_scaling else loss
+
+    def apply(self, gradients: list["tf.Tensor"], variables: Sequence[Any], learning_rate: "tf.Tensor") -> None:
+        """Update the variables by the gradients of a scaled loss, each replica by the sum over all."""
+        context = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync > 1:
+            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        if not self._loss_scaling:
+            self._update(gradients, variables, learning_rate)
+            return
+        scale, steps = tf.convert_to_tensor(self.loss_scale), self.steps_without_overflow + 1
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
+        unscaled = [gradient / scale for gradient in gradients]
+        tf.cond(finite, lambda: self._update(unscaled, variables, learning_rate), lambda: None)
+        grow = steps >= self.GROWTH_STEPS
+        assign(self.loss_scale, tf.where(finite, tf.where(grow, 2 * scale, scale), tf.maximum(scale / 2, 1.0)))
+        assign(self.steps_without_overflow, tf.where(finite & ~grow, steps, 0))
+
+    def _update(self, gradients: list["tf.Tensor"], variables: Sequence[Any], learning_rate: "tf.Tensor") -> None:
+        """Take the step of Adam; one operation for each variable."""
+        updates = self.updates + 1
+        assign(self.updates, updates)
+        powers = [tf.pow(beta, tf.cast(updates, tf.float32)) for beta in (self.BETA_1, self.BETA_2)]
+        for variable, mean, variance, gradient in zip(variables, self.means, self.variances, gradients):
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle, m=mean.handle, v=variance.handle, beta1_power=powers[0], beta2_power=powers[1],
+                lr=learning_rate, beta1=self.BETA_1, beta2=self.BETA_2, epsilon=self.EPSILON, grad=gradient,
+            )  # fmt: skip
 
 
 class UNetTrainer:
@@ -209,11 +388,14 @@ class UNetTrainer:
         Factor of the loss of each class's pixels, in training and testing.
     loss_scaling : bool
         Whether to keep small gradients of a float16 network from vanishing.
+    xla : bool, optional
+        Whether to compile the training step, of a single replica; None tries it in the first step and does without it
+        if it cannot be done, as often its files are missing.
 
     Attributes
     ----------
     model : keras.Model
-    optimizer : keras.optimizers.Optimizer
+    optimizer : Adam
     step : tf.Variable of int64
         Training steps taken.
     num_replicas : int
@@ -230,19 +412,20 @@ class UNetTrainer:
         label_smoothing: float = 0.0,
         class_weights: Optional[Sequence[float]] = None,
         loss_scaling: bool = False,
+        xla: Optional[bool] = False,
     ) -> None:
         self._strategy, self._number_classes, self._seed = strategy, number_classes, seed
         self._label_smoothing, self._class_weights = label_smoothing, class_weights
+        self._learning_rate = learning_rate
         self.num_replicas: int = strategy.num_replicas_in_sync
         with strategy.scope():
             self.step = tf.Variable(
                 0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
             )
             self.model = model(self._dropout_key)
-            self._adam = tf.keras.optimizers.Adam(learning_rate)
-            self.optimizer = tf.keras.mixed_precision.LossScaleOptimizer(self._adam) if loss_scaling else self._adam
-            # Slots made later, inside the traced step, fail under a strategy (keras-team/keras#23085).
-            self.optimizer.build(self.model.trainable_variables)
+            self.optimizer = Adam(self.model.trainable_variables, loss_scaling)
+        self._xla_on_trial = xla is None
+        self._train_step = self._make_train_step(xla is not False)
 
     def _dropout_key(self) -> "tf.Tensor":
         """Return two integers that no other step and replica of the run has."""
@@ -251,13 +434,13 @@ class UNetTrainer:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next steps."""
-        self._adam.learning_rate = learning_rate
+        self._learning_rate = learning_rate
 
     def distribute(self, reader: Any) -> Any:
         """Return an endless iterator over global batches: one batch of the reader for each replica of this process."""
         return iter(self._strategy.distribute_datasets_from_function(lambda context: reader.get_tf_dataset()))
 
-    def train_step(self, batch: Any, votes: Sequence[float] = ()) -> np.ndarray:
+    def train_step(self, batch: Any, votes: Sequence[float] = ()) -> "tf.Tensor":
         """Take one optimizer step.
 
         Parameters
@@ -269,19 +452,44 @@ class UNetTrainer:
 
         Returns
         -------
-        ndarray of float32, shape (1 + len(votes),)
+        tensor of float32, shape (1 + len(votes),)
             The batch's mean loss; the sum of each vote over all replicas, so that all processes know of it at the
-            same step.
+            same step. A GPU may still be computing it.
         """
-        return self._train_step(batch, tf.constant([float(vote) for vote in votes], tf.float32)).numpy()
+        numbers = tf.constant([self._learning_rate, *map(float, votes)], tf.float32)
+        if self._xla_on_trial:
+            return self._try_xla(batch, numbers)
+        return self._train_step(batch, numbers)
 
-    @tf.function(autograph=False)  # no Python condition in a step depends on a tensor, so nothing needs translating
-    def _train_step(self, batch: Any, votes: "tf.Tensor") -> "tf.Tensor":
-        sums = self._strategy.run(self._train_replica, args=(*batch, votes))
-        self.step.assign_add(1)
-        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+    def _make_train_step(self, xla: bool) -> Callable[[Any, "tf.Tensor"], "tf.Tensor"]:
+        """Return the function that takes a step on all replicas."""
+        # No Python condition in a step depends on a tensor, so nothing needs translating.
+        replica_step = (
+            tf.function(self._train_replica, jit_compile=True, autograph=False) if xla else self._train_replica
+        )
 
-    def test_step(self, batch: Any, votes: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
+        @tf.function(autograph=False)
+        def step(batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
+            sums = self._strategy.run(replica_step, args=(*batch, numbers))
+            self.step.assign_add(1)
+            return self._strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+        return step
+
+    def _try_xla(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
+        """Take the first step compiled or, if that fails, otherwise from then on."""
+        self._xla_on_trial, before = False, self.step.numpy()
+        try:
+            result = self._train_step(batch, numbers)
+            result.numpy()  # waits for it
+        except tf.errors.OpError as error:  # while it compiles, before anything has changed
+            logging.info("training without XLA, which fails here: %s", str(error).splitlines()[0])
+            self.step.assign(before)
+            self._train_step = self._make_train_step(False)
+            result = self._train_step(batch, numbers)
+        return result
+
+    def test_step(self, batch: Any, votes: Sequence[float] = ()) -> tuple["tf.Tensor", "tf.Tensor"]:
         """Evaluate a global batch.
 
         Parameters
@@ -293,13 +501,12 @@ class UNetTrainer:
 
         Returns
         -------
-        sums : ndarray of float32, shape (1 + len(votes),)
+        sums : tensor of float32, shape (1 + len(votes),)
             The sum of the mean losses of the batch's images; the sums of the votes.
-        confusion : ndarray of int64, shape (classes, classes)
+        confusion : tensor of int64, shape (classes, classes)
             Pixels by true and predicted class.
         """
-        sums, confusion = self._test_step(batch, tf.constant([float(vote) for vote in votes], tf.float32))
-        return sums.numpy(), confusion.numpy()
+        return self._test_step(batch, tf.constant([float(vote) for vote in votes], tf.float32))
 
     @tf.function(autograph=False)
     def _test_step(self, batch: Any, votes: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
@@ -311,37 +518,18 @@ class UNetTrainer:
         )
 
     def _train_replica(
-        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"
+        self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", numbers: "tf.Tensor"
     ) -> "tf.Tensor":
-        """Take a step on one replica's batch; the gradients of all replicas are summed by the optimizer."""
+        """Take a step on one replica's batch; `numbers` are the learning rate and the votes."""
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
             logits = self.model(images, training=True)
             pixel_losses = per_pixel_loss(masks, logits, self._label_smoothing, self._class_weights)
             # Each replica divides by the pixels of the global batch, so that the sum over replicas is the mean.
             loss = tf.reduce_mean(pixel_losses) / self.num_replicas
-            scaled = self._scale(loss)
-        gradients = self._unscale(tape.gradient(scaled, variables))
-        self.optimizer.apply_gradients(zip(gradients, variables))
-        return tf.concat([loss[None], votes], axis=0)
-
-    def _scale(self, loss: "tf.Tensor") -> "tf.Tensor":
-        """Return a loss large enough for gradients in float16."""
-        if self.optimizer is self._adam:
-            return loss
-        # The one thing that Keras 3 and Keras 2 do differently: the names, and who unscales.
-        return self.optimizer.scale_loss(loss) if self._keras_3 else self.optimizer.get_scaled_loss(loss)
-
-    def _unscale(self, gradients: list["tf.Tensor"]) -> list["tf.Tensor"]:
-        """Return the gradients as the optimizer expects them."""
-        if self.optimizer is self._adam or self._keras_3:
-            return gradients
-        return self.optimizer.get_unscaled_gradients(gradients)
-
-    @property
-    def _keras_3(self) -> bool:
-        """Whether the optimizer that scales losses is that of Keras 3, which unscales by itself."""
-        return hasattr(self.optimizer, "scale_loss")
+            scaled = self.optimizer.scale(loss)
+        self.optimizer.apply(tape.gradient(scaled, variables), variables, numbers[0])
+        return tf.concat([loss[None], numbers[1:]], axis=0)
 
     def _test_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"

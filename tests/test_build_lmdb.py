@@ -656,13 +656,14 @@ def start_in_background(folder, **options):
     return process
 
 
-def test_ctrl_c_in_a_terminal_reaches_all_processes_and_ends_the_build_quietly(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_ends_the_build_quietly_and_leaves_nothing(tmp_path, number):
     write_folders(tmp_path, count=40, shape=(512, 512, 1))
     process = start_in_background(tmp_path, start_new_session=True)
     os.killpg(process.pid, signal.SIGCONT)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     lines = [line for line in output.splitlines() if " INFO " not in line]
     assert len(lines) == 1 and lines[0].endswith("interrupted; nothing half-written was left behind"), output
     assert os.listdir(tmp_path / "db") == []

@@ -52,7 +52,7 @@ def test_progress_is_a_log_line_now_and_then_in_a_file():
 
 def test_a_log_that_nobody_reads_on_ends_in_silence():
     script = "import cli as u; u.configure_logging(); log = u.logging.info\n"
-    script += "raise SystemExit(u.run_script(lambda: [log('line %d', number) for number in range(10**5)] and 7))"
+    script += "raise SystemExit(u.run_script(lambda stop: [log('line %d', number) for number in range(10**5)] and 7))"
     command = [sys.executable, "-c", script]
     folder = ROOT
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -71,7 +71,7 @@ def test_a_log_that_nobody_reads_on_ends_in_silence():
     ],
 )
 def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog):
-    def work():
+    def work(stop):
         raise error
 
     assert cli.run_script(work) == 2

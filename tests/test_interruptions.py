@@ -1,5 +1,6 @@
 """Runs of train_unet.py that are stopped, killed or run out of disk, and what they leave."""
 
+import functools
 import os
 import re
 import shlex
@@ -12,8 +13,9 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, run_script, shared_memory_of
-from test_train_unet import arguments, read_csv
+from test_train_unet import CHANGED, TWO_REPLICAS, arguments, read_csv
 
+import cli
 import train_unet
 
 SHORT = ["--test_every_n_steps", 10, "--max_epochs", 3, "--learning_rate", 3e-3, "--deterministic", 1]
@@ -47,7 +49,7 @@ def assert_same_end(folder, expected):
         np.testing.assert_array_equal(value, others[name], err_msg=name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(databases, undisturbed, tmp_path, number):
     rng, folder, codes = np.random.default_rng(), tmp_path / "out", []
     more = [*SHORT, "--checkpoint_minutes", 0.001]
@@ -58,7 +60,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_was_not(databa
             process.send_signal(number)
         codes.append(process.wait(120))
     output = "".join((tmp_path / f"log{attempt}").read_text() for attempt in range(3))
-    assert codes[-1] == 0 and set(codes) <= {0, train_unet.EXIT_STOPPED if number == signal.SIGTERM else -9}, output
+    assert codes[-1] == 0 and set(codes) <= {0, -9 if number == signal.SIGKILL else train_unet.EXIT_STOPPED}, output
     assert "Traceback" not in output, output
     assert_same_end(folder, undisturbed)
 
@@ -76,14 +78,60 @@ def nothing_goes_on():
         process.wait()
 
 
-def start(databases, folder, log, *more, **options):
+def start(databases, folder, log, *more, script=ROOT / "train_unet.py", **options):
     """Start a run in the background; return its process when the network is built."""
-    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
+    command = [sys.executable, script, *arguments(databases, folder, *more)]
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **options)
     STARTED.append(process)
     wait_for(lambda: "network of" in log.read_text() or process.poll() is not None)
     return process
+
+
+def test_two_replicas_that_are_stopped_end_like_two_that_were_not(databases, tmp_path):
+    script, more = tmp_path / "two.py", [*SHORT, "--batch_size", 1]
+    script.write_text(CHANGED.format(root=str(ROOT), change=TWO_REPLICAS))
+    start_two = functools.partial(start, databases, script=script)
+    assert start_two(tmp_path / "undisturbed", tmp_path / "log", *more).wait(120) == 0
+    for attempt, seconds in enumerate((2, 4)):
+        process = start_two(tmp_path / "stopped", tmp_path / f"log{attempt}", *more)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) in (0, train_unet.EXIT_STOPPED)
+    assert start_two(tmp_path / "stopped", tmp_path / "last", *more).wait(120) == 0
+    assert_same_end(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+HANGS = """
+    import unet_model
+    per_pixel_loss = unet_model.per_pixel_loss
+    def hang(*arguments, **options):
+        asleep = tf.numpy_function(lambda: print("asleep", flush=True) or time.sleep(600), [], [])
+        with tf.control_dependencies([asleep]):
+            return per_pixel_loss(*arguments, **options)
+    unet_model.per_pixel_loss = hang
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_whose_step_hangs(databases, tmp_path, number):
+    script = tmp_path / "hangs.py"
+    script.write_text(CHANGED.format(root=str(ROOT), change=HANGS))
+    process = start(databases, tmp_path / "out", tmp_path / "log", script=script)
+    wait_for(lambda: "asleep" in (tmp_path / "log").read_text())
+    process.send_signal(number)
+    wait_for(lambda: "the same once more ends at once" in (tmp_path / "log").read_text(), 5)
+    if number == signal.SIGTERM:
+        time.sleep(cli.SAME_REQUEST_SECONDS + 0.1)
+    process.send_signal(number)
+    assert process.wait(1) == 128 + number
+
+
+def test_a_terminal_that_closes_does_not_end_what_nohup_protects(databases, tmp_path):
+    process = start(databases, tmp_path / "out", tmp_path / "log", *SHORT,
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0
 
 
 def test_a_second_signal_ends_at_once(databases, tmp_path):

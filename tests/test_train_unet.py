@@ -1,4 +1,5 @@
 import csv
+import functools
 import inspect
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, build, run_script, write_folders, write_tiff
+from conftest import ROOT, WITHOUT_GPU, build, run_script, write_folders, write_tiff
 
 import train_unet
 from cli import InputError
@@ -78,23 +79,103 @@ def test_a_run_learns(run):
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([3e-4, 3e-3, 3e-3, 3e-3])
 
 
-def test_metrics_are_those_of_every_test_image(run, databases):
-    """Recompute the best epoch's figures with the exported model, in one pass of plain numpy."""
+def best_epoch(folder):
+    """Return the line of metrics.csv whose network is exported."""
+    return min(read_csv(folder / "metrics.csv"), key=lambda row: float(row["test_loss"]))
+
+
+def test_softmax(folder, databases):
+    """Return what the exported model of a run makes of all test images, and their masks."""
     import tensorflow as tf
 
     from image_files import z_score
     from lmdb_utils import Database
 
-    rows = read_csv(run[0] / "metrics.csv")
-    best = min(rows, key=lambda row: float(row["test_loss"]))
-    signature = tf.saved_model.load(str(run[0] / "saved_model")).signatures["serving_default"]
+    signature = tf.saved_model.load(str(folder / "saved_model")).signatures["serving_default"]
     with Database(databases[1]) as database:
         pairs = [database.read(index) for index in range(len(database))]
-        masks = np.stack([mask for _, mask in pairs]).astype(int)
         softmax = np.concatenate([signature(tf.constant(z_score(image)[None]))["softmax"] for image, _ in pairs])
-    truth = np.take_along_axis(softmax.astype(np.float64), masks[..., None], -1)
+        return softmax, np.stack([mask for _, mask in pairs]).astype(int)
+
+
+test_softmax.__test__ = False
+
+
+def mean_loss(softmax, masks):
+    """Return the mean cross-entropy of all pixels."""
+    return -np.log(np.take_along_axis(softmax.astype(np.float64), masks[..., None], -1)).mean()
+
+
+CHANGED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train_unet
+
+if __name__ == "__main__":  # the readers import this file as well
+    import numpy as np
+    import tensorflow as tf
+{change}
+    sys.exit(train_unet.main())
+"""
+TWO_REPLICAS = """
+    cpu, logical = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpu, [logical] * 2)
+"""
+
+
+def run_changed(folder, change, databases, *more):
+    """Run train_unet.py after some lines of Python, with results in `folder`."""
+    script = folder.parent / "changed.py"
+    script.write_text(CHANGED.format(root=str(ROOT), change=change))
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments(databases, folder, *more))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env=WITHOUT_GPU,
+    )
+
+
+def test_the_network_of_two_replicas_is_the_same_in_testing_in_the_export_and_after_a_resume(databases, tmp_path):
+    folder, more = tmp_path / "out", ["--test_every_n_steps", 6, "--learning_rate", 3e-3, "--batch_size", 1]
+    for epochs in (1, 3):
+        done = run_changed(folder, TWO_REPLICAS, databases, *more, "--max_epochs", epochs)
+        assert done.returncode == 0 and "global batch of 2 images" in done.stdout, done.stdout
+        best = best_epoch(folder)
+        assert float(best["test_loss"]) == pytest.approx(mean_loss(*test_softmax(folder, databases)), rel=1e-5)
+    assert "going on at step 6" in done.stdout and int(best["epoch"]) > 1
+    losses = [float(row["train_loss"]) for row in read_csv(folder / "metrics.csv")]
+    assert losses[2] < losses[1] < losses[0]
+
+
+NOT_A_NUMBER = """
+    import unet_model
+    test_step = unet_model.UNetTrainer.test_step
+    def without_number(self, *arguments):
+        sums, counts = test_step(self, *arguments)
+        return (tf.concat([[np.nan], sums[1:]], 0) if self.step.numpy() > 4 else sums), counts
+    unet_model.UNetTrainer.test_step = without_number
+"""
+
+
+def test_a_test_loss_that_is_not_a_number_stops_the_run_names_the_epoch_and_keeps_the_best_model(databases, tmp_path):
+    folder = tmp_path / "out"
+    done = run_changed(folder, NOT_A_NUMBER, databases, "--test_every_n_steps", 4, "--max_epochs", 3)
+    assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
+    assert "the test loss became nan in epoch 2; the last checkpoint and the best model so far are kept" in done.stdout
+    assert float(best_epoch(folder)["test_loss"]) == pytest.approx(
+        mean_loss(*test_softmax(folder, databases)), rel=1e-5
+    )
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == ["000001"]
+
+
+def test_metrics_are_those_of_every_test_image(run, databases):
+    """Recompute the best epoch's figures with the exported model, in one pass of plain numpy."""
+    best = best_epoch(run[0])
+    softmax, masks = test_softmax(run[0], databases)
     predicted = softmax.argmax(-1)
-    assert float(best["test_loss"]) == pytest.approx(-np.log(truth).mean(), rel=1e-3)
+    assert float(best["test_loss"]) == pytest.approx(mean_loss(softmax, masks), rel=1e-5)
     assert float(best["accuracy"]) == pytest.approx((predicted == masks).mean(), abs=1e-4)
     for class_id in range(2):
         both = ((predicted == class_id) & (masks == class_id)).sum()
@@ -478,17 +559,18 @@ def test_more_readers_are_advised_where_training_waits_for_an_empty_queue(queue,
 @pytest.mark.parametrize("flag", [0, 1])
 def test_options_reach_the_readers(flag, monkeypatch):
     options = ["--batch_size", 3, "--number_classes", 5, "--reader_count", 2, "--seed", 7]
+    options += ["--test_reader_count", 3]
     flags = ["--use_augmentation", flag, "--balance_classes", 1 - flag]
     args = train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", *options, *flags))])
     cluster, trainer = train_unet.Cluster(rank=1, world_size=2), SimpleNamespace(num_replicas=8)
     monkeypatch.setattr(train_unet, "ImageReader", lambda database, **options: (database, options))
     monkeypatch.setattr(train_unet, "open_supply", lambda trainer, reader: reader)
     run = train_unet.Run(args, cluster, trainer, None, None, SimpleNamespace(samples=48), 2)
-    common = {"num_workers": 8, "number_classes": 5, "batch_size": 3, "seed": 7, "replicas": 4}
+    common = {"number_classes": 5, "batch_size": 3, "seed": 7, "replicas": 4}
     common.update(rank=1, world_size=2)
-    train = {"name": "train reader", "use_augmentation": bool(flag), "balance_classes": not flag}
+    train = {"name": "train reader", "num_workers": 8, "use_augmentation": bool(flag), "balance_classes": not flag}
     train.update(shuffle=True, first_sample=48)
-    test = {"name": "test reader", "shuffle": False}
+    test = {"name": "test reader", "num_workers": 12, "shuffle": False}
     assert list(train_unet.supplies(run)) == [("a", {**train, **common}), ("b", {**test, **common})]
 
 
@@ -501,20 +583,113 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
     parameters = inspect.signature(unet_model.UNetTrainer)
     monkeypatch.setattr(unet_model, "UNetTrainer", lambda *values: parameters.bind(*values).arguments)
     monkeypatch.setattr(unet_model, "build_unet", lambda *values, **options: (values, options))
+    strategy = SimpleNamespace(num_replicas_in_sync=1)
     weights = [1.0, 2.0, 3.0]
-    trainer, portable = train_unet.build_networks(train_unet.build_parser().parse_args(args), "strategy", 6, weights)
+    trainer, portable = train_unet.build_networks(train_unet.build_parser().parse_args(args), strategy, 6, weights)
     precision = "mixed_float16" if mixed else "float32"
     assert trainer.pop("model")("key") == ((6, 3, 4), {"dropout_key": "key", "precision": precision})
     assert portable == ((6, 3, 4), {})
     assert trainer == {
-        "strategy": "strategy",
+        "strategy": strategy,
         "number_classes": 3,
         "learning_rate": 2e-3,
         "seed": 7,
         "label_smoothing": 0.2,
         "class_weights": weights,
         "loss_scaling": bool(mixed),
+        "xla": False,
     }
+
+
+@pytest.mark.parametrize(
+    "options, replicas, gpus, expected",
+    [
+        ([], 1, 1, None),
+        ([], 1, 0, False),
+        ([], 2, 2, False),
+        (["--deterministic", 1], 1, 1, False),
+        (["--xla", 0], 1, 1, False),
+        (["--xla", 1], 1, 0, True),
+        (["--xla", 1, "--deterministic", 1], 1, 1, True),
+    ],
+)
+def test_the_step_of_a_single_gpu_is_compiled_where_that_works(options, replicas, gpus, expected, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["gpu"] * gpus)
+    args = train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", *options))])
+    assert train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=replicas)) is expected
+
+
+def test_several_gpus_are_refused_where_one_step_is_to_be_compiled():
+    args = train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", "--xla", 1))])
+    with pytest.raises(InputError, match="expected a single GPU for --xla 1, found 4"):
+        train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=4))
+
+
+def test_processes_other_than_the_chief_write_no_checkpoint(tmp_path, monkeypatch):
+    state = train_unet.RunState(train_unet.EarlyStopping(10))
+    for rank, expected in ((1, []), (0, ["000001"])):
+        checkpoints = make_checkpoints(tmp_path, rank)
+        written = []
+        recorder = SimpleNamespace(write=functools.partial(lambda record, path: record(path), written.append))
+        monkeypatch.setattr(checkpoints, "_objects", recorder)
+        checkpoints.save(state)
+        assert [path.name for path in tmp_path.glob("checkpoint/*")] == expected and len(written) == len(expected)
+
+
+def test_each_item_comes_when_the_next_is_queued_and_the_last_after_the_queue_is_closed():
+    queued = []
+
+    def queue():
+        for item in range(5):
+            queued.append(item)
+            yield item
+
+    items = queue()
+    for item in train_unet.one_late(items):
+        assert queued[-1] == min(item + 1, 3)
+        if item == 2:
+            items.close()
+    assert item == 3 and list(train_unet.one_late(iter([]))) == []
+
+
+# What a GPU says that TensorFlow has no kernels for, that has no memory left, and whose library is missing.
+FAILURES = [
+    ("InternalError", "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image", "install a TensorFlow for it"),
+    ("ResourceExhaustedError", "OOM when allocating tensor", "end the programs that take its memory"),
+    ("UnknownError", "CUDNN_STATUS_ALLOC_FAILED in ...", "end the programs that take its memory"),
+    ("FailedPreconditionError", "DNN library initialization failed.", "update its driver"),
+]
+
+
+@pytest.mark.parametrize("kind, message, advice", FAILURES)
+def test_a_gpu_that_cannot_compute_is_named_with_what_to_do(kind, message, advice, monkeypatch):
+    import tensorflow as tf
+
+    def fail(*arguments):
+        raise getattr(tf.errors, kind)(None, None, f"{message}\nmore")
+
+    details = {"device_name": "NVIDIA B200", "compute_capability": (10, 0)}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    cpus = tf.config.list_logical_devices("CPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: cpus)
+    gpu = SimpleNamespace(name="/physical_device:GPU:3")
+    for precision in ("float32", "float16"):
+        train_unet.check_gpus([gpu], precision)
+    monkeypatch.setattr(tf.nn, "conv2d", fail)
+    expected = rf"expected /physical_device:GPU:3 \(NVIDIA B200, compute capability 10.0\) .* in float16 .*{message}"
+    with pytest.raises(InputError, match=f"{expected}\\); .*{advice}"):
+        train_unet.check_gpus([gpu], "float16")
+
+
+@pytest.mark.parametrize("kind, message, _", FAILURES[1:3])
+def test_want_of_memory_is_told_as_such_in_training_and_in_drawing(kind, message, _):
+    import tensorflow as tf
+
+    for context in (train_unet.training_errors(train_unet.Cluster()), train_unet.saving("the predictions")):
+        with pytest.raises(train_unet.TrainingError, match="too little memory: lower --batch_size"), context:
+            raise getattr(tf.errors, kind)(None, None, message)
 
 
 def make_checkpoints(folder, rank=0):
