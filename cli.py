@@ -32,6 +32,7 @@ SIGNAL_EXIT_BASE = 128  # to which a shell adds the number of the signal that en
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # for the main process to answer
 SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
 SHARED_MEMORY_FOLDER = "/dev/shm"
+NO_DISK_SPACE = re.compile("No space left|quota exceeded|file too large", re.IGNORECASE)
 NO_MEMORY = re.compile("out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED|failed to allocate", re.IGNORECASE)
 CLEAR_LINE = "\r\x1b[K"  # of a terminal
 
@@ -364,7 +365,9 @@ def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means want of memory: also the forms that cuDNN, cuBLAS and the CUDA driver give it."""
+    """Whether an error means want of memory, in the words of TensorFlow, cuDNN, cuBLAS or the CUDA driver."""
+    if NO_DISK_SPACE.search(str(error)):  # a full disk is an exhausted resource to TensorFlow, too
+        return False
     return type(error).__name__ in ("ResourceExhaustedError", "MemoryError") or bool(NO_MEMORY.search(str(error)))
 
 

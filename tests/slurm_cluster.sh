@@ -37,6 +37,7 @@ SlurmdSpoolDir=$root/spool-%n
 MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/affinity
+TaskPluginParam=autobind=threads
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import cli
-from cli import InputError
+from cli import InputError, gpus_of_task
 
 SHOW_PROGRESS = """
 import cli
@@ -117,3 +117,53 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise ValueError
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    "kind, message, expected",
+    [
+        (MemoryError, "", True),
+        (RuntimeError, "CUDNN_STATUS_ALLOC_FAILED\nin tensorflow/compiler/xla/stream_executor", True),
+        (RuntimeError, "No algorithm worked!  Error messages: RESOURCE_EXHAUSTED: Out of memory", True),
+        (RuntimeError, "failed to allocate 2.00GiB from device: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        (RuntimeError, "RESOURCE_EXHAUSTED: weights.data-00000-of-00001; No space left on device", False),
+        (RuntimeError, "RESOURCE_EXHAUSTED: weights.data-00000-of-00001; Disk quota exceeded", False),
+        (RuntimeError, "CUDNN_STATUS_EXECUTION_FAILED", False),
+        (ValueError, "expected 3 channels, found 1", False),
+    ],
+)
+def test_want_of_memory_is_told_from_a_full_disk_and_from_other_errors(kind, message, expected):
+    assert cli.is_out_of_memory(kind(message)) == expected
+
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "SLURM_GPUS_ON_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    "visible, node, task, changes, expected",
+    [
+        (4, 0, 0, {}, [0, 1]),
+        (4, 1, 1, {}, [2, 3]),
+        (4, 2, 0, {}, [0]),
+        (4, 2, 1, {}, [1]),
+        (4, 2, 2, {}, [2, 3]),
+        (2, 0, 1, {}, [0, 1]),  # Slurm has bound them
+        (1, 2, 2, {}, [0]),
+        (4, 0, 1, {"SLURM_STEP_NUM_TASKS": "1"}, [0, 1, 2, 3]),
+        (2, 2, 2, {"SLURM_GPUS_ON_NODE": "2"}, [0]),  # shared by tasks 0 and 2
+        (0, 0, 1, {}, []),
+    ],
+)
+def test_tasks_of_a_node_share_its_gpus_unless_slurm_has_bound_them(visible, node, task, changes, expected):
+    environment = {**TASKS, "SLURM_NODEID": str(node), "SLURM_LOCALID": str(task), **changes}
+    assert list(gpus_of_task(visible, environment, may_share=True)) == expected
+
+
+def test_all_gpus_belong_to_a_process_that_slurm_has_not_started():
+    assert list(gpus_of_task(3, {}, may_share=False)) == [0, 1, 2]
+
+
+def test_a_gpu_for_two_tasks_is_refused_where_they_must_not_share():
+    environment = {**TASKS, "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "2"}
+    with pytest.raises(InputError, match="expected a GPU for each of the 3 tasks on this node, found 2"):
+        gpus_of_task(2, environment, may_share=False)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ from cli import InputError
 from image_files import ChannelStatistics, ImageFile, z_score
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import RADIUS, SIZE_FACTOR
-from unet_model import build_unet, export_saved_model
+from unet_model import BatchNormalization, build_unet, export_saved_model
 
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
 
@@ -34,7 +35,7 @@ def save_random_model(folder, channels, classes, seed=0):
     model = build_unet(channels, classes, 4)
     rng = np.random.default_rng(seed)
     for layer in model.layers:
-        if isinstance(layer, tf.keras.layers.BatchNormalization):
+        if isinstance(layer, BatchNormalization):
             layer.set_weights([rng.uniform(0.5, 1.5, weights.shape) for weights in layer.get_weights()])
     export_saved_model(model, folder, {"radius": RADIUS, "size_factor": SIZE_FACTOR})
     return model
@@ -129,6 +130,66 @@ def test_a_halo_that_is_too_small_shows(tmp_path):
         masks.append(tifffile.imread(tmp_path / "mask.tif"))
     assert (masks[0] == whole).all()
     assert (masks[1] != whole).any()
+
+
+@pytest.mark.parametrize(
+    "kind, message, expected",
+    [
+        ("ResourceExhaustedError", "OOM when allocating tensor with shape[1,64,1824,1824]", TileTooLarge),
+        ("InternalError", "CUDNN_STATUS_ALLOC_FAILED in cudnnCreate", TileTooLarge),
+        (
+            "NotFoundError",
+            "No algorithm worked! RESOURCE_EXHAUSTED: Out of memory while trying to allocate",
+            TileTooLarge,
+        ),
+        ("InvalidArgumentError", "Incompatible shapes", InputError),
+    ],
+)
+def test_want_of_memory_on_a_gpu_is_known_in_all_its_forms(gray_model, monkeypatch, kind, message, expected):
+    def fail(**inputs):
+        raise getattr(tf.errors, kind)(None, None, message)
+
+    network = inference_unet.Network(gray_model, tf.saved_model.load(str(gray_model)))
+    monkeypatch.setattr(network, "_signature", fail)
+    with pytest.raises(expected):
+        network.predict(np.zeros((1, 16, 16, 1), np.float32))
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+    --id=GPU-b) echo 3000;;
+    --id=GPU-a) echo 20;;
+    --id=1) echo 7000;;
+    *) printf '20\\n20\\n'; exit 6;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "visible, slurm, mebibytes",
+    [("GPU-a,GPU-b", {"SLURM_LOCALID": "1"}, 3000), ("GPU-b", {}, 3000), (None, {"SLURM_LOCALID": "1"}, 7000)],
+)
+def test_free_memory_is_that_of_the_gpu_of_this_process(visible, slurm, mebibytes, monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if slurm:
+        slurm.update(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="2", SLURM_NODEID="0")
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    count = len(visible.split(",")) if visible else 2
+    gpus = [types.SimpleNamespace(name=f"/physical_device:GPU:{index}") for index in range(count)]
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    assert inference_unet.free_memory() == mebibytes * 2**20
+
+
+def test_inference_computes_in_full_float32(gray_model):
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    inference_unet.load_model(gray_model)
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def test_tiles_get_smaller_where_memory_runs_out(gray_model, tmp_path, caplog):

@@ -153,6 +153,19 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(slurm, databases, 
     assert slurm.describe(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.parametrize("nodes, cores", [(1, 1), (1, 2), (2, 2)])
+def test_training_gets_the_cores_of_the_job(slurm, databases, tmp_path, nodes, cores):
+    if cores > os.cpu_count():
+        pytest.skip("this computer has one core")
+    (tmp_path / "train_unet.py").write_text("import os\nprint(f'trains on {len(os.sched_getaffinity(0))} cores')\n")
+    small = ["--gres=gpu:1", f"--cpus-per-task={cores}", f"--nodes={nodes}", f"--output={tmp_path}/job.log"]
+    environment = f"--export=ALL,UNET_HOME={tmp_path}"
+    job = slurm.submit(*small, environment, "train_unet.sbatch", *databases, tmp_path / "out", cwd=ROOT)
+    found = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"})
+    log = (tmp_path / "job.log").read_text()
+    assert found["JobState"] == "COMPLETED" and log.count(f"trains on {cores} cores") == nodes, log
+
+
 def test_two_nodes_train_together_and_only_one_of_them_writes(slurm, databases, tmp_path):
     folder = tmp_path / "out"
     job = submit_training(slurm, databases, folder, nodes=2)

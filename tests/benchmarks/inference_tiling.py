@@ -36,13 +36,13 @@ def save_random_model(folder, features):
     """Save a network whose weights and normalisation are random; return its folder."""
     import tensorflow as tf
 
-    from unet_model import build_unet, export_saved_model
+    from unet_model import BatchNormalization, build_unet, export_saved_model
 
     tf.keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
     model = build_unet(1, 2, features)
     for layer in model.layers:
-        if isinstance(layer, tf.keras.layers.BatchNormalization):
+        if isinstance(layer, BatchNormalization):
             layer.set_weights([rng.uniform(0.5, 1.5, weights.shape) for weights in layer.get_weights()])
     metadata = {"radius": RADIUS, "size_factor": SIZE_FACTOR, "baseline_feature_depth": features}
     export_saved_model(model, folder / "saved_model", metadata)
