@@ -3,7 +3,8 @@
     python tests/benchmarks/training_step.py --pin 1
 
 Uses the GPUs of the node, or its CPU. Also tells how many images per second the network takes, how many a reader
-delivers, and so how many readers it needs. With ``--pin 1`` TensorFlow gets the first half of the cores and the readers
+delivers, and so how many readers it needs; what a step costs the host, and the speed of each precision with and
+without XLA. With ``--pin 1`` TensorFlow gets the first half of the cores and the readers
 get the others, as on a node where GPUs do the computing; without a GPU the two would fight for every core otherwise.
 """
 
@@ -43,8 +44,61 @@ def time_steps(trainer, next_batch, steps):
     """Return seconds per step."""
     start = time.perf_counter()
     for _ in range(steps):
-        trainer.train_step(next_batch())
+        loss = trainer.train_step(next_batch())
+    loss.numpy()  # waits for what is queued
     return (time.perf_counter() - start) / steps
+
+
+def make_trainer(args, channels, depth, mixed=False, xla=False):
+    """Return a trainer of one of the kinds that are compared."""
+    from unet_model import UNetTrainer, build_unet
+
+    precision = "mixed_float16" if mixed else "float32"
+    return UNetTrainer(
+        args.strategy,
+        lambda key: build_unet(channels, 2, depth, dropout_key=key, precision=precision),
+        2,
+        1e-4,
+        loss_scaling=mixed,
+        xla=xla,
+    )
+
+
+def time_constant(args, trainer, batch):
+    """Return seconds per step, one for each run, of steps that need nothing from readers."""
+    time_steps(trainer, lambda: batch, 5)
+    return [time_steps(trainer, lambda: batch, args.steps) for _ in range(args.runs)]
+
+
+def measure_host(args):
+    """Return milliseconds per step of a network so small that a step is all Python and launching of operations."""
+    import numpy as np
+    import tensorflow as tf
+
+    arrays = np.ones((1, 16, 16, 1), np.float32), np.zeros((1, 16, 16), np.uint8), np.ones(1, np.float32)
+    result = {}
+    for xla in (False, True)[: 1 + (args.strategy.num_replicas_in_sync == 1)]:
+        trainer = make_trainer(args, 1, 1, xla=xla)
+        batch = next(iter(args.strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(arrays))))
+        milliseconds = [1000 * seconds for seconds in time_constant(args, trainer, batch)]
+        result["with XLA" if xla else "without XLA"] = summarize(milliseconds)
+    return result
+
+
+def measure_speed(args, batch, channels, pixels):
+    """Return milliseconds, images and megapixels per second of each precision, with and without XLA."""
+    result = {}
+    for mixed in (False, True):
+        for xla in (False, True)[: 1 + (args.strategy.num_replicas_in_sync == 1)]:
+            trainer = make_trainer(args, channels, args.baseline_feature_depth, mixed, xla)
+            seconds = time_constant(args, trainer, batch)
+            images = args.batch_size * trainer.num_replicas / statistics.median(seconds)
+            result[f"{'mixed' if mixed else 'float32'}{', XLA' if xla else ''}"] = {
+                "milliseconds": summarize([1000 * value for value in seconds]),
+                "images_per_second": images,
+                "megapixels_per_second": images * pixels / 1e6,
+            }
+    return result
 
 
 def measure(args, database):
@@ -57,13 +111,10 @@ def measure(args, database):
     with ImageReader(database, True, num_workers=args.readers, batch_size=args.batch_size) as reader:
         os.sched_setaffinity(0, network_cores)  # before TensorFlow counts them and starts its threads
         from train_unet import Cluster, make_strategy, open_supply
-        from unet_model import UNetTrainer, build_unet
 
-        channels = reader.get_image_size()[2]
-        depth = args.baseline_feature_depth
-        trainer = UNetTrainer(
-            make_strategy(Cluster()), lambda key: build_unet(channels, 2, depth, dropout_key=key), 2, 1e-4
-        )
+        args.strategy = make_strategy(Cluster())
+        height, width, channels = reader.get_image_size()
+        trainer = make_trainer(args, channels, args.baseline_feature_depth)
         with open_supply(trainer, reader) as batches:
             constant = batches.next_batch()
             time_steps(trainer, batches.next_batch, 10)
@@ -71,6 +122,7 @@ def measure(args, database):
             for _ in range(args.runs):
                 seconds["constant"].append(time_steps(trainer, lambda: constant, args.steps))
                 seconds["readers"].append(time_steps(trainer, batches.next_batch, args.steps))
+            speed = measure_speed(args, constant, channels, height * width) if args.compare else {}
     images_per_second = args.batch_size * trainer.num_replicas / statistics.median(seconds["constant"])
     return {
         "constant_milliseconds": summarize([1000 * value for value in seconds["constant"]]),
@@ -81,6 +133,8 @@ def measure(args, database):
         "images_per_second_of_the_network": images_per_second,
         "images_per_second_of_a_reader": per_reader,
         "readers_needed": math.ceil(images_per_second / per_reader),
+        "host_milliseconds": measure_host(args),
+        "speed": speed,
     }
 
 
@@ -93,6 +147,7 @@ def main():
     parser.add_argument("--baseline_feature_depth", type=positive_int, default=16, help="features of the top level")
     parser.add_argument("--steps", type=positive_int, default=50, help="steps in a measurement")
     parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
+    add_flag(parser, "--compare", 1, "measure each precision with and without XLA, too [0 = false, 1 = true]")
     add_flag(parser, "--pin", 0, "cores of their own for network and readers [0 = false, 1 = true]")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -103,8 +158,16 @@ def main():
         for name in ("constant_milliseconds", "readers_milliseconds"):
             median, least, greatest = results[name].values()
             print(f"{name.replace('_', ' '):34} {median:8.2f} ({least:.2f} to {greatest:.2f})")
-        for name in list(results)[2:]:
+        for name in list(results)[2:-2]:
             print(f"{name.replace('_', ' '):34} {results[name]:8.3g}")
+        for name, summary in results["host_milliseconds"].items():
+            median, least, greatest = summary.values()
+            print(f"host milliseconds {name:16} {median:8.2f} ({least:.2f} to {greatest:.2f})")
+        for name, figures in results["speed"].items():
+            print(
+                f"{name:34} {figures['milliseconds']['median']:8.2f} ms, {figures['images_per_second']:.1f} images/s, "
+                f"{figures['megapixels_per_second']:.2f} megapixels/s"
+            )
     finish(results, args.json)
 
 
