@@ -461,7 +461,7 @@ class UNetTrainer:
         return self._take_step(batch, numbers)
 
     def _take_step(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
-        """Take a step; batches have one shape, as to find the function for one would cost the host 2 ms each time."""
+        """Take a step. All batches have one shape, so that the function for it is looked up once: that takes 2 ms."""
         if self._concrete_step is None:
             self._concrete_step = self._step_function.get_concrete_function(batch, numbers)
         return self._concrete_step(batch, numbers)
