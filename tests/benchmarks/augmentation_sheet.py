@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--seed", type=seed_int, default=0, help="another seed shows other images")
     args = parser.parse_args()
     configure_logging()
-    return run_script(lambda: draw(args.database, args.output, args.seed))
+    return run_script(lambda stop: draw(args.database, args.output, args.seed))
 
 
 if __name__ == "__main__":
