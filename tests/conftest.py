@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 FILES_BEFORE = pytest.StashKey[set]()
 sys.path.insert(0, str(ROOT))
-# A shell that runs the tests in the background has them ignore Ctrl-C, and nohup a terminal that closes; what they start
+# A shell that runs the tests in the background has them ignore Ctrl-C, nohup has them ignore SIGHUP. What they start
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
