@@ -214,7 +214,7 @@ def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
 
 
 def queue_steps(run: Run, batches: "BatchSupply") -> Generator[Any, None, None]:
-    """Have the steps taken that are left of the epoch; yield the loss and votes of each, for others to read."""
+    """Queue the steps that are left of the epoch; yield the loss and votes of each, which may not be computed yet."""
     args, first = run.args, run.state.step
     for step in range(first, first + args.test_every_n_steps - run.state.epoch_step):
         run.trainer.set_learning_rate(learning_rate_at(step, args))
@@ -539,8 +539,8 @@ def add_run_options(group: Any) -> None:
     text = "whether to repeat a run bit by bit on the same machine, more slowly [0 = false, 1 = true]"
     add_flag(group, "--deterministic", 0, text)
     text = (
-        "whether to compile the training step with XLA, which takes a minute at the start and is faster afterwards "
-        "[0 = false, 1 = true]; auto does so on a single GPU if it works there and --deterministic is 0"
+        "whether to compile the training step with XLA: a slower start, then faster steps [0 = false, 1 = true]; auto "
+        "does so on a single GPU if it works there and --deterministic is 0"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 
