@@ -37,7 +37,7 @@ SlurmdSpoolDir=$root/spool-%n
 MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/affinity
-TaskPluginParam=autobind=threads
+TaskPluginParam=none
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
