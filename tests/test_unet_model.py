@@ -58,6 +58,13 @@ def test_confusion_matrix_counts_pixels_and_leaves_padding_out():
     np.testing.assert_array_equal(confusion_matrix(masks, tf.constant(logits), tf.constant(weights), 3), expected)
 
 
+def test_counting_is_left_to_the_cpu_because_no_gpu_counts_deterministically():
+    with tf.Graph().as_default() as graph, tf.device("GPU:0"):
+        confusion_matrix(tf.zeros((1, 8, 8), tf.uint8), tf.zeros((1, 8, 8, 3)), tf.ones(1), 3)
+    counting = [operation for operation in graph.get_operations() if "bincount" in operation.type.lower()]
+    assert counting and all("CPU" in operation.device for operation in counting)
+
+
 def test_the_loss_with_smoothed_labels_and_weighted_classes_is_that_of_scipy():
     rng = np.random.default_rng(0)
     masks, logits = rng.integers(0, 3, (2, 5, 6)).astype(np.uint8), rng.normal(0, 3, (2, 5, 6, 3)).astype(np.float32)
