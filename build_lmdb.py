@@ -5,12 +5,14 @@ r"""Turn a folder of images and a folder of masks into a training and a test dat
 
 Owns pairing, checking, splitting, and cropping or tiling. Never imports TensorFlow: it runs on login nodes.
 
-All files are looked at first (their headers only), so that everything that is wrong is told at once; then several
-processes read them and encode records, which this one appends in order. What only the pixels tell, such as NaN, comes
-up then, and is gathered in the same way: a database appears when the whole of it is in order.
+All files are looked at first (their headers only, unless they are large), so that everything that is wrong is told at
+once; then several processes read them, measure their channels and encode records, which this one appends in order. What
+only the pixels tell, such as NaN, comes up then, and is gathered in the same way: a database appears when the whole of
+it is in order.
 """
 
 import argparse
+import array
 import collections
 import concurrent.futures
 import contextlib
@@ -48,9 +50,18 @@ from cli import (
     seed_int,
     signals_held,
 )
-from image_files import IMAGE_FORMATS, ImageFile, clipped, image_format, list_files, list_images, reflect_to
+from image_files import (
+    IMAGE_FORMATS,
+    ChannelStatistics,
+    ImageFile,
+    UnusablePixels,
+    clipped,
+    image_format,
+    list_files,
+    list_images,
+    reflect_to,
+)
 from lmdb_utils import (
-    HEADER,
     IMAGE_DTYPES,
     MANY_CLASSES,
     MASK_DTYPES,
@@ -62,6 +73,7 @@ from lmdb_utils import (
     Record,
     advise_label_map,
     new_databases,
+    record_bytes,
 )
 
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
@@ -75,6 +87,7 @@ CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each 
 PREFETCHED_CHUNKS = 3  # for each process
 PREFETCHED_BYTES = 256 * 2**20  # of records that may wait for being appended
 SHOWN_PROBLEMS = 3  # of each kind
+FLOOR_FRACTION = 0.01  # of the median deviation of the training images: float32 channels are divided by at least that
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -92,7 +105,7 @@ class ProblemKind(enum.Enum):
     BAD_MASK = "masks that hold no class ids"
     MIXED_TYPES = "images of another type than most"
     MIXED_SIZES = "images of another size than most"
-    NOT_FINITE = "images with NaN or infinity"
+    BAD_PIXELS = "images with values that cannot be computed with"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
 
@@ -342,22 +355,25 @@ def run(args: argparse.Namespace) -> None:
     options = Options(args.tile_size if args.use_tiling else None, args.channels, args.label_map, bool(args.skip_bad))
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
-        specs, unusable = survey(workers, pairs, options)
+        specs, measured, unusable = survey(workers, pairs, options)
         problems += unusable
         report_problems(problems, options.skip_bad)
         if not specs:
             raise InputError("no pair of files is left to build with; mend the files that were left out")
         with new_databases(*targets) as writers:
-            build = Build(workers, specs, options)
-            ranges = [build.fill(side, writer) for side, writer in zip(sides, writers)]
+            build = Build(workers, specs, measured, options)
+            filled = [build.fill(side, writer) for side, writer in zip(sides, writers)]
             report_problems(build.problems, options.skip_bad)
             problems += build.problems
-            for side, values, writer in zip(SIDES, ranges, writers):
+            about = describe_build(args, len(problems))
+            for side, contents, writer in zip(SIDES, filled, writers):
                 if not len(writer):
                     raise InputError(
                         f"no image is left to {side} with; mend the files that were left out, or change --seed"
                     )
-                writer.finish({**describe_build(args, len(problems)), "side": side, "value_range": values})
+                # Floors are those of the training images in both: testing normalizes as training does.
+                floors = filled[0].deviation_floors(build.image_dtype)
+                writer.finish({**about, "side": side, "value_range": contents.value_range, "deviation_floor": floors})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
     describe_databases(targets, bool(args.preview))
 
@@ -536,9 +552,12 @@ class PairSpec(NamedTuple):
         return LOSSLESS_WIDENING.get(self.dtypes[1], self.dtypes[1])
 
 
-def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple[dict[Pair, PairSpec], list[Problem]]:
-    """Look at the headers of all pairs; return what is usable, and the problems of the others."""
+def survey(
+    workers: "Workers", pairs: Sequence[Pair], options: Options
+) -> tuple[dict[Pair, PairSpec], dict[Pair, ChannelStatistics], list[Problem]]:
+    """Look at the headers of all pairs; return what is usable, the statistics of large images, and the problems."""
     specs: dict[Pair, PairSpec] = {}
+    measured: dict[Pair, ChannelStatistics] = {}
     known: dict[PairSpec, PairSpec] = {}  # a million pairs of one kind share one object
     problems = []
     progress = Progress("looking at", len(pairs), "pairs")
@@ -546,7 +565,10 @@ def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            specs[pair] = known.setdefault(found, found)
+            spec, statistics = found
+            specs[pair] = known.setdefault(spec, spec)
+            if statistics is not None:
+                measured[pair] = statistics
         progress.update(len(specs) + len(problems))
     progress.close()
     widened = collections.Counter(name for spec in specs.values() for name in spec.dtypes if name in LOSSLESS_WIDENING)
@@ -560,7 +582,7 @@ def survey(workers: "Workers", pairs: Sequence[Pair], options: Options) -> tuple
         problems += differing(
             specs, ProblemKind.MIXED_SIZES, lambda spec: f"{spec.height} x {spec.width} pixels", advice
         )
-    return specs, problems
+    return specs, measured, problems
 
 
 def differing(
@@ -578,21 +600,22 @@ def differing(
     return [Problem(kind, pair.image, f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()]
 
 
-def survey_pair(options: Options, pair: Pair) -> Union[PairSpec, Problem]:
+def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[ChannelStatistics]], Problem]:
     """Return what the headers of a pair tell; runs in a worker process.
 
-    A large file that is to be left out if it is bad is read as a whole, because that must be known before its first
-    record is appended.
+    A large image, of which several jobs encode a part each, is measured here: each record contains the statistics of
+    the complete image. If bad files are to be left out, its records are tried as well, because that must be known
+    before the first of them is appended.
     """
 
-    def work() -> PairSpec:
+    def work() -> tuple[PairSpec, Optional[ChannelStatistics]]:
         with open_pair(pair) as (image, mask):
             spec = check_headers(image, mask, options)
-        jobs = encode_jobs(pair, spec, options)
-        if options.skip_bad and len(jobs) > 1:
-            for job in jobs:
-                encode_records(options, job)
-        return spec
+            jobs = encode_jobs(pair, spec, options)
+            statistics = ChannelStatistics.of_file(image) if len(jobs) > 1 else None
+        for job in jobs if options.skip_bad and statistics is not None else ():
+            encode_records(options, job._replace(statistics=statistics))
+        return spec, statistics
 
     return problem_or(work, pair)
 
@@ -601,6 +624,8 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
     """Return what `work` returns, or why a pair cannot be used."""
     try:
         return work()
+    except UnusablePixels as error:
+        return Problem(ProblemKind.BAD_PIXELS, pair.image, str(error))
     except InputError as error:
         return Problem(getattr(error, "kind", ProblemKind.UNREADABLE), pair.image, str(error))
 
@@ -679,6 +704,7 @@ class EncodeJob(NamedTuple):
     size: tuple[int, int]  # height and width of a record
     origins: list[tuple[int, int]]  # row and column of each record in the image
     record_bytes: int
+    statistics: Optional[ChannelStatistics] = None  # of the complete image, if another job has a part of it, too
 
     @property
     def nbytes(self) -> int:
@@ -687,11 +713,42 @@ class EncodeJob(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The records of a job, and the minimum and maximum of each channel in them."""
+    """The records of a job, and the statistics of the complete image."""
 
     records: list[Record]
-    minimum: list[float]
-    maximum: list[float]
+    statistics: ChannelStatistics
+
+
+class Contents:
+    """What is known of the images of one side: the range of their values, and their deviations."""
+
+    def __init__(self) -> None:
+        self._minimum, self._maximum = np.array(np.inf), np.array(-np.inf)
+        self._deviations = array.array("f")  # compact, because there may be a million images
+        self._channels = 1
+
+    def add(self, statistics: ChannelStatistics) -> None:
+        """Take note of an image."""
+        self._minimum = np.minimum(self._minimum, statistics.minimum)
+        self._maximum = np.maximum(self._maximum, statistics.maximum)
+        self._channels = len(statistics.deviation)
+        self._deviations.extend(statistics.deviation)
+
+    @property
+    def value_range(self) -> list[tuple[float, float]]:
+        """Minimum and maximum of each channel."""
+        return list(zip(np.atleast_1d(self._minimum).tolist(), np.atleast_1d(self._maximum).tolist()))
+
+    def deviation_floors(self, image_dtype: str) -> list[float]:
+        """Return the least deviation by which each channel is divided.
+
+        For integers that is 1, as in the NIST reference implementation. Floats have no such unit: a fraction of the
+        median over all images that vary.
+        """
+        of_channels = np.asarray(self._deviations, np.float64).reshape(-1, self._channels).T
+        if image_dtype != "float32":
+            return [1.0] * len(of_channels)
+        return [FLOOR_FRACTION * float(np.median(each[each > 0])) if each.any() else 1.0 for each in of_channels]
 
 
 def grid_of(spec: PairSpec, tile_size: Optional[int]) -> tuple[tuple[int, int], list[int], list[int]]:
@@ -707,15 +764,12 @@ def encode_jobs(pair: Pair, spec: PairSpec, options: Options) -> list[EncodeJob]
     """Return the jobs for a pair: complete rows of tiles if these are not too large, so that little is read twice."""
     size, rows, columns = grid_of(spec, options.tile_size)
     origins = [(row, column) for row in rows for column in columns]
-    bytes_per_pixel = spec.channels * np.dtype(spec.image_dtype).itemsize + np.dtype(options.mask_dtype).itemsize
-    record_bytes = HEADER.size + size[0] * size[1] * bytes_per_pixel
+    nbytes = record_bytes((*size, spec.channels), spec.image_dtype, options.mask_dtype)
     max_bytes = JOB_BYTES * (1 if spec.divisible else INDIVISIBLE_FACTOR)
-    count = max(max_bytes // record_bytes, 1)
-    if len(columns) * record_bytes <= 4 * max_bytes:
+    count = max(max_bytes // nbytes, 1)
+    if len(columns) * nbytes <= 4 * max_bytes:
         count = max(count // len(columns), 1) * len(columns)
-    return [
-        EncodeJob(pair, size, origins[first : first + count], record_bytes) for first in range(0, len(origins), count)
-    ]
+    return [EncodeJob(pair, size, origins[first : first + count], nbytes) for first in range(0, len(origins), count)]
 
 
 def tile_starts(length: int, size: int) -> list[int]:
@@ -734,20 +788,19 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
         rows, columns = job.size
         squares = ((slice(row, row + rows), slice(column, column + columns)) for row, column in job.origins)
         windows = [clipped(square, mask.shape) for square in squares]
-        records, minimum, maximum = [], [], []
-        for origin, pixels, ids in zip(job.origins, image.windows(windows), mask.windows(windows)):
+        statistics = job.statistics
+        if statistics is None:  # this job has all records of the image, which is small enough to be read as a whole
+            [complete] = image.windows([image.extent])
+            statistics = ChannelStatistics.of_file(image, complete)
+            parts: Iterable[np.ndarray] = (complete[window] for window in windows)
+        else:
+            parts = image.windows(windows)
+        records = []
+        for origin, pixels, ids in zip(job.origins, parts, mask.windows(windows)):
             pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
-            channels = range(pixels.shape[2])
-            minimum.append([pixels[..., channel].min() for channel in channels])
-            maximum.append([pixels[..., channel].max() for channel in channels])
-            if not np.isfinite(minimum[-1] + maximum[-1]).all():  # both are NaN where a pixel is
-                raise Unusable(
-                    ProblemKind.NOT_FINITE,
-                    f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0",
-                )
             pixels, ids = reflect_to(pixels, job.size), reflect_to(class_ids(ids[..., 0], mask.path, options), job.size)
-            records.append(Record.encode(pixels, ids, *origin))
-    return Encoded(records, np.min(minimum, axis=0).tolist(), np.max(maximum, axis=0).tolist())
+            records.append(Record.encode(pixels, ids, statistics.mean, statistics.deviation, *origin))
+    return Encoded(records, statistics)
 
 
 def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
@@ -775,14 +828,24 @@ class Build:
     ----------
     problems : list of Problem
         One for each pair whose pixels turned out to be unusable.
+    image_dtype : str
+        Of the records.
     """
 
-    def __init__(self, workers: "Workers", specs: dict[Pair, PairSpec], options: Options) -> None:
+    def __init__(
+        self,
+        workers: "Workers",
+        specs: dict[Pair, PairSpec],
+        measured: dict[Pair, ChannelStatistics],
+        options: Options,
+    ) -> None:
         if options.label_map is not None:
             mask_dtype = options.label_map.dtype
         else:
             mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})
-        self._workers, self._specs, self._options = workers, specs, options._replace(mask_dtype=mask_dtype.name)
+        self._workers, self._specs, self._measured = workers, specs, measured
+        self._options = options._replace(mask_dtype=mask_dtype.name)
+        self.image_dtype = next(iter(specs.values())).image_dtype
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
@@ -792,11 +855,14 @@ class Build:
         self._progress, self._done = Progress("building", records, unit), 0
         self.problems: list[Problem] = []
 
-    def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> list[tuple[float, float]]:
-        """Append the records of the pairs that are usable; return the minimum and maximum value of each channel."""
-        minimum, maximum = np.array(np.inf), np.array(-np.inf)
+    def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> Contents:
+        """Append the records of the pairs that are usable; return what there is to know about their images."""
+        contents, last_pair = Contents(), None
         jobs = (
-            job for pair in pairs if pair in self._specs for job in encode_jobs(pair, self._specs[pair], self._options)
+            job._replace(statistics=self._measured.get(pair))
+            for pair in pairs
+            if pair in self._specs
+            for job in encode_jobs(pair, self._specs[pair], self._options)
         )
         encode = functools.partial(encode_or_problem, self._options)
         for job, encoded in self._workers.run(encode, jobs, lambda job: job.pair.image, lambda job: job.nbytes):
@@ -806,11 +872,13 @@ class Build:
             elif self._options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
                 for record in encoded.records:
                     writer.append(record, os.path.basename(job.pair.image))
-                minimum, maximum = np.minimum(minimum, encoded.minimum), np.maximum(maximum, encoded.maximum)
+                if job.pair != last_pair:  # once an image
+                    contents.add(encoded.statistics)
+                    last_pair = job.pair
             self._done += len(job.origins)
             self._progress.update(self._done)
         self._progress.close()
-        return list(zip(np.atleast_1d(minimum).tolist(), np.atleast_1d(maximum).tolist()))
+        return contents
 
 
 # ---------------------------------------------------------------------------------------------- worker processes
@@ -954,8 +1022,8 @@ def do_chunk(function: Callable[[Any], Any], tasks: list[Any], memory_name: Opti
     memory: Any = memory_name and attached_memory(memory_name)
     if memory is None or ends[-1] > memory.size:
         return pickle.dumps(results, 5), []
-    for array, start, end in zip(arrays, ends, ends[1:]):
-        memory.buf[start:end] = array
+    for each, start, end in zip(arrays, ends, ends[1:]):
+        memory.buf[start:end] = each
     if memory.size > CHUNK_BYTES:  # the main process does not use it again
         memory.close()
     return content, ends
@@ -1028,11 +1096,6 @@ def unusual_content(metadata: Metadata) -> Iterator[str]:
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
     spread = np.ptp(metadata.info["value_range"], axis=1)  # of each channel
-    if metadata.info["image_dtype"] == "float32" and spread.max() <= 2:
-        yield (
-            "values of a small range: z-scoring only centers a channel whose standard deviation is at most 1; multiply "
-            "the images, for example by 1000, so that it scales them as well"
-        )
     constant, others = np.flatnonzero(spread == 0), np.flatnonzero(spread)
     if len(constant) and len(others):
         chosen = metadata.info["channels"] or range(metadata.image_shape[2])

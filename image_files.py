@@ -8,8 +8,9 @@ import argparse
 import contextlib
 import functools
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -22,7 +23,7 @@ IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".j
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
 STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
-FLOAT32_SUM_VALUES = 2**16  # squares that are added up in float32
+MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above
 MEAN_TOLERANCE = 1e-6  # of a normalized channel's mean
 DISPLAYED_DEVIATIONS = 2.5  # on each side of the mean, from black to white
 
@@ -120,8 +121,6 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Height, width, channels.
     dtype : dtype
         The file's own pixel type, in native byte order.
-    segment_shape : (int, int)
-        Rows and columns that are decoded together, those of a strip or tile; (1, W) where any row can be had.
     divisible : bool
         Whether a window can be had without decoding all of the file.
     lossy : bool
@@ -150,7 +149,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
         self.shape: tuple[int, int, int] = self._source.shape
-        self.dtype, self.segment_shape = self._source.dtype, self._source.segment_shape
+        self.dtype = self._source.dtype
         self.divisible = not isinstance(self._source, _WholeImage)
         if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
@@ -204,17 +203,6 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self._channels = list(channels)
         height, width, _ = self.shape
         self.shape = height, width, len(channels)
-
-    def blocks(self, values: int) -> list[Window]:
-        """Return a plan that covers the image once, segment by segment or in blocks of about so many values."""
-        height, width, channels = self.shape
-        rows, columns = self.segment_shape
-        columns = min(columns * max(1, values // (rows * columns * channels)), width)
-        if columns == width:
-            rows *= max(1, values // (rows * width * channels))
-        origins = [(row, column) for row in range(0, height, rows) for column in range(0, width, columns)]
-        windows = ((slice(row, row + rows), slice(column, column + columns)) for row, column in origins)
-        return [clipped(window, self.shape) for window in windows]
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -320,7 +308,6 @@ class _WholeImage:
     def __init__(self, decode: Callable[[], np.ndarray], dtype: np.dtype, layout: AxisLayout) -> None:
         self._decode, self._layout = decode, layout
         self.shape, self.dtype = layout.image_shape, dtype.newbyteorder("=")
-        self.segment_shape = (1, self.shape[1])
 
     @functools.cached_property
     def _array(self) -> np.ndarray:
@@ -338,7 +325,6 @@ class _ContiguousTiff:
         self._file_dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
         self._file_shape = series.shape
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
-        self.segment_shape = (1, self.shape[1])
         self._map()  # raises where the file is too short
 
     def _map(self) -> np.ndarray:
@@ -372,7 +358,7 @@ class _SegmentedTiff:
         page, (height, width, _) = self._keyframe, self.shape
         rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
         self._down, self._across = -(-height // rows), -(-width // columns)
-        self.segment_shape = (min(rows, height), min(columns, width))
+        self._segment_shape = (min(rows, height), min(columns, width))
 
     @staticmethod
     def suits(series: Any, layout: AxisLayout) -> bool:
@@ -404,7 +390,7 @@ class _SegmentedTiff:
     def _segments(self, window: Window) -> Iterator[tuple[int, int]]:
         """Yield page and index of the segments that hold some of a window."""
         rows, columns = (
-            range(part.start // length, -(-part.stop // length)) for part, length in zip(window, self.segment_shape)
+            range(part.start // length, -(-part.stop // length)) for part, length in zip(window, self._segment_shape)
         )
         for number, page in enumerate(self._pages):
             for plane in range(len(page.dataoffsets) // (self._down * self._across)):
@@ -476,115 +462,132 @@ def _describe_png_or_jpeg(path: Path, as_mask: bool) -> tuple[tuple[int, ...], n
 # ---------------------------------------------------------------------------------------------- normalization
 
 
-def z_score(image: np.ndarray, out: Optional[np.ndarray] = None, overwrite: bool = False) -> np.ndarray:
-    """Normalize each channel of an image to mean 0 and standard deviation 1.
-
-    Parameters
-    ----------
-    image : ndarray, shape (H, W, C)
-        Any real dtype.
-    out : ndarray of float32, shape (H, W, C), optional
-        Where to put the result.
-    overwrite : bool
-        Compute in the image's own memory, which loses its content; for float32 only.
-
-    Returns
-    -------
-    ndarray of float32, shape (H, W, C)
-        A channel whose standard deviation is at most 1 is only centered, as in the NIST reference implementation:
-        an empty image must not become amplified noise.
-
-    Notes
-    -----
-    One channel at a time goes through a plane that stays in the cache, and into `out` once. The corrected two-pass
-    algorithm (Chan, Golub and LeVeque, 1983) makes float32 sums safe: what rounding left of the mean is measured, taken
-    off the variance, and off the image where it could be seen.
-    """
-    out = np.empty(image.shape, np.float32) if out is None else out
-    scratch = np.empty(0 if overwrite else image.shape[:2], np.float32)
-    for channel in range(image.shape[2]):
-        source = image[..., channel]
-        if overwrite:
-            scratch = source
-        elif image.dtype.kind in "iu" and image.dtype.itemsize > 2:
-            # float32 would round large whole numbers, but not their differences.
-            np.subtract(source, float(source[0, 0]), out=scratch, dtype=np.float64, casting="unsafe")
-        else:
-            np.copyto(scratch, source)
-        _normalize(scratch, out[..., channel])
-    return out
-
-
-def _normalize(plane: np.ndarray, out: np.ndarray) -> None:
-    """Write the z-score of a float32 plane (H, W) into `out`; `plane` is overwritten."""
-    ones = np.ones(len(plane), np.float32)
-
-    def mean() -> float:
-        return float((ones @ plane).sum(dtype=np.float64)) / plane.size
-
-    np.subtract(plane, np.float32(mean()), out=plane)
-    rest = mean()
-    rows = max(1, FLOAT32_SUM_VALUES // plane.shape[1])
-    blocks = (plane[first : first + rows].reshape(-1) for first in range(0, len(plane), rows))
-    variance = sum(float(np.dot(block, block)) for block in blocks) / plane.size - rest**2
-    factor = 1 / max(variance, 1.0) ** 0.5
-    if abs(rest) * factor > MEAN_TOLERANCE:
-        np.subtract(plane, np.float32(rest), out=plane)
-    np.multiply(plane, np.float32(factor), out=out)
+class UnusablePixels(InputError):
+    """An image contains values that cannot be computed with."""
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean and standard deviation of each channel of an image; both float64 of shape (C,)."""
+    """Mean, standard deviation, minimum and maximum of each channel of an image; all float64 of shape (C,)."""
 
     mean: np.ndarray
     deviation: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
 
     @classmethod
-    def measure(cls, image: ImageFile) -> "ChannelStatistics":
-        """Read an image once, block by block, and return its statistics.
-
-        Raises
-        ------
-        InputError
-            If a pixel is NaN or infinite.
+    def measure(cls, blocks: Iterable[np.ndarray]) -> "ChannelStatistics":
+        """Return the statistics of an image that comes in blocks (rows, columns, C) of any real dtype.
 
         Notes
         -----
         Count, mean and sum of squared deviations of the parts are combined (Chan, Golub and LeVeque, 1983), all in
         float64.
         """
-        channels = image.shape[2]
-        count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
-        plan = image.blocks(STATISTICS_BLOCK_VALUES)
-        progress = Progress(f"measuring {image.path.name}", len(plan), "parts")
-        for done, block in enumerate(image.windows(plan), 1):
-            rows = max(1, STATISTICS_BLOCK_VALUES // block[0].size)  # a strip may be a large block
-            parts = range(0, len(block), rows)
-            for start, stop in zip(parts, [*parts[1:], len(block)]):
-                part = block[start:stop].astype(np.float64).reshape(-1, channels)
-                part_mean = part.mean(axis=0)
-                part_squares = np.square(part - part_mean).sum(axis=0)
-                total = count + len(part)
-                squares += part_squares + np.square(part_mean - mean) * count * len(part) / total
-                mean += (part_mean - mean) * len(part) / total
-                count = total
-            progress.update(done)
-        progress.close()
-        if not np.isfinite(squares).all():
-            raise InputError(
-                f"expected finite pixels in {image.path}, found NaN or infinity; replace them, for example by 0"
-            )
-        return cls(mean, np.sqrt(squares / count))
+        count, mean, squares = 0, np.zeros(()), np.zeros(())
+        minimum, maximum = np.array(np.inf), np.array(-np.inf)
+        for block in blocks:
+            planes = np.ascontiguousarray(block.reshape(-1, block.shape[2]).T, np.float64)
+            minimum, maximum = np.minimum(minimum, planes.min(1)), np.maximum(maximum, planes.max(1))
+            block_mean, added = planes.mean(1), planes.shape[1]
+            planes -= block_mean[:, None]
+            total = count + added
+            squares = squares + np.square(block_mean - mean) * count * added / total
+            squares += np.square(planes, out=planes).sum(1)
+            mean = mean + (block_mean - mean) * added / total
+            count = total
+        return cls(mean, np.sqrt(squares / count), minimum, maximum)
 
-    def z_score(self, window: np.ndarray, out: Optional[np.ndarray] = None) -> np.ndarray:
-        """Return a window (H, W, C) of the image as float32, normalized as `z_score` normalizes a complete image."""
-        result = np.empty(window.shape, np.float32) if out is None else out
-        for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation)):
-            # The difference in float64: float32 would round large numbers before it is taken.
-            np.subtract(window[..., channel], mean, out=result[..., channel], dtype=np.float64, casting="unsafe")
-            if deviation > 1:
-                result[..., channel] *= np.float32(1 / deviation)
-        return result
+    @classmethod
+    def of_file(cls, image: ImageFile, pixels: Optional[np.ndarray] = None) -> "ChannelStatistics":
+        """Return the statistics of an image file, which is read once, from top to bottom.
+
+        They depend on the pixels alone, to the last bit, and not on how the file stores them.
+
+        Parameters
+        ----------
+        image : ImageFile
+            Opened, its channels selected.
+        pixels : ndarray, shape (H, W, C), optional
+            All of the image, if it has been read already.
+
+        Raises
+        ------
+        UnusablePixels
+            If a pixel is NaN, infinite, or of a size that float32 cannot compute with.
+        """
+        height, width, channels = image.shape
+        rows = max(1, STATISTICS_BLOCK_VALUES // (width * channels))
+        plan = [(slice(row, min(row + rows, height)), slice(0, width)) for row in range(0, height, rows)]
+        progress = Progress(f"measuring {image.path.name}", len(plan), "parts")
+
+        def blocks() -> Iterator[np.ndarray]:
+            windows = image.windows(plan) if pixels is None else (pixels[window] for window in plan)
+            for done, block in enumerate(windows, 1):
+                yield block
+                progress.update(done)
+
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below
+            statistics = cls.measure(blocks())
+        progress.close()
+        lowest, highest = statistics.minimum.min(), statistics.maximum.max()  # NaN if any pixel is
+        if not max(-lowest, highest) <= MAX_MAGNITUDE:
+            found = f"{lowest:g} to {highest:g}" if math.isfinite(highest - lowest) else "NaN or infinity"
+            raise UnusablePixels(
+                f"expected finite pixels of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; replace them, "
+                "for example by 0"
+            )
+        return statistics
+
+
+def normalize(
+    pixels: np.ndarray, mean: np.ndarray, deviation: np.ndarray, floor: Any = 1.0, out: Optional[np.ndarray] = None
+) -> np.ndarray:
+    """Return the z-scores of pixels: what they differ from the mean, in standard deviations.
+
+    Training and inference call this with the statistics of the complete image, whatever part of it `pixels` is, so that
+    the network sees the same numbers in both.
+
+    Parameters
+    ----------
+    pixels : ndarray, shape (H, W, C)
+        Any real dtype.
+    mean, deviation : ndarray of float64, shape (C,)
+        Of the complete image.
+    floor : ndarray of shape (C,), or float
+        Taken for the deviation where that is smaller: an empty image must not become amplified noise.
+    out : ndarray of float32, shape (H, W, C), optional
+        Where to put the result.
+
+    Returns
+    -------
+    ndarray of float32, shape (H, W, C)
+
+    Notes
+    -----
+    What float32 rounds off the mean is subtracted by itself if it could be seen. Integers of 32 bits, which float32
+    would round before the difference is taken, are centered in float64.
+    """
+    out = np.empty(pixels.shape, np.float32) if out is None else out
+    center, factor = np.float32(mean), np.float32(1 / np.maximum(deviation, floor))
+    rest = np.where(np.abs(mean - center) * factor > MEAN_TOLERANCE, np.float32(mean - center), np.float32(0))
+    exact = np.float64 if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2 else np.float32
+    for source, target, *values in _lines_of_channels(pixels, out, center, rest, factor):
+        np.subtract(source, values[0], out=target, dtype=exact, casting="unsafe")
+        if rest.any():
+            np.subtract(target, values[1], out=target)
+        np.multiply(target, values[2], out=target)
+    return out
+
+
+def _lines_of_channels(pixels: np.ndarray, out: np.ndarray, *values: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Yield arrays of pixels and results that numpy goes through fast, with the values of their channels to match."""
+    height, width, channels = pixels.shape
+    if channels > 1 and pixels.flags.c_contiguous and out.flags.c_contiguous:
+        # All channels at once, in the order of memory: one at a time would skip from pixel to pixel.
+        lines = height, width * channels
+        yield (pixels.reshape(lines), out.reshape(lines), *(np.tile(value, width) for value in values))
+    else:
+        yield from zip(np.moveaxis(pixels, 2, 0), np.moveaxis(out, 2, 0), *values)
 
 
 def displayable(scores: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """`ImageReader`: batches from a database, prepared by processes of their own, so that the GPUs never wait.
 
-An `ImageReader` starts worker processes that read records from the memory-mapped database, augment and normalize
+An `ImageReader` starts worker processes that read records from the memory-mapped database, normalize and augment
 them, and fill batches in slots of shared memory; the main process takes finished batches in order. Sample ``i`` of the
 stream depends on the database, the seed and ``i`` alone, so neither the number of workers nor the batch size changes
 what the network sees. Workers are spawned (forking after TensorFlow has started its threads deadlocks) and import no
@@ -36,7 +36,7 @@ from cli import (
     free_shared_memory,
     signals_held,
 )
-from image_files import z_score
+from image_files import normalize
 from lmdb_utils import Database, Metadata, advise_label_map
 
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     Attributes
     ----------
     images : ndarray of float32, shape (B, H, W, C)
-        Normalized by `z_score`.
+        Normalized by the statistics of their complete source images.
     masks : ndarray of uint8 or int32, shape (B, H, W)
         Class ids.
     weights : ndarray of float32, shape (B,)
@@ -199,10 +199,13 @@ class Stream:
 
 
 class SampleSource:
-    """One worker's view of the stream: picks, reads, augments and normalizes sample after sample."""
+    """One worker's view of the stream: picks, reads, normalizes and augments sample after sample."""
 
-    def __init__(self, database: Database, stream: Stream, augmentation: Optional[dict[str, Any]]) -> None:
+    def __init__(
+        self, database: Database, stream: Stream, deviation_floor: np.ndarray, augmentation: Optional[dict[str, Any]]
+    ) -> None:
         self._database, self._stream, self._augmentation = database, stream, augmentation
+        self._deviation_floor = deviation_floor
         if augmentation is not None:
             metadata = database.metadata
             self._augmenter = augment.Augmenter(metadata.image_shape, metadata.info["mask_dtype"])
@@ -227,12 +230,14 @@ class SampleSource:
         if record < 0:
             batch.images[index], batch.masks[index] = 0, 0
             return
-        image, mask = self._database.read(record)
-        if self._augmentation is not None:
-            transformation = augment.sample_transformation(rng, *mask.shape, **self._augmentation)
-            image, mask = self._augmenter.apply(transformation, image, mask, rng)
-        z_score(image, out=batch.images[index], overwrite=self._augmentation is not None)
-        batch.masks[index] = mask
+        stored = self._database.read(record)
+        target = batch.images[index] if self._augmentation is None else self._augmenter.source
+        normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target)
+        if self._augmentation is None:
+            batch.masks[index] = stored.mask
+        else:
+            transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
+            batch.images[index], batch.masks[index] = self._augmenter.apply(transformation, target, stored.mask, rng)
 
 
 # ---------------------------------------------------------------------------------------------- the worker process
@@ -245,6 +250,7 @@ class WorkerTask:
     worker: int
     database: str
     stream: Stream
+    deviation_floor: np.ndarray
     augmentation: Optional[dict[str, Any]]
     layout: RingLayout
     memory_name: str
@@ -263,7 +269,7 @@ def run_worker(task: WorkerTask) -> None:
     try:
         memory = shared_memory.SharedMemory(task.memory_name)
         with Database(task.database) as database:
-            source = SampleSource(database, task.stream, task.augmentation)
+            source = SampleSource(database, task.stream, task.deviation_floor, task.augmentation)
             round_index = 0
             while _wait_for_slot(task, memory, round_index):
                 batch = task.layout.batch(memory.buf, task.layout.slot_offset(task.worker, round_index))
@@ -329,6 +335,9 @@ class ImageReader:
         padded so that it ends with a step of all replicas.
     first_sample : int
         Where in the stream to begin: how many images all replicas have taken before.
+    deviation_floor : ndarray, shape (C,), optional
+        Least standard deviation by which each channel is divided, if not this database's own: testing takes that of
+        the training database, as the exported network has it.
 
     Raises
     ------
@@ -351,6 +360,7 @@ class ImageReader:
         rank: int = 0,
         world_size: int = 1,
         first_sample: int = 0,
+        deviation_floor: Optional[np.ndarray] = None,
     ) -> None:
         check_options(num_workers, batch_size, balance_classes, shuffle)
         # setup the image data augmentation parameters
@@ -360,13 +370,14 @@ class ImageReader:
         self._noise_augmentation_severity = 0.02  # vary noise by x% of the dynamic range present in the image
         self._scale_augmentation_severity = 0.1  # vary size by x%
         self._blur_max_sigma = 2  # pixels
-        # self._intensity_augmentation_severity = 0.05  # the z-score undoes a shift of the complete image
+        # self._intensity_augmentation_severity = 0.05  # shift all pixels by x% of the dynamic range
         self.augmentation_limits = augmentation_limits(vars(self))
 
         self._use_augmentation, self._name = use_augmentation, name
         self._database = os.fspath(img_db)
         with Database(img_db) as database:
             self.metadata = database.metadata
+        self._deviation_floor = self.metadata.deviation_floor if deviation_floor is None else deviation_floor
         check_classes(self.metadata, number_classes, self._database)
         multiple = 1 if shuffle else batch_size * replicas * world_size
         pass_length = -(-self.metadata.count // multiple) * multiple
@@ -430,6 +441,7 @@ class ImageReader:
             worker,
             self._database,
             self._stream,
+            self._deviation_floor,
             self.augmentation_limits if self._use_augmentation else None,
             self._layout,
             memory_name,
@@ -514,7 +526,7 @@ class ImageReader:
         stream, batches = self._stream, range(step * self._stream.replicas, (step + 1) * self._stream.replicas)
         samples = itertools.chain.from_iterable(map(stream.samples, batches))
         with Database(self._database) as database:
-            source = SampleSource(database, stream, None)
+            source = SampleSource(database, stream, self._deviation_floor, None)
             records = [source.pick(sample, stream.generator(sample)) for sample in samples]
         return [self.metadata.describe_record(record) for record in records]
 

@@ -49,6 +49,7 @@ from image_files import (
     displayable,
     image_format,
     list_images,
+    normalize,
     reflect_to,
 )
 from lmdb_utils import RADIUS, SIZE_FACTOR, count_classes
@@ -72,6 +73,7 @@ MEMORY_SHARE = 0.5  # of what is free, for the network's activations
 FEATURE_COPIES = 6  # float32 values that the network holds of each pixel and feature; measured for 2 to 64 features
 BATCHES_HELD = 3  # inputs and outputs of the network: one that is read, one in the network, one that is written
 PAPER_FEATURES = 64  # of a model that does not tell its own
+LARGE_SCALE = 1000  # times the range of the training images, from where on units must be others
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -219,6 +221,9 @@ class Model:
     size_factor: int  # heights, widths and tile origins are multiples of it
     features: int = PAPER_FEATURES  # of the top level; most of the memory that the network needs is proportional to it
     source_channels: Optional[Sequence[int]] = None  # of the training images that were used, if not all of them
+    deviation_floor: Sequence[float] = (1.0,)  # least deviation by which each channel (or any) is divided
+    value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
+    image_dtype: Optional[str] = None  # of the training images
 
     @property
     def halo(self) -> int:
@@ -275,6 +280,9 @@ def load_model(filepath: str) -> Model:
         metadata.get("size_factor", SIZE_FACTOR),
         metadata.get("baseline_feature_depth", PAPER_FEATURES),
         metadata.get("source_channels"),
+        metadata.get("deviation_floor", (1.0,)),
+        metadata.get("value_range"),
+        metadata.get("image_dtype"),
     )
 
 
@@ -468,7 +476,9 @@ def segment_file(
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
         check_image(image, model)
-        statistics = ChannelStatistics.measure(image)
+        statistics = ChannelStatistics.of_file(image)
+        for line in differences_of_scale(image, statistics, model):
+            logging.warning("%s", line)
         while True:
             tile = sizer.shape(*(round_up(length, model.size_factor) for length in image.shape[:2]))
             tiles = plan_tiles(image.shape, tile, model)
@@ -493,6 +503,25 @@ def check_image(image: ImageFile, model: Model) -> None:
         )
     if image.dtype.kind not in "buif":
         raise InputError(f"expected integer or float pixels in {image.path}, found {image.dtype}; convert the image")
+
+
+def differences_of_scale(image: ImageFile, statistics: ChannelStatistics, model: Model) -> Iterator[str]:
+    """Yield what looks as if an image had been given in other units than the training images had.
+
+    An image that hardly varies is left as it is, as there may be nothing in it. The training images tell whether it is
+    the units that make it so: in integers of one type an empty image is more likely, in float32 the floor is theirs.
+    """
+    if model.value_range is None:
+        return
+    same_integers = image.dtype.name == model.image_dtype and image.dtype.kind in "iu"
+    for channel, (low, high) in enumerate(model.value_range):
+        found_low, found_high = statistics.minimum[channel], statistics.maximum[channel]
+        hardly_varies = 0 < statistics.deviation[channel] < model.deviation_floor[channel] and not same_integers
+        if hardly_varies or found_high - found_low > LARGE_SCALE * (high - low) > 0:
+            yield (
+                f"{image.path}: values from {found_low:g} to {found_high:g} in channel {channel}, in the training "
+                f"images from {low:g} to {high:g}: is it in other units? If so, convert it, or the mask is wrong"
+            )
 
 
 def write_results(
@@ -526,7 +555,7 @@ def segment(
     """
 
     def predictions() -> Generator[tuple[Sequence[Tile], np.ndarray, np.ndarray], None, None]:
-        with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size))) as batches:
+        with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size, model))) as batches:
             for part, batch in batches:
                 yield part, batch, model.predict(batch)
 
@@ -548,7 +577,7 @@ def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def read_batches(
-    image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int
+    image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
 ) -> Generator[tuple[Sequence[Tile], np.ndarray], None, None]:
     """Yield tiles and their z-scores (N, H, W, C), as the network takes them.
 
@@ -560,7 +589,8 @@ def read_batches(
         part = tiles[first : first + batch_size]
         batch = np.empty((len(part), *size, image.shape[2]), np.float32)
         for place, window in zip(batch, windows):
-            statistics.z_score(reflect_to(window, size), place)
+            pixels = reflect_to(window, size)
+            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place)
         yield part, batch
 
 

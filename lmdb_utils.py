@@ -4,8 +4,9 @@ Owns the record format, writing a pair of databases so that they appear complete
 metadata; and, because all sides have to agree on them, the sizes that the network takes.
 
 A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
-value is a 32-byte header (`HEADER`), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)``
-bytes, all little-endian. The key ``b"metadata"`` sorts last and holds an uncompressed npz archive (`Metadata`).
+value is a 32-byte header (`HEADER`), mean and standard deviation of each channel of the complete source image (float64,
+``(2, C)``), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)`` bytes, all little-endian. The
+key ``b"metadata"`` sorts last and holds an uncompressed npz archive (`Metadata`).
 """
 
 import array
@@ -25,14 +26,16 @@ from typing import Any, NamedTuple, Union
 
 import lmdb
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cli import InputError, PathLike, flush_to_disk
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_MAGIC = b"SSEG"
 # magic, version, reserved, image dtype, mask dtype, height, width, channels, padding to 32 bytes
 HEADER = struct.Struct("<4sHH4s4sIII4x")
+STATISTICS_DTYPE = np.dtype("<f8")
 METADATA_KEY = b"metadata"
 
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
@@ -59,8 +62,8 @@ def record_key(index: int) -> bytes:
     return b"%010d" % index
 
 
-def encode_record(image: np.ndarray, mask: np.ndarray) -> bytes:
-    """Serialize one image and its mask.
+def encode_record(image: np.ndarray, mask: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> bytes:
+    """Serialize one image, which may be part of a larger one, and its mask.
 
     Parameters
     ----------
@@ -68,11 +71,13 @@ def encode_record(image: np.ndarray, mask: np.ndarray) -> bytes:
         One of `IMAGE_DTYPES`.
     mask : ndarray, shape (H, W)
         One of `MASK_DTYPES`.
+    mean, deviation : ndarray, shape (C,)
+        Mean and standard deviation of each channel of the complete source image.
 
     Returns
     -------
     bytes
-        Header, image and mask.
+        Header, statistics, image and mask.
 
     Raises
     ------
@@ -83,16 +88,43 @@ def encode_record(image: np.ndarray, mask: np.ndarray) -> bytes:
         raise ValueError(f"expected image (H, W, C) and mask (H, W), got {image.shape} and {mask.shape}")
     if image.dtype.name not in IMAGE_DTYPES or mask.dtype.name not in MASK_DTYPES:
         raise ValueError(f"cannot store a {image.dtype} image with a {mask.dtype} mask")
+    if np.shape(mean) != image.shape[2:] or np.shape(deviation) != image.shape[2:]:
+        raise ValueError(f"expected mean and deviation of {image.shape[2]} channels, got {mean} and {deviation}")
     image = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
     mask = np.ascontiguousarray(mask, mask.dtype.newbyteorder("<"))
     header = HEADER.pack(
         RECORD_MAGIC, FORMAT_VERSION, 0, image.dtype.str.encode(), mask.dtype.str.encode(), *image.shape
     )
-    return b"".join((header, image.data, mask.data))
+    statistics = np.array([mean, deviation], STATISTICS_DTYPE)
+    return b"".join((header, statistics.data, image.data, mask.data))
 
 
-def decode_record(value: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image ``(H, W, C)`` and mask ``(H, W)`` of a record as read-only views, without a copy.
+def record_bytes(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DTypeLike) -> int:
+    """Return the length of the record of an image of shape (H, W, C)."""
+    height, width, channels = shape
+    bytes_per_pixel = channels * np.dtype(image_dtype).itemsize + np.dtype(mask_dtype).itemsize
+    return int(HEADER.size + 2 * channels * STATISTICS_DTYPE.itemsize + height * width * bytes_per_pixel)
+
+
+class StoredImage(NamedTuple):
+    """What a record contains, as read-only views of its bytes.
+
+    Attributes
+    ----------
+    image : ndarray, shape (H, W, C)
+    mask : ndarray, shape (H, W)
+    mean, deviation : ndarray of float64, shape (C,)
+        Of the complete source image, of which `image` may be a tile.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def decode_record(value: Any) -> StoredImage:
+    """Return what a record contains, without a copy.
 
     Raises
     ------
@@ -106,12 +138,14 @@ def decode_record(value: Any) -> tuple[np.ndarray, np.ndarray]:
         raise InputError("a record is not of this suite's format; build the database again")
     image_dtype, mask_dtype = stored_dtype(image_type), stored_dtype(mask_type)
     pixels = height * width
-    mask_offset = HEADER.size + pixels * channels * image_dtype.itemsize
-    if len(value) != mask_offset + pixels * mask_dtype.itemsize:
+    image_offset = HEADER.size + 2 * channels * STATISTICS_DTYPE.itemsize
+    mask_offset = image_offset + pixels * channels * image_dtype.itemsize
+    if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
         raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
-    image = np.frombuffer(value, image_dtype, pixels * channels, HEADER.size).reshape(height, width, channels)
+    statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels, HEADER.size).reshape(2, channels)
+    image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
     mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
-    return image, mask
+    return StoredImage(image, mask, *statistics)
 
 
 def stored_dtype(field: bytes) -> np.dtype:
@@ -130,7 +164,7 @@ class Metadata:
     ----------
     info : dict
         JSON-compatible: ``count``, ``image_shape`` (H, W, C), ``image_dtype``, ``mask_dtype`` and whatever the
-        builder adds (dataset name, seed, options).
+        builder adds (dataset name, seed, options; ``deviation_floor`` and ``value_range`` of each channel).
     classes : ndarray of int64, shape (K,)
         The class ids that occur, ascending.
     pixel_counts : ndarray of int64, shape (K,)
@@ -168,6 +202,11 @@ class Metadata:
         return height, width, channels
 
     @property
+    def deviation_floor(self) -> np.ndarray:
+        """Least standard deviation by which each channel is divided, float64 of shape (C,)."""
+        return np.array(self.info["deviation_floor"], np.float64)
+
+    @property
     def names(self) -> list[str]:
         """Source file name of each image that contributed records."""
         return self.joined_names.decode().split("\0")
@@ -197,8 +236,11 @@ class Metadata:
         with np.load(io.BytesIO(value), allow_pickle=False) as archive:
             arrays = dict(archive)
         info = json.loads(arrays.pop("header").tobytes())
-        if info.pop("format") != FORMAT_NAME or info.pop("version") != FORMAT_VERSION:
-            raise InputError(f"its format is not version {FORMAT_VERSION} of {FORMAT_NAME}")
+        name, version = info.pop("format"), info.pop("version")
+        if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
+            raise InputError(
+                f"expected version {FORMAT_VERSION} of the format {FORMAT_NAME}, found version {version} of {name}"
+            )
         return cls(info=info, joined_names=arrays.pop("names").tobytes(), **arrays)
 
 
@@ -217,12 +259,21 @@ class Record(NamedTuple):
     column: int
 
     @classmethod
-    def encode(cls, image: np.ndarray, mask: np.ndarray, row: int = 0, column: int = 0) -> "Record":
+    def encode(
+        cls,
+        image: np.ndarray,
+        mask: np.ndarray,
+        mean: np.ndarray,
+        deviation: np.ndarray,
+        row: int = 0,
+        column: int = 0,
+    ) -> "Record":
         """Return the record of an image and its mask; parameters and errors are those of `encode_record`.
 
         `row` and `column` are its origin in the file it comes from, in pixels.
         """
-        return cls(np.frombuffer(encode_record(image, mask), np.uint8), count_classes(mask), row, column)
+        value = np.frombuffer(encode_record(image, mask, mean, deviation), np.uint8)
+        return cls(value, count_classes(mask), row, column)
 
 
 class DatabaseWriter:
@@ -303,6 +354,7 @@ class DatabaseWriter:
                 "image_shape": shape,
                 "image_dtype": stored_dtype(image_type).name,
                 "mask_dtype": stored_dtype(mask_type).name,
+                "deviation_floor": [1.0] * shape[2],
                 **info,
             },
             classes=np.asarray(classes, np.int64),
@@ -522,8 +574,8 @@ class Database(contextlib.AbstractContextManager["Database"]):
         """Return the number of records."""
         return self.metadata.count
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image ``(H, W, C)`` and mask ``(H, W)`` as views of the memory map, valid until `close`."""
+    def read(self, index: int) -> StoredImage:
+        """Return what a record contains as views of the memory map, valid until `close`."""
         value = self._transaction.get(record_key(index))
         if value is None:
             raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")

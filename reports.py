@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli import replacing
-from image_files import displayable, z_score
+from image_files import displayable, normalize
 from lmdb_utils import Database
 
 if TYPE_CHECKING:
@@ -33,13 +33,17 @@ class Report:
         Output folder of the run.
     test_database : path
         Where the images of ``predictions.png`` come from.
+    deviation_floor : ndarray, shape (C,)
+        Least standard deviation by which each channel of them is divided.
     number_classes : int
         Classes, background included.
     epoch : int
         Test epochs done; what the files contain of later ones, from a run that was killed, is dropped.
     """
 
-    def __init__(self, folder: Path, test_database: str, number_classes: int, epoch: int) -> None:
+    def __init__(
+        self, folder: Path, test_database: str, deviation_floor: np.ndarray, number_classes: int, epoch: int
+    ) -> None:
         import tensorflow as tf
 
         self._folder, self._classes = folder, range(number_classes)
@@ -47,7 +51,7 @@ class Report:
             name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
             for name in ("train", "test")
         }
-        self._examples = read_examples(test_database)
+        self._examples = read_examples(test_database, deviation_floor)
         scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in self._classes]
         head = ["epoch", "step", "learning_rate", "train_loss", "test_loss", "accuracy", "mean_iou"]
         self._begin("metrics.csv", [*head, *scores], epoch)
@@ -184,13 +188,16 @@ def text_of_score(score: float) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def read_examples(database: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_examples(database: str, deviation_floor: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return z-scores (H, W, C) and masks (H, W) of a few images, spread over a database."""
     with Database(database) as opened:
         count = opened.metadata.count
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
-        pairs = [opened.read(int(record)) for record in chosen]
-        return [(z_score(image), np.array(mask)) for image, mask in pairs]
+        examples = [opened.read(int(record)) for record in chosen]
+        return [
+            (normalize(each.image, each.mean, each.deviation, deviation_floor), np.array(each.mask))
+            for each in examples
+        ]
 
 
 def draw_predictions(examples: list[tuple[np.ndarray, np.ndarray]], model: Any, number_classes: int) -> Any:
@@ -228,10 +235,9 @@ def draw_records(database: Database, output: Path) -> Path:
     for place in axes:
         place.set_axis_off()
     for left, right, index in zip(axes[::2], axes[1::2], chosen):
-        image, mask = database.read(index)
-        # Scaled also if it hardly varies, which z_score would leave as it is.
-        deviations = np.maximum(image.std(axis=(0, 1), dtype=np.float64), 1e-9)
-        left.imshow(displayable((image - image.mean(axis=(0, 1), dtype=np.float64)) / deviations))
+        image, mask, mean, deviation = database.read(index)
+        # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
+        left.imshow(displayable(normalize(image, mean, deviation, np.finfo(np.float32).tiny)))
         left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
         # Ranks, so that gaps in the ids take no colors.
         show_classes(right, np.searchsorted(metadata.classes, mask), len(metadata.classes))

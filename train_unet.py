@@ -139,7 +139,7 @@ def train(
     run = Run(args, cluster, trainer, stop, checkpoints, state, state.step)
     report = begin_report(run, metadata) if cluster.is_chief else None
     with training_errors(cluster), contextlib.ExitStack() as stack:
-        train_batches, test_batches = (stack.enter_context(supply) for supply in supplies(run))
+        train_batches, test_batches = (stack.enter_context(supply) for supply in supplies(run, metadata[0]))
         while not reason_to_end(run):
             train_figures = train_one_epoch(run, train_batches)
             test_figures = train_figures and evaluate(run, test_batches)
@@ -287,7 +287,9 @@ def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
     args, state = run.args, run.state
     with saving(f"results in {args.output_dir}"):
         write_settings(args, *metadata, run.trainer.num_replicas)
-        report = Report(args.output_dir, args.test_database, args.number_classes, state.epoch)
+        report = Report(
+            args.output_dir, args.test_database, metadata[0].deviation_floor, args.number_classes, state.epoch
+        )
     weights = f"{run.trainer.model.count_params():,}"
     logging.info("network of %s weights, global batch of %d images", weights, run.global_batch)
     if state.step:
@@ -342,7 +344,10 @@ def export(run: Run, model: Any, train_data: Metadata) -> None:
         "label_map": train_data.info.get("label_map"),
         "radius": RADIUS,
         "size_factor": SIZE_FACTOR,
-        "normalization": "z-score of each image and channel; only centered where the standard deviation is at most 1",
+        "normalization": "(pixel - mean) / deviation of each channel of an image, the deviation at least its floor",
+        "deviation_floor": train_data.info["deviation_floor"],
+        "value_range": train_data.info.get("value_range"),
+        "image_dtype": train_data.info["image_dtype"],
         "baseline_feature_depth": run.args.baseline_feature_depth,
     }
     export_saved_model(model, run.args.output_dir / "saved_model", metadata)
@@ -370,7 +375,7 @@ def training_errors(cluster: "Cluster") -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def supplies(run: Run) -> Iterator[Any]:
+def supplies(run: Run, train_data: Metadata) -> Iterator[Any]:
     """Yield context managers of the batches to train with, from where the run stands, and of those to test with."""
     args, replicas = run.args, run.trainer.num_replicas // run.cluster.world_size
     common = {
@@ -378,6 +383,7 @@ def supplies(run: Run) -> Iterator[Any]:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "replicas": replicas,
+        "deviation_floor": train_data.deviation_floor,
         **run.cluster._asdict(),
     }
     train_reader = ImageReader(

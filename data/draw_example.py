@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_files import displayable, read_image, z_score
+from image_files import ChannelStatistics, displayable, normalize, read_image
 from lmdb_utils import Database
 
 ROWS = 2
@@ -30,7 +30,8 @@ def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: P
     figure, axes = pyplot.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False)
     for row, (name, image, truth, predicted) in zip(axes, panels):
         classes = max(truth.max(), predicted.max(), 1)
-        row[0].imshow(displayable(z_score(image)))
+        statistics = ChannelStatistics.measure([image])
+        row[0].imshow(displayable(normalize(image, statistics.mean, statistics.deviation)))
         row[1].imshow(truth, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
         row[2].imshow(predicted, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
         for axis, title in zip(row, (name, "truth", "prediction")):

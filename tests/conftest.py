@@ -29,6 +29,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def z_score(image, floor=1.0):
+    """Return an image (H, W, C) as the network has to see it, computed in float64 from the image alone."""
+    mean, deviation = statistics_of(image)
+    return ((image - mean) / np.maximum(deviation, floor)).astype(np.float32)
+
+
+def statistics_of(image):
+    """Return mean and standard deviation of each channel of an image (H, W, C)."""
+    return image.mean((0, 1), np.float64), image.std((0, 1), np.float64)
+
+
+def record_of(image, mask, **origin):
+    """Return the record of an image that is complete."""
+    from lmdb_utils import Record
+
+    return Record.encode(image, mask, *statistics_of(image), **origin)
+
+
 def run_script(name, *arguments, timeout=300, python=None):
     """Run a script of the suite; return its finished process, with standard output and error in ``stdout``.
 

@@ -59,7 +59,7 @@ def test_the_records_are_the_pixels_of_the_files(tmp_path, dtype, channels):
     for path in paths:
         with Database(path) as database:
             for index in range(len(database)):
-                image, mask = database.read(index)
+                image, mask, *_ = database.read(index)
                 found[database.metadata.names[database.metadata.record_image[index]]] = image.copy(), mask.copy()
     assert sorted(found) == ["cell0.tif", "cell1.tif", "cell2.tif"]
     for index in range(3):
@@ -107,7 +107,7 @@ def test_tiles_cover_every_pixel_and_overlap_by_the_radius(tmp_path):
         image, mask = make_pair(int(metadata.names[0][4]), shape)
         for index in range(len(database)):
             row, column = metadata.record_row[index], metadata.record_column[index]
-            tile, tile_mask = database.read(index)
+            tile, tile_mask, *_ = database.read(index)
             assert tile.shape == (128, 128, 2)
             np.testing.assert_array_equal(tile, image[row : row + 128, column : column + 128])
             np.testing.assert_array_equal(tile_mask, mask[row : row + 128, column : column + 128])
@@ -335,7 +335,7 @@ def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
     tifffile.imwrite(tmp_path / "masks" / "cell3.tif", np.full((64, 64), -7, np.int16))
     refused(
         tmp_path,
-        "3 images with NaN or infinity:",
+        "3 images with values that cannot be computed with:",
         "cell0.tif",
         "cell2.tif",
         "1 masks with negative values:",
@@ -370,6 +370,38 @@ def test_bad_files_are_left_out_and_listed(tmp_path):
     assert not (tmp_path / "db" / "skipped-t.tsv").exists()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float32"])
+@pytest.mark.parametrize("options", [[], ["--use_tiling", 1, "--tile_size", 112]])
+def test_each_record_tells_the_statistics_of_its_complete_image(tmp_path, dtype, options):
+    paths = build(tmp_path, *options, count=3, shape=(150, 131, 2), dtype=dtype)
+    for path in paths:
+        with Database(path) as database:
+            for index in range(len(database)):
+                name = database.metadata.names[database.metadata.record_image[index]]
+                image = tifffile.imread(tmp_path / "images" / name)
+                stored = database.read(index)
+                np.testing.assert_allclose(stored.mean, image.mean((0, 1), np.float64), rtol=1e-12)
+                np.testing.assert_allclose(stored.deviation, image.std((0, 1), np.float64), rtol=1e-12)
+
+
+def test_floats_are_divided_by_at_least_a_hundredth_of_the_median_deviation_and_integers_by_1(tmp_path):
+    deviations = {"a": [3.0, 0.01], "b": [5.0, 0.02], "c": [40.0, 0.03], "d": [0.0, 0.0], "e": [7.0, 0.5]}
+    images, masks = write_folders(tmp_path, count=0)
+    pattern = np.resize([[-1.0, 1.0]], (32, 32))[..., None]
+    for name, deviation in deviations.items():
+        write_tiff(images / f"{name}.tif", (pattern * deviation + 100).astype(np.float32))
+        tifffile.imwrite(masks / f"{name}.tif", make_pair(0, (32, 32, 1))[1])
+    train, test = build(tmp_path, count=0)
+    with Database(train) as database, Database(test) as other:
+        names = [Path(name).stem for name in database.metadata.names]
+        used = np.array([deviations[name] for name in names if name != "d"])
+        np.testing.assert_allclose(database.metadata.deviation_floor, 0.01 * np.median(used, axis=0), rtol=1e-3)
+        np.testing.assert_array_equal(other.metadata.deviation_floor, database.metadata.deviation_floor)
+    train, _ = build(tmp_path / "integers", shape=(64, 64, 2))
+    with Database(train) as database:
+        assert database.metadata.deviation_floor.tolist() == [1.0, 1.0]
+
+
 def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
     images, _ = write_folders(tmp_path, count=4, shape=(144, 128, 1), dtype="float32")
     image, mask = make_pair(0, (2900, 1300, 1), "float32")
@@ -377,7 +409,7 @@ def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
     tifffile.imwrite(images / "cell1.tif", image[..., 0], tile=(256, 256))
     tifffile.imwrite(tmp_path / "masks" / "cell1.tif", mask)
     done = start(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
-    assert done.returncode == 0 and "1 images with NaN or infinity" in done.stdout, done.stdout
+    assert done.returncode == 0 and "1 images with values that cannot be computed with" in done.stdout, done.stdout
     for side in "train", "test":
         with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
             assert len(database) == 2 * len(database.metadata.names) and "cell1.tif" not in database.metadata.names

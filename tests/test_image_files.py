@@ -1,15 +1,16 @@
+import re
 import weakref
 
 import numpy as np
 import pytest
 import skimage.io
 import tifffile
-from conftest import STORED, make_pair, write_stored
+from conftest import STORED, make_pair, statistics_of, write_stored, z_score
 from PIL import Image
 
 import image_files
 from cli import InputError
-from image_files import ChannelStatistics, ImageFile, displayable, read_image, z_score
+from image_files import ChannelStatistics, ImageFile, UnusablePixels, displayable, normalize, read_image
 
 
 @pytest.mark.parametrize(
@@ -101,26 +102,12 @@ def test_windows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, 
     write_stored(tmp_path / "a.tif", image, kind)
     with ImageFile(tmp_path / "a.tif") as file:
         assert file.shape == image.shape and file.dtype == np.uint16 and file.dtype.isnative
-        for plan in (windows_of(image.shape, size, overlap), file.blocks(5000)):
-            windows = list(file.windows(plan))
-            assert len(windows) == len(plan)
-            for window, got in zip(plan, windows):
-                assert got.dtype == np.uint16
-                np.testing.assert_array_equal(got, image[window])
-
-
-@pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("values", [1, 5000, 10**6])
-def test_blocks_cover_an_image_once_and_follow_its_segments(tmp_path, kind, values):
-    write_stored(tmp_path / "a.tif", np.zeros((150, 130, 3), np.uint16), kind)
-    covered = np.zeros((150, 130), int)
-    with ImageFile(tmp_path / "a.tif") as file:
-        for rows, columns in file.blocks(values):
-            covered[rows, columns] += 1
-            assert rows.start % file.segment_shape[0] == 0 and columns.start % file.segment_shape[1] == 0
-            size = (rows.stop - rows.start) * (columns.stop - columns.start) * 3
-            assert size <= max(values, 3 * file.segment_shape[0] * file.segment_shape[1])
-    assert (covered == 1).all()
+        plan = windows_of(image.shape, size, overlap)
+        windows = list(file.windows(plan))
+        assert len(windows) == len(plan)
+        for window, got in zip(plan, windows):
+            assert got.dtype == np.uint16
+            np.testing.assert_array_equal(got, image[window])
 
 
 def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeypatch):
@@ -214,55 +201,81 @@ def test_streamed_statistics_agree_with_a_single_pass_in_float64(tmp_path, dtype
     if dtype != "uint8":
         image += np.array(10**7, dtype)
     if dtype == "float32":
-        image[..., 1] = (image[..., 1] - 10**7) / 1000  # of so small a deviation that it is only centered
+        image[..., 1] = (image[..., 1] - 10**7) / 1000
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", rowsperstrip=11)
     wide = image.astype(np.float64)
     with ImageFile(tmp_path / "a.tif") as file:
-        statistics = ChannelStatistics.measure(file)
+        statistics = ChannelStatistics.of_file(file)
         np.testing.assert_allclose(statistics.mean, wide.mean((0, 1)), rtol=1e-13)
         np.testing.assert_allclose(statistics.deviation, wide.std((0, 1)), rtol=1e-9)
-        window = statistics.z_score(next(file.windows([(slice(20, 60), slice(30, 50))])))
-    np.testing.assert_allclose(window, z_score(image)[20:60, 30:50], atol=2e-6)
+        np.testing.assert_array_equal(statistics.minimum, wide.min((0, 1)))
+        np.testing.assert_array_equal(statistics.maximum, wide.max((0, 1)))
+        np.testing.assert_array_equal(ChannelStatistics.of_file(file, image), statistics, "read before")
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float32"])
-def test_z_score_agrees_with_float64(dtype):
-    image = make_pair(0, (64, 48, 3), dtype)[0]
-    wide = image.astype(np.float64)
-    expected = (wide - wide.mean((0, 1))) / wide.std((0, 1))
-    got = z_score(image)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+def test_statistics_are_the_same_to_the_bit_however_a_file_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "STATISTICS_BLOCK_VALUES", 5000)
+    image = np.random.default_rng(0).integers(0, 60000, (150, 130, 3)).astype(np.uint16)
+    found = []
+    for kind in STORED:
+        write_stored(tmp_path / "a.tif", image, kind)
+        with ImageFile(tmp_path / "a.tif") as file:
+            found.append(ChannelStatistics.of_file(file))
+    for statistics in found:
+        np.testing.assert_array_equal(statistics, found[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.4e38, 2e16])
+def test_pixels_that_cannot_be_computed_with_are_refused(tmp_path, value):
+    image = make_pair(0, (40, 40, 2), "float32")[0]
+    image[7, 8, 1] = value
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig")
+    found = re.escape(f"{value:g}") if np.isfinite(value) else "NaN or infinity"
+    with ImageFile(tmp_path / "a.tif") as file, pytest.raises(UnusablePixels, match=rf"a\.tif, found .*{found}"):
+        ChannelStatistics.of_file(file)
 
 
 @pytest.mark.parametrize(
-    "dtype, offset, deviation", [("uint16", 60000, 5), ("int32", 10**9, 50), ("float32", 1e7 + 0.4, 30)]
+    "dtype, offset, deviation",
+    [
+        ("uint8", 100, 20),
+        ("uint16", 60000, 5),
+        ("int32", 10**9, 50),
+        ("int32", 2**30 + 33, 3),
+        ("float32", 1e7 + 0.4, 30),
+    ],
 )
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_z_score_keeps_its_precision_far_from_zero(dtype, offset, deviation, overwrite):
-    """Also with channels one after another in memory, as the augmentation returns them."""
-    if overwrite and dtype != "float32":
-        pytest.skip("only float32 is overwritten")
+@pytest.mark.parametrize("layout", ["interleaved", "planar", "part"])
+def test_normalized_pixels_are_those_of_float64_also_far_from_zero(dtype, offset, deviation, layout):
     noise = np.random.default_rng(0).normal(0, deviation, (2, 300, 250)) * [[[1]], [[3]]]
     image = np.moveaxis((offset + noise).astype(dtype), 0, 2)
-    wide = image.astype(np.float64)
-    expected = (wide - wide.mean((0, 1))) / wide.std((0, 1))
-    out = np.full((300, 250, 2), np.nan, np.float32)
-    assert z_score(image, out, overwrite) is out
+    mean, deviations = statistics_of(image)
+    expected = z_score(image)
+    if layout == "interleaved":
+        image = np.ascontiguousarray(image)
+    if layout == "part":
+        image, expected = image[11:200, 7:100], expected[11:200, 7:100]
+    out = np.full(image.shape, np.nan, np.float32)
+    assert normalize(image, mean, deviations, out=out) is out
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(out.mean((0, 1), dtype=np.float64), 0, atol=2e-6)
 
 
-def test_a_nearly_constant_channel_is_only_centered():
-    image = np.full((4, 4, 1), 7.0, np.float32)
-    image[0, 0] = 8
-    np.testing.assert_allclose(z_score(image), image - image.mean(), atol=1e-6)
+def test_a_pixel_is_normalized_to_the_same_bits_wherever_it_lies_and_whatever_integer_holds_it():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 200, (60, 50, 3)).astype(np.uint8)
+    mean, deviation = np.array([99.97, 1 / 3, 1e4]), np.array([31.7, 0.2, 3.0])
+    complete = normalize(image, mean, deviation, 1.0)
+    np.testing.assert_array_equal(normalize(image[3:40, 7:31], mean, deviation, 1.0), complete[3:40, 7:31])
+    for dtype in ("uint16", "int16", "int32", "float32"):
+        np.testing.assert_array_equal(normalize(image.astype(dtype), mean, deviation, 1.0), complete)
 
 
-@pytest.mark.parametrize("deviation, expected", [(0.9, 0.9), (1.1, 1.0)])
-def test_a_deviation_of_1_is_where_scaling_begins(deviation, expected):
-    image = np.resize(np.array([5 - deviation, 5 + deviation], np.float32), (4, 4, 1))
-    assert z_score(image).std() == pytest.approx(expected)
+@pytest.mark.parametrize("floor", [1.0, 0.02])
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_a_deviation_below_its_floor_is_taken_for_the_floor(floor, factor):
+    image = np.resize(np.array([5 - factor * floor, 5 + factor * floor], np.float32), (4, 4, 1))
+    got = normalize(image, *statistics_of(image), [floor])
+    assert got.std() == pytest.approx(min(factor, 1), rel=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

@@ -11,12 +11,14 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, build
+import tifffile
+from conftest import ROOT, build, record_of, write_folders, write_tiff, z_score
 
 import augment
 import imagereader
+import inference_unet
 from cli import InputError
-from image_files import z_score
+from image_files import ChannelStatistics, ImageFile, clipped
 from imagereader import ImageReader, MemoryRecycler, ReaderError, RingLayout
 from lmdb_utils import Database
 
@@ -77,10 +79,65 @@ def test_without_augmentation_a_batch_is_the_normalized_records(databases):
     with ImageReader(databases[1], shuffle=False, batch_size=2) as reader, Database(databases[1]) as database:
         batch = take(reader, 2)[1]
         for index in range(2):
-            image, mask = database.read(2 + index)
-            np.testing.assert_array_equal(batch.images[index], z_score(image))
+            image, mask, *_ = database.read(2 + index)
+            np.testing.assert_allclose(batch.images[index], z_score(image), atol=1e-6)
             np.testing.assert_array_equal(batch.masks[index], mask)
     assert batch.images.dtype == np.float32 and batch.masks.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [[], ["--use_tiling", 1, "--tile_size", 112]])
+def test_the_readers_pixels_are_those_of_inference_to_the_bit(tmp_path, dtype, channels, options):
+    shape = (150, 331, channels) if options else (70, 83, channels)
+    paths = build(tmp_path, *options, count=3, shape=shape, dtype=dtype)
+    with Database(paths[0]) as database:
+        floor = database.metadata.deviation_floor
+    model = inference_unet.Model(lambda batch: batch, channels, 2, 96, 16, deviation_floor=floor.tolist())
+    for path in paths:
+        with ImageReader(path, shuffle=False, batch_size=1, deviation_floor=floor) as reader:
+            metadata, count = reader.metadata, reader.get_image_count()
+            records = np.concatenate([batch.images for batch in take(reader, count)])
+        for record, got in enumerate(records):
+            name = metadata.names[metadata.record_image[record]]
+            row, column = metadata.record_row[record], metadata.record_column[record]
+            seen = seen_by_inference(tmp_path / "images" / name, model)
+            expected = seen[row : row + got.shape[0], column : column + got.shape[1]]
+            np.testing.assert_array_equal(got, expected)
+            assert 0.3 < got.std() < 3
+
+
+def seen_by_inference(path, model):
+    """Return what inference gives the network of an image, cut into tiles."""
+    with ImageFile(path, channels=model.channels) as image:
+        seen = np.empty((*image.shape[:2], model.channels), np.float32)
+        tiles = inference_unet.plan_tiles(image.shape, (208, 208), model)
+        statistics = ChannelStatistics.of_file(image)
+        for [tile], [pixels] in inference_unet.read_batches(image, statistics, tiles, 1, model):
+            rows, columns = clipped(tile.window, image.shape)
+            seen[rows, columns] = pixels[: rows.stop - rows.start, : columns.stop - columns.start]
+    return seen
+
+
+def test_tiles_of_an_image_are_not_normalized_by_themselves(tmp_path):
+    images, masks = write_folders(tmp_path, count=0)
+    rng = np.random.default_rng(0)
+    for index in range(2):  # a quarter with something in it, and an empty rest
+        image = rng.normal(2000, 30, (256, 256))
+        image[:128, :128] += 1200 * (rng.random((128, 128)) < 0.5)
+        write_tiff(images / f"{index}.tif", image[..., None].astype(np.uint16))
+        tifffile.imwrite(masks / f"{index}.tif", (image > 2500).astype(np.uint8))
+    train, _ = build(tmp_path, "--use_tiling", 1, "--tile_size", 128, count=0)
+    with ImageReader(train, shuffle=False, batch_size=1) as reader:
+        deviations = [batch.images.std() for batch in take(reader, reader.get_image_count())]
+    assert min(deviations) < 0.15 and max(deviations) > 1.2
+
+
+def test_a_test_reader_divides_by_the_deviations_of_the_training_database(tmp_path):
+    paths = build(tmp_path, count=3, dtype="float32")
+    for floor, expected in ((None, 1.0), (np.array([1e4]), 0.01)):
+        with ImageReader(paths[1], shuffle=False, batch_size=1, deviation_floor=floor) as reader:
+            assert take(reader, 1)[0].images.std() == pytest.approx(expected, rel=0.9)
 
 
 def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databases):
@@ -133,17 +190,17 @@ def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, wor
                 for batch in itertools.islice(stream, replicas)
             ]
             seen = np.concatenate([batch.images[batch.weights > 0] for batch in steps])
-            np.testing.assert_array_equal(seen, expected)
+            np.testing.assert_allclose(seen, expected, atol=1e-6)
 
 
 def test_balanced_classes_are_drawn_equally_often(tmp_path):
-    from lmdb_utils import Record, new_databases
+    from lmdb_utils import new_databases
 
     with new_databases(tmp_path / "a.lmdb") as [writer]:
         for index in range(20):  # class 2 in one image of twenty, class 0 in every one
             mask = np.zeros((16, 16), np.uint8)
             mask[0, 0] = 2 if index == 7 else 0
-            writer.append(Record.encode(np.full((16, 16, 1), index, np.uint8), mask), f"{index}.tif")
+            writer.append(record_of(np.full((16, 16, 1), index, np.uint8), mask), f"{index}.tif")
         writer.finish({})
     options = {"number_classes": 3, "batch_size": 50}
     shares = []
@@ -306,7 +363,7 @@ def test_a_killed_reader_is_reported_with_its_name_and_exit_code(databases, capl
 def test_an_exception_in_a_worker_arrives_with_the_record_and_its_traceback(databases, tmp_path):
     damaged = tmp_path / "damaged.lmdb"
     content = databases[1].read_bytes()
-    damaged.write_bytes(content.replace(b"SSEG\x01", b"SSEX\x01"))
+    damaged.write_bytes(content.replace(b"SSEG", b"SSEX"))
     with ImageReader(damaged, shuffle=False) as reader, pytest.raises(ReaderError) as error:
         take(reader, 1)
     assert "record 0 (cell" in str(error.value) and "not of this suite's format" in str(error.value)

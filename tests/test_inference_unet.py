@@ -15,13 +15,13 @@ import pytest
 import skimage.io
 import tensorflow as tf
 import tifffile
-from conftest import ROOT, STORED, WITHOUT_GPU, make_pair, run_script, write_stored, write_tiff
+from conftest import ROOT, STORED, WITHOUT_GPU, make_pair, run_script, write_stored, write_tiff, z_score
 from scipy import ndimage, special
 from skimage import transform
 
 import inference_unet
 from cli import InputError
-from image_files import ChannelStatistics, ImageFile, z_score
+from image_files import ChannelStatistics, ImageFile, normalize
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import RADIUS, SIZE_FACTOR
 from unet_model import BatchNormalization, build_unet, export_saved_model
@@ -29,7 +29,7 @@ from unet_model import BatchNormalization, build_unet, export_saved_model
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
 
 
-def save_random_model(folder, channels, classes, seed=0):
+def save_random_model(folder, channels, classes, seed=0, **metadata):
     """Save a small network whose normalisation has been in use, and return it."""
     tf.keras.utils.set_random_seed(seed)
     model = build_unet(channels, classes, 4)
@@ -37,7 +37,7 @@ def save_random_model(folder, channels, classes, seed=0):
     for layer in model.layers:
         if isinstance(layer, BatchNormalization):
             layer.set_weights([rng.uniform(0.5, 1.5, weights.shape) for weights in layer.get_weights()])
-    export_saved_model(model, folder, {"radius": RADIUS, "size_factor": SIZE_FACTOR})
+    export_saved_model(model, folder, {"radius": RADIUS, "size_factor": SIZE_FACTOR, **metadata})
     return model
 
 
@@ -108,7 +108,8 @@ def test_the_tiled_mask_equals_that_of_one_pass(tmp_path, shape, classes, tile_s
     mask = tifffile.imread(tmp_path / "masks" / "a.tif")
     pad = [(0, -shape[0] % 16), (0, -shape[1] % 16), (0, 0)]
     with ImageFile(tmp_path / "images" / "a.tif") as file:
-        normalized = ChannelStatistics.measure(file).z_score(image)
+        statistics = ChannelStatistics.of_file(file)
+    normalized = normalize(image, statistics.mean, statistics.deviation)
     np.testing.assert_allclose(normalized, z_score(image), atol=1e-6)
     expected = np.argmax(model(np.pad(normalized, pad, mode="reflect")[None])[0], -1)[: shape[0], : shape[1]]
     assert len(np.unique(expected)) > 1, "the network sees nothing, so the test could not fail"
@@ -543,6 +544,44 @@ def test_the_output_folder_may_not_be_the_image_folder(gray_model, tmp_path):
     done = infer(gray_model, images, images)
     assert done.returncode == 2 and "would replace the images" in done.stdout
     assert (images / "a0.tif").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "trained, floor, image, warned",
+    [
+        ("uint16", 1.0, lambda pixels: pixels, False),
+        ("uint16", 1.0, lambda pixels: pixels / np.float32(65535), True),
+        ("uint16", 1.0, lambda pixels: (pixels // 100).astype(np.uint8), True),
+        ("uint16", 1.0, lambda pixels: (pixels > 100).astype(np.uint16), False),  # as empty images are
+        ("uint16", 1.0, lambda pixels: pixels * 0.0, False),
+        ("uint16", 1.0, lambda pixels: pixels.astype(np.float32) * 1000, False),
+        ("uint16", 1.0, lambda pixels: pixels.astype(np.float32) * 100000, True),
+        ("float32", 0.3, lambda pixels: pixels.astype(np.float32), False),
+        ("float32", 0.3, lambda pixels: (pixels / 255).astype(np.float32), True),
+        ("float32", 0.3, lambda pixels: pixels.astype(np.uint8), False),
+    ],
+)
+def test_an_image_in_other_units_than_the_training_images_is_warned_of(tmp_path, caplog, trained, floor, image, warned):
+    """Those reached from 40 to 160."""
+    model = inference_unet.Model(
+        None, 1, 2, 96, 16, deviation_floor=[floor], value_range=[[40, 160]], image_dtype=trained
+    )
+    tifffile.imwrite(tmp_path / "a.tif", image(make_pair(0)[0]))
+    with ImageFile(tmp_path / "a.tif") as file:
+        lines = list(inference_unet.differences_of_scale(file, ChannelStatistics.of_file(file), model))
+    assert len(lines) == warned and all("a.tif: values from " in line and "from 40 to 160" in line for line in lines)
+
+
+def test_a_model_tells_by_what_its_channels_are_divided_at_least(tmp_path):
+    image = make_pair(0, (64, 64, 2), "float32")[0] / 1000
+    write_images(tmp_path / "images", count=0)
+    write_tiff(tmp_path / "images" / "a.tif", image)
+    for name, floor in (("own", [1e-3, 1e-3]), ("one", [1.0, 1e-3])):
+        model = save_random_model(tmp_path / name, 2, 2, deviation_floor=floor)
+        done = infer(tmp_path / name, tmp_path / "images", tmp_path / f"masks of {name}")
+        assert done.returncode == 0, done.stdout
+        mask = tifffile.imread(tmp_path / f"masks of {name}" / "a.tif")
+        np.testing.assert_array_equal(mask, np.argmax(model(z_score(image, floor)[None])[0], -1))
 
 
 def test_metadata_is_read_from_the_saved_model(gray_model):

@@ -5,17 +5,18 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from conftest import record_of
 
 import lmdb_utils
 from cli import InputError
-from lmdb_utils import Database, DatabaseWriter, Record, decode_record, encode_record, new_databases
+from lmdb_utils import Database, DatabaseWriter, decode_record, encode_record, new_databases
 
 
 def write_small(path, count=3):
     with new_databases(path) as [writer]:
         for index in range(count):
             image, mask = np.full((2, 3, 1), index, np.uint16), np.full((2, 3), index % 200, np.uint8)
-            writer.append(Record.encode(image, mask), f"{index}.tif")
+            writer.append(record_of(image, mask), f"{index}.tif")
         writer.finish({"side": "train"})
 
 
@@ -24,23 +25,26 @@ def write_small(path, count=3):
 def test_a_record_comes_back_as_it_went_in(image_dtype, mask_dtype):
     image = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(image_dtype)
     mask = np.arange(6).reshape(2, 3).astype(mask_dtype)
-    got_image, got_mask = decode_record(encode_record(image, mask))
-    np.testing.assert_array_equal(got_image, image)
-    np.testing.assert_array_equal(got_mask, mask)
-    assert (got_image.dtype, got_mask.dtype) == (image.dtype, mask.dtype)
-    assert not got_image.flags.owndata and not got_image.flags.writeable
+    mean, deviation = np.linspace(-1e9, 1 / 3, 5), np.linspace(0, np.pi, 5)
+    stored = decode_record(encode_record(image, mask, mean, deviation))
+    for got, expected in zip(stored, (image, mask, mean, deviation)):
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == expected.dtype and not got.flags.owndata and not got.flags.writeable
 
 
 def test_numbers_are_little_endian_in_the_file_whatever_they_were_before():
     image, mask = np.array([[[1], [256]]], ">u2"), np.array([[3, 70_000]], ">i4")
-    value = encode_record(image, mask)
-    assert value[8:16] == b"<u2\0<i4\0" and value[32:] == b"\1\0\0\1" + b"\3\0\0\0\x70\x11\1\0"
+    value = encode_record(image, mask, [-2.0], [0.5])
+    assert value[8:16] == b"<u2\0<i4\0"
+    assert value[32:48] == b"\0\0\0\0\0\0\0\xc0" + b"\0\0\0\0\0\0\xe0\x3f"
+    assert value[48:] == b"\1\0\0\1" + b"\3\0\0\0\x70\x11\1\0"
     np.testing.assert_array_equal(decode_record(value)[0], image)
     np.testing.assert_array_equal(decode_record(value)[1], mask)
 
 
 @pytest.mark.parametrize(
-    "value", [b"", b"short", b"x" * 200, encode_record(np.zeros((4, 4, 1), "u1"), np.zeros((4, 4), "u1"))[:-1]]
+    "value",
+    [b"", b"short", b"x" * 200, encode_record(np.zeros((4, 4, 1), "u1"), np.zeros((4, 4), "u1"), [0], [1])[:-1]],
 )
 def test_bytes_that_are_no_whole_record_are_refused(value):
     with pytest.raises(InputError):
@@ -51,7 +55,7 @@ def test_metadata_tells_classes_and_where_they_are(tmp_path):
     masks = [[[0, 0], [0, 5]], [[0, 0], [0, 0]], [[5, 5], [2, 2]]]
     with new_databases(tmp_path / "a.lmdb") as [writer]:
         for index, mask in enumerate(masks):
-            record = Record.encode(np.zeros((2, 2, 1), np.uint8), np.array(mask, np.int32), row=7, column=index)
+            record = record_of(np.zeros((2, 2, 1), np.uint8), np.array(mask, np.int32), row=7, column=index)
             writer.append(record, f"{index}.tif")
         writer.finish({"seed": 3})
     with Database(tmp_path / "a.lmdb") as database:
@@ -68,7 +72,7 @@ def test_the_map_grows_until_the_records_fit(tmp_path, monkeypatch):
     writer = DatabaseWriter(tmp_path / "a.lmdb", initial_map_bytes=64 * 1024)
     images = [np.random.default_rng(index).integers(0, 255, (100, 100, 3)).astype(np.uint8) for index in range(20)]
     for index, image in enumerate(images):
-        writer.append(Record.encode(image, np.zeros((100, 100), np.uint8)), f"{index}.tif")
+        writer.append(record_of(image, np.zeros((100, 100), np.uint8)), f"{index}.tif")
     writer.finish({})
     with Database(tmp_path / "a.lmdb") as database:
         assert len(database) == 20
@@ -79,7 +83,7 @@ def test_the_map_grows_until_the_records_fit(tmp_path, monkeypatch):
 def test_a_failed_build_leaves_the_old_database_and_nothing_else(tmp_path):
     write_small(tmp_path / "a.lmdb")
     with pytest.raises(KeyboardInterrupt), new_databases(tmp_path / "a.lmdb") as [writer]:
-        writer.append(Record.encode(np.zeros((2, 3, 1), np.uint16), np.zeros((2, 3), np.uint8)), "x.tif")
+        writer.append(record_of(np.zeros((2, 3, 1), np.uint16), np.zeros((2, 3), np.uint8)), "x.tif")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["a.lmdb"]
     with Database(tmp_path / "a.lmdb") as database:
@@ -94,7 +98,7 @@ def test_a_database_on_a_full_disk_is_reported_and_removed(tmp_path):
     try:
         with pytest.raises(InputError, match="cannot write a database"), new_databases(full / "a.lmdb") as [writer]:
             for index in range(40):
-                record = Record.encode(np.zeros((300, 300, 1), np.uint8), np.zeros((300, 300), np.uint8))
+                record = record_of(np.zeros((300, 300, 1), np.uint8), np.zeros((300, 300), np.uint8))
                 writer.append(record, f"{index}.tif")
             writer.finish({})
         assert os.listdir(full) == []
@@ -102,13 +106,19 @@ def test_a_database_on_a_full_disk_is_reported_and_removed(tmp_path):
         os.system(f"umount {full}")
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "folder", "version"])
-def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage, monkeypatch):
-    path = tmp_path / "a.lmdb"
-    if damage == "version":
-        monkeypatch.setattr(lmdb_utils, "FORMAT_VERSION", 99)
-    write_small(path, count=2000)
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_database_of_another_version_is_refused_by_name(tmp_path, version, monkeypatch):
+    monkeypatch.setattr(lmdb_utils, "FORMAT_VERSION", version)
+    write_small(tmp_path / "a.lmdb")
     monkeypatch.undo()
+    with pytest.raises(InputError, match=rf"a\.lmdb .*expected version 2 .*found version {version}.*; build it again"):
+        Database(tmp_path / "a.lmdb")
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "folder"])
+def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "a.lmdb"
+    write_small(path, count=2000)
     if damage == "missing":
         path.unlink()
     elif damage == "text":
@@ -136,17 +146,18 @@ def test_a_folder_is_not_replaced_by_a_database(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("image", "mask"),
+    ("image", "mask", "channels"),
     [
-        (np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8)),
-        (np.zeros((2, 3, 1), np.uint8), np.zeros((3, 2), np.uint8)),
-        (np.zeros((2, 3, 1), np.float64), np.zeros((2, 3), np.uint8)),
-        (np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.float32)),
+        (np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8), 1),
+        (np.zeros((2, 3, 1), np.uint8), np.zeros((3, 2), np.uint8), 1),
+        (np.zeros((2, 3, 1), np.float64), np.zeros((2, 3), np.uint8), 1),
+        (np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.float32), 1),
+        (np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8), 2),
     ],
 )
-def test_a_record_that_cannot_be_stored_is_refused(image, mask):
-    with pytest.raises(ValueError, match=r"expected image|cannot store"):
-        encode_record(image, mask)
+def test_a_record_that_cannot_be_stored_is_refused(image, mask, channels):
+    with pytest.raises(ValueError, match=r"expected image|expected mean|cannot store"):
+        encode_record(image, mask, np.zeros(channels), np.ones(channels))
 
 
 def test_all_records_of_a_database_are_alike(tmp_path):
@@ -154,15 +165,15 @@ def test_all_records_of_a_database_are_alike(tmp_path):
         pytest.raises(ValueError, match="another shape or type from b.tif"),
         new_databases(tmp_path / "a.lmdb") as [writer],
     ):
-        writer.append(Record.encode(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
-        writer.append(Record.encode(np.zeros((2, 4, 1), np.uint8), np.zeros((2, 4), np.uint8)), "b.tif")
+        writer.append(record_of(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
+        writer.append(record_of(np.zeros((2, 4, 1), np.uint8), np.zeros((2, 4), np.uint8)), "b.tif")
 
 
 @pytest.mark.parametrize("most", [2, 9, 300, 70_000])
 @pytest.mark.parametrize("least", [0, -3])
 def test_pixels_are_counted_whatever_the_class_ids(least, most):
     mask = np.random.default_rng(0).integers(least, most, (40, 50), dtype=np.int32)
-    counts = Record.encode(np.zeros((40, 50, 1), np.uint8), mask).class_counts
+    counts = record_of(np.zeros((40, 50, 1), np.uint8), mask).class_counts
     assert counts == {int(value): int((mask == value).sum()) for value in np.unique(mask)}
 
 
@@ -175,7 +186,7 @@ def test_databases_are_on_the_disk_before_they_take_their_names(tmp_path, disk_l
     targets = [tmp_path / "train.lmdb", tmp_path / "test.lmdb"]
     with new_databases(*targets) as writers:
         for writer in writers:
-            writer.append(Record.encode(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
+            writer.append(record_of(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")
             writer.finish({})
     assert [(kind, path.name) for kind, path in disk_log[:2]] == [("flush", target.name) for target in targets]
     assert disk_log[2:] == [*(("rename", target) for target in targets), ("flush", tmp_path)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, WITHOUT_GPU, build, run_script, write_folders, write_tiff
+from conftest import ROOT, WITHOUT_GPU, build, run_script, write_folders, write_tiff, z_score
 
 import train_unet
 from cli import InputError
@@ -88,14 +88,13 @@ def test_softmax(folder, databases):
     """Return what the exported model of a run makes of all test images, and their masks."""
     import tensorflow as tf
 
-    from image_files import z_score
     from lmdb_utils import Database
 
     signature = tf.saved_model.load(str(folder / "saved_model")).signatures["serving_default"]
     with Database(databases[1]) as database:
-        pairs = [database.read(index) for index in range(len(database))]
-        softmax = np.concatenate([signature(tf.constant(z_score(image)[None]))["softmax"] for image, _ in pairs])
-        return softmax, np.stack([mask for _, mask in pairs]).astype(int)
+        stored = [database.read(index) for index in range(len(database))]
+        softmax = np.concatenate([signature(tf.constant(z_score(each.image)[None]))["softmax"] for each in stored])
+        return softmax, np.stack([each.mask for each in stored]).astype(int)
 
 
 test_softmax.__test__ = False
@@ -314,6 +313,26 @@ def test_label_map_and_channels_travel_to_the_settings_and_to_inference(tmp_path
     for path in images.iterdir():
         one, other = (tifffile.imread(tmp_path / f"masks of {name}" / path.name) for name in ("images", "selected"))
         np.testing.assert_array_equal(one, other)
+
+
+def test_float_images_of_a_small_range_are_learned_from_and_recognized_in_other_units(tmp_path):
+    """Of a standard deviation far below 1, which is where integers are only centered."""
+    images, masks = write_folders(tmp_path, count=6)
+    for path in images.iterdir():
+        tifffile.imwrite(path, (tifffile.imread(path) / 10000).astype(np.float32))
+    paths = ["--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path]
+    assert run_script("build_lmdb.py", *paths).returncode == 0
+    databases = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "run", "--max_epochs", 2))
+    assert done.returncode == 0, done.stdout
+    assert float(read_csv(tmp_path / "run" / "metrics.csv")[-1]["mean_iou"]) > 0.8
+    tifffile.imwrite(images / "other.tif", tifffile.imread(images / "cell0.tif") / np.float32(65535))
+    done = run_script("inference_unet.py", "--saved_model_filepath", tmp_path / "run" / "saved_model",
+                      "--image_folder", images, "--output_folder", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert (tifffile.imread(tmp_path / "out" / "cell0.tif") == tifffile.imread(masks / "cell0.tif")).mean() > 0.9
+    [warning] = re.findall(r"WARNING (.*)", done.stdout)
+    assert re.search(r"other\.tif: values from \S+e-0\d to \S+e-0\d .* from 0\.\d+ to 0\.\d+", warning), warning
 
 
 def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
@@ -566,12 +585,14 @@ def test_options_reach_the_readers(flag, monkeypatch):
     monkeypatch.setattr(train_unet, "ImageReader", lambda database, **options: (database, options))
     monkeypatch.setattr(train_unet, "open_supply", lambda trainer, reader: reader)
     run = train_unet.Run(args, cluster, trainer, None, None, SimpleNamespace(samples=48), 2)
+    train_data = SimpleNamespace(deviation_floor="of the training images")
     common = {"number_classes": 5, "batch_size": 3, "seed": 7, "replicas": 4}
+    common["deviation_floor"] = "of the training images"
     common.update(rank=1, world_size=2)
     train = {"name": "train reader", "num_workers": 8, "use_augmentation": bool(flag), "balance_classes": not flag}
     train.update(shuffle=True, first_sample=48)
     test = {"name": "test reader", "num_workers": 12, "shuffle": False}
-    assert list(train_unet.supplies(run)) == [("a", {**train, **common}), ("b", {**test, **common})]
+    assert list(train_unet.supplies(run, train_data)) == [("a", {**train, **common}), ("b", {**test, **common})]
 
 
 @pytest.mark.parametrize("mixed", [0, 1])

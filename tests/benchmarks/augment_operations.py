@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from augment import Augmenter, Transformation, inverse_affine, sample_transformation
 from cli import positive_int
-from image_files import z_score
+from image_files import ChannelStatistics, normalize
 from imagereader import ImageReader
 
 ROTATION = 1.0  # radians: far from the axes, where neighbours lie far apart in memory
@@ -64,8 +64,14 @@ def operations(case):
     def apply(transformation):
         return augmenter.apply(transformation, image, mask, rng)[0]
 
+    statistics = ChannelStatistics.measure([image])
+
+    def normalized(target):
+        return normalize(image, statistics.mean, statistics.deviation, out=target)
+
     def whole_recipe():
-        z_score(apply(sample_transformation(rng, *mask.shape, **limits)), out, overwrite=True)
+        source = normalized(augmenter.source)
+        np.copyto(out, augmenter.apply(sample_transformation(rng, *mask.shape, **limits), source, mask, rng)[0])
 
     return [
         ("copy to float32", lambda: apply(Transformation()), {}),
@@ -75,7 +81,7 @@ def operations(case):
         ("blur", lambda: apply(Transformation(blur_sigma=BLUR_SIGMA)), {"scipy": lambda: scipy_blur(image)}),
         ("noise", lambda: apply(Transformation(noise_sigma=0.02)), {
             "standard_normal": lambda: image + rng.standard_normal(image.shape, np.float32)}),
-        ("z-score", lambda: z_score(image, out), {"float64": lambda: float64_z_score(image)}),
+        ("normalize", lambda: normalized(out), {"float64": lambda: float64_z_score(image)}),
         ("whole recipe", whole_recipe, {}),
     ]  # fmt: skip
 

@@ -18,6 +18,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np
 
+from image_files import ChannelStatistics
 from lmdb_utils import Record, new_databases
 
 logging.getLogger().addHandler(logging.NullHandler())  # starvation is what a consumer that never waits should cause
@@ -45,6 +46,12 @@ def random_pair(rng, case):
     return image.astype(dtype), (rng.random((size, size)) > 0.5).astype(np.uint8)
 
 
+def record_of(image, mask):
+    """Return the record of an image that is complete."""
+    statistics = ChannelStatistics.measure([image])
+    return Record.encode(image, mask, statistics.mean, statistics.deviation)
+
+
 @contextlib.contextmanager
 def synthetic_database(case, count=32):
     """Yield the path of a database of `count` random pairs, removed afterwards."""
@@ -53,7 +60,7 @@ def synthetic_database(case, count=32):
         filepath = Path(folder) / "train-synthetic.lmdb"
         with new_databases(filepath) as [writer]:
             for index in range(count):
-                writer.append(Record.encode(*random_pair(rng, case)), f"{index}.tif")
+                writer.append(record_of(*random_pair(rng, case)), f"{index}.tif")
             writer.finish({})
         yield filepath
 

@@ -77,7 +77,7 @@ def timed_softmax(path, model, sizer):
     """Return seconds, softmax (H, W, classes) and shape of the tiles of one segmentation of a file."""
     start = time.perf_counter()
     with ImageFile(path, channels=model.channels) as image:
-        statistics_of_channels = ChannelStatistics.measure(image)
+        statistics_of_channels = ChannelStatistics.of_file(image)
         height, width, _ = image.shape
         tile = sizer.shape(*(inference_unet.round_up(length, model.size_factor) for length in (height, width)))
         tiles = inference_unet.plan_tiles(image.shape, tile, model)

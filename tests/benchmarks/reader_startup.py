@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from common import finish, machine, make_parser, synthetic_database
+from common import finish, machine, make_parser, record_of, synthetic_database
 
 from cli import positive_int
 from imagereader import ImageReader
-from lmdb_utils import Database, Record, new_databases
+from lmdb_utils import Database, new_databases
 
 
 def write_tiny_records(filepath, count):
@@ -24,7 +24,7 @@ def write_tiny_records(filepath, count):
     with new_databases(filepath) as [writer]:
         for index in range(count):
             mask[0, 0] = index % 3
-            writer.append(Record.encode(image, mask), f"an_image_with_a_name_as_long_as_they_are_{index:07d}.tif")
+            writer.append(record_of(image, mask), f"an_image_with_a_name_as_long_as_they_are_{index:07d}.tif")
         writer.finish({})
 
 
