@@ -540,6 +540,7 @@ class PairSpec(NamedTuple):
     channels: int  # that are used
     dtypes: tuple[str, str]  # of image and mask in the files
     divisible: bool  # whether both files can be read in parts
+    notes: tuple[str, ...] = ()  # what has been done with the files that their user should know
 
     @property
     def image_dtype(self) -> str:
@@ -574,6 +575,8 @@ def survey(
     widened = collections.Counter(name for spec in specs.values() for name in spec.dtypes if name in LOSSLESS_WIDENING)
     for name, count in widened.items():
         logging.info("%d files of %s are stored as %s, which loses nothing", count, name, LOSSLESS_WIDENING[name])
+    for note, count in collections.Counter(note for spec in specs.values() for note in spec.notes).items():
+        logging.info("%d %s", count, note)
     problems += differing(
         specs, ProblemKind.MIXED_TYPES, lambda spec: f"{spec.channels} channels of {spec.image_dtype}", "convert it"
     )
@@ -658,7 +661,8 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
         except InputError as error:
             raise Unusable(ProblemKind.BAD_IMAGE, str(error)) from None
     dtypes = image.dtype.name, mask.dtype.name
-    return PairSpec(height, width, image.shape[2], dtypes, image.divisible and mask.divisible)
+    notes = *(f"images: {note}" for note in image.notes), *(f"masks: {note}" for note in mask.notes)
+    return PairSpec(height, width, image.shape[2], dtypes, image.divisible and mask.divisible, notes)
 
 
 def describe_image_fault(image: ImageFile) -> str:
@@ -683,7 +687,7 @@ def describe_mask_fault(mask: ImageFile, options: Options) -> str:
         found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
         return f"{found}; save class ids as a grayscale image"
     if mask.lossy:
-        return f"{mask.path} is compressed as JPEG, which changes class ids; save it without"
+        return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it without"
     if mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING) and mask.dtype.kind != "f":
         return ""
     found = f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}"

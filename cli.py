@@ -421,3 +421,27 @@ def free_shared_memory() -> float:
     except OSError:
         return float("inf")
     return status.f_bavail * status.f_frsize
+
+
+def free_host_memory() -> int:
+    """Return the bytes of memory that this process can still have, of the computer and of its job."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return min([available, *free_in_control_groups()])
+
+
+def free_in_control_groups() -> Iterator[int]:
+    """Yield what is left of each memory limit that a batch system or container has put on this process."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "memory":  # version 1 of control groups
+                root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            elif not controllers:  # version 2
+                root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+            else:
+                continue
+            folder = Path(root + group)
+            for level in (folder, *folder.parents):  # a limit holds for everything below it
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
+                    yield int((level / limit).read_text()) - int((level / used).read_text())

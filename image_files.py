@@ -5,22 +5,41 @@ channels, and the one mapping from an image to something that can be displayed.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
+import io
 import logging
 import math
 import os
+import re
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import IO, Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
-from cli import InputError, PathLike, Progress
+from cli import InputError, PathLike, Progress, free_host_memory
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+REDUCED_IMAGE, TRANSPARENCY_MASK = 1, 4  # bits of a TIFF's NewSubfileType
+LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings that may change values
+# TIFF tags that tell where an image lies: pixel scale, tie points, transformation and keys of GeoTIFF. Not
+# GDAL's own 42112 and 42113, which speak of the image's values.
+PLACEMENT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
+ORIENTATIONS = [
+    (False, False, False), (False, False, True), (False, True, True), (False, True, False),
+    (True, False, False), (True, False, True), (True, True, True), (True, True, False),
+]  # fmt: skip
+DEFLATE_RATIO = 1032  # bytes that a byte of a PNG can stand for, at most
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
 STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
 MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above
@@ -123,10 +142,14 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         The file's own pixel type, in native byte order.
     divisible : bool
         Whether a window can be had without decoding all of the file.
-    lossy : bool
-        Whether the file is or contains a JPEG, which has stray values.
-    resolution : (float, float, int), optional
-        A TIFF's pixels per unit along a row and along a column, and its code for the unit.
+    lossy : str
+        Name of the encoding if it is one that may change values, such as JPEG; empty if not.
+    orientation : Orientation
+        How the stored pixels have been turned.
+    placement : dict
+        What tells where a TIFF's pixels lie and how large they are, as arguments of `tifffile.imwrite`.
+    notes : tuple of str
+        What has been done with the file that its user should know.
 
     Raises
     ------
@@ -142,15 +165,26 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         as_mask: bool = False,
     ) -> None:
         self.path = Path(filepath)
-        self.resolution: Optional[tuple[float, float, int]] = None
-        self.lossy = self.path.suffix.lower() in IMAGE_FORMATS["jpg"]
+        self.lossy, self.orientation = "", Orientation()
+        self.notes: tuple[str, ...] = ()
+        self.placement: dict[str, Any] = {}
+        self._white: Optional[int] = None  # the value of black, if the stored values count from white
         self._open_file: Any = None  # a TiffFile
         self._channels: Optional[list[int]] = None
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
-        self.shape: tuple[int, int, int] = self._source.shape
+        height, width, depth = self._source.shape
+        self.shape = (width, height, depth) if self.orientation.transposed else (height, width, depth)
+        if self.orientation != Orientation():
+            self.notes += ("turned upright as the file says",)
+            self.placement.setdefault("extratags", []).append((ORIENTATION_TAG, "H", 1, self.orientation.code, True))
         self.dtype = self._source.dtype
         self.divisible = not isinstance(self._source, _WholeImage)
+        if not self.divisible and self.nbytes > free_host_memory():
+            raise InputError(
+                f"{self.path} can only be read whole, which takes {self.nbytes / 2**30:.1f} GiB of memory, more than "
+                "there is; a tiled or uncompressed TIFF would not"
+            )
         if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
@@ -161,6 +195,18 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     def nbytes(self) -> int:
         """Bytes of the decoded image."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width of the image as the file stores it, which may lie on its side."""
+        height, width, _ = self.shape
+        return (width, height) if self.orientation.transposed else (height, width)
+
+    def stored_block(self, row: int, column: int, pixels: np.ndarray) -> tuple[int, int, np.ndarray]:
+        """Return where a block of pixels (rows, columns, ...) that begins at a row and column is stored, and how."""
+        window = slice(row, row + pixels.shape[0]), slice(column, column + pixels.shape[1])
+        rows, columns = self.orientation.stored_window(window, self.shape)
+        return rows.start, columns.start, self.orientation.stored(pixels)
 
     @property
     def extent(self) -> Window:
@@ -187,7 +233,10 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         have below it.
         """
         with self._readable_errors():
-            for window in self._source.windows(plan):
+            for window in self._source.windows([self.orientation.stored_window(each, self.shape) for each in plan]):
+                window = self.orientation.upright(window)
+                if self._white is not None:
+                    window = window ^ self.dtype.type(self._white)  # the difference, as all of its bits are set
                 yield window if self._channels is None else window[..., self._channels]
 
     def select_channels(self, channels: Sequence[int]) -> None:
@@ -228,23 +277,51 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             ) from error
 
     def _open(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
-        """Return the object that decodes windows of this file: one of the classes below."""
-        if self.path.suffix.lower() not in IMAGE_FORMATS["tif"]:
-            shape, dtype, decode = _describe_png_or_jpeg(self.path, as_mask)
-            return _WholeImage(decode, dtype, AxisLayout.find(shape, "YXS"[: len(shape)], self.path, size, channels))
+        """Return the object that decodes windows of this file: one of the classes below.
+
+        What the file contains decides, not what it is called.
+        """
+        with open(self.path, "rb") as file:
+            start = file.read(len(PNG_SIGNATURE))
+        if start[:4] in TIFF_SIGNATURES:
+            return self._open_tiff(size, channels, as_mask)
+        if start == PNG_SIGNATURE:
+            described = _describe_png(self.path, as_mask)
+        elif start[:3] == JPEG_SIGNATURE:
+            self.lossy, described = "JPEG", _describe_jpeg(self.path)
+        else:
+            raise ValueError(f"expected a TIFF, PNG or JPEG, found {'another format' if start else 'an empty file'}")
+        shape, dtype, decode, self.orientation, self.notes = described
+        layout = AxisLayout.find(shape, "YXS"[: len(shape)], self.path, self._size_as_stored(size), channels)
+        return _WholeImage(decode, dtype, layout)
+
+    def _open_tiff(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
         import tifffile
 
-        self._open_file = tifffile.TiffFile(self.path)
-        series = self._open_file.series[0]
-        self.lossy = series.keyframe.compression in JPEG_COMPRESSIONS
-        layout = AxisLayout.find(series.shape, series.axes, self.path, size, channels)
-        if "XResolution" in series.keyframe.tags:
-            self.resolution = (*series.keyframe.resolution, int(series.keyframe.resolutionunit))
+        # Other files that this one names are not its pixels: a file is an image.
+        self._open_file = tifffile.TiffFile(self.path, _multifile=False, is_mmstack=False, is_ndtiff=False)
+        series, self.notes = _full_resolution_series(self._open_file)
+        page = series.keyframe
+        if LOSSY_COMPRESSION.search(name_of(page.compression)):
+            self.lossy = name_of(page.compression)
+        self.orientation = Orientation.of(page.tags.valueof(ORIENTATION_TAG, 1))
+        self.placement, (more, self._white) = _placement(self._open_file, page), _photometric(page, as_mask)
+        self.notes += more
+        layout = AxisLayout.find(series.shape, series.axes, self.path, self._size_as_stored(size), channels)
+        _check_segments(series, os.path.getsize(self.path))
         if series.dataoffset is not None:
             return _ContiguousTiff(self.path, series, layout)
         if _SegmentedTiff.suits(series, layout):
             return _SegmentedTiff(series, layout)
         return _WholeImage(series.asarray, series.dtype, layout)
+
+    def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
+        return size and (size[::-1] if self.orientation.transposed else size)
+
+
+def name_of(code: Any) -> str:
+    """Return the name of a TIFF's code, or the code as text if it is not known."""
+    return str(getattr(code, "name", code))
 
 
 def clipped(window: Window, shape: Sequence[int]) -> Window:
@@ -276,10 +353,11 @@ class AxisLayout(NamedTuple):
         axes, squeezed = "".join(axes[axis] for axis in keep), tuple(shape[axis] for axis in keep)
         if len(squeezed) == 2:
             return cls(squeezed, None)
-        if len(squeezed) != 3 or any(axis in "ZT" for axis in axes):
+        if len(squeezed) != 3 or any(axis in "ZTI" for axis in axes):
+            found = f"{squeezed[0]} pages that it does not call channels" if axes == "IYX" else f"axes {axes}"
             raise InputError(
-                f"expected a 2-D image with channels in {path}, found axes {axes} of shape {squeezed}; "
-                "save each plane as a file of its own"
+                f"expected a 2-D image with channels in {path}, found {found} of shape {squeezed}; save each plane as "
+                "a file of its own, or channels with their axes, CYX"
             )
         channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
         if channel_axis is None and size is not None:
@@ -300,6 +378,55 @@ class AxisLayout(NamedTuple):
         """Return a view of the file's array as (H, W, C)."""
         array = array.reshape(self.squeezed)
         return array[..., None] if self.channel_axis is None else np.moveaxis(array, self.channel_axis, 2)
+
+
+class Orientation(NamedTuple):
+    """How stored pixels are turned for the picture to be upright: transposed, then reversed along its axes.
+
+    The pixels of an `ImageFile` are upright; those of a result have to lie as the file's.
+    """
+
+    transposed: bool = False
+    reversed_rows: bool = False
+    reversed_columns: bool = False
+
+    @classmethod
+    def of(cls, code: Any) -> "Orientation":
+        """Return what a code of TIFF and EXIF means, 1 to 8; others mean nothing."""
+        return cls(*ORIENTATIONS[code - 1]) if code in range(1, 9) else cls()
+
+    @property
+    def code(self) -> int:
+        """The code of TIFF and EXIF."""
+        return 1 + ORIENTATIONS.index((self.transposed, self.reversed_rows, self.reversed_columns))
+
+    @classmethod
+    def of_exif(cls, exif: bytes) -> "Orientation":
+        """Return what EXIF data say, a little TIFF."""
+        from PIL import Image
+
+        loaded = Image.Exif()
+        loaded.load(exif)
+        return cls.of(loaded.get(ORIENTATION_TAG, 1))
+
+    def upright(self, stored: np.ndarray) -> np.ndarray:
+        """Return a view of stored pixels (H, W, ...) as they are seen."""
+        turned = stored.swapaxes(0, 1) if self.transposed else stored
+        return turned[:: -1 if self.reversed_rows else 1, :: -1 if self.reversed_columns else 1]
+
+    def stored(self, upright: np.ndarray) -> np.ndarray:
+        """Return a view of pixels as they are seen (H, W, ...) as they are stored."""
+        turned = upright[:: -1 if self.reversed_rows else 1, :: -1 if self.reversed_columns else 1]
+        return turned.swapaxes(0, 1) if self.transposed else turned
+
+    def stored_window(self, window: Window, shape: Sequence[int]) -> Window:
+        """Return where a window of the upright image, of shape (H, W, ...), is stored."""
+        backwards = self.reversed_rows, self.reversed_columns
+        rows, columns = (
+            slice(length - part.stop, length - part.start) if turned else part
+            for part, length, turned in zip(window, shape, backwards)
+        )
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 class _WholeImage:
@@ -431,32 +558,154 @@ class _SegmentedTiff:
         return DecodedSegment(pixels[0], row, column, number + sample)
 
 
-def _describe_png_or_jpeg(path: Path, as_mask: bool) -> tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
-    """Return the shape, (H, W) or (H, W, samples), and pixel type of an image, and a function that decodes it."""
+def _full_resolution_series(file: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the largest image of a TIFF that is no reduced copy or mask of another, and what to say of it."""
+    candidates = [each for each in file.series if not each.keyframe.subfiletype & (REDUCED_IMAGE | TRANSPARENCY_MASK)]
+    best = max(candidates or file.series, key=lambda each: each.keyframe.imagelength * each.keyframe.imagewidth)
+    count = len(file.series)
+    return best, (f"of {count} images in the file the largest is taken",) if count > 1 else ()
+
+
+def _check_segments(series: Any, file_bytes: int) -> None:
+    """Refuse a TIFF whose tables list fewer strips or tiles than its image has, or some that are not in the file.
+
+    Decoders would take for pixels whatever lies in memory. A segment of no bytes is one that was left out: no data.
+    """
+    pages = [each for each in series.pages if each is not None]
+    if len(pages) < len(series.pages) and series.dataoffset is None:
+        raise ValueError("some of its pages are missing")
+    needed = math.prod(series.keyframe.chunked)
+    for page in pages:
+        if min(len(page.dataoffsets), len(page.databytecounts)) < needed:
+            raise ValueError(f"it lists {len(page.dataoffsets)} of the {needed} strips or tiles of its image")
+        ends = (offset + count for offset, count in zip(page.dataoffsets, page.databytecounts) if count)
+        if max(ends, default=0) > file_bytes:
+            raise ValueError("some of its strips or tiles lie beyond the end of the file")
+
+
+def _photometric(page: Any, as_mask: bool) -> tuple[tuple[str, ...], Optional[int]]:
+    """Return what to say of how a TIFF means its values, and the value that stands for black if 0 is white."""
+    name, signed = name_of(page.photometric), page.dtype.kind not in "bu"
+    if name == "MINISWHITE":
+        if as_mask or signed:
+            return ("values are taken as they are stored, though the file says that 0 is white",), None
+        return ("stored with 0 as white, taken as viewers show it",), 2**page.bitspersample - 1
+    in_colors = name == "YCBCR" and LOSSY_COMPRESSION.search(name_of(page.compression))  # when it has been decoded
+    if name in ("MINISBLACK", "RGB", "CFA") or in_colors or (name == "PALETTE" and as_mask):
+        return (), None
+    return (f"values are taken as they are stored, though the file means them as {name}",), None
+
+
+def _placement(file: Any, page: Any) -> dict[str, Any]:
+    """Return what tells where a TIFF's pixels lie and how large they are, as arguments of `tifffile.imwrite`."""
+    placement: dict[str, Any] = {}
+    if "XResolution" in page.tags:
+        placement.update(resolution=page.resolution, resolutionunit=int(page.resolutionunit))
+    tags = (page.tags.get(code) for code in PLACEMENT_TAGS)
+    placement["extratags"] = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
+    unit = (file.imagej_metadata or {}).get("unit") if file.is_imagej else None
+    if unit:  # ImageJ has no code for it, but reads it here
+        placement["description"] = f"ImageJ=1.53t\nunit={unit}\n"
+    return placement
+
+
+class Described(NamedTuple):
+    """A PNG or JPEG: its array's shape and pixel type, what decodes it, how it lies, and what to say of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    decode: Callable[[], np.ndarray]
+    orientation: Orientation
+    notes: tuple[str, ...] = ()
+
+
+def _describe_jpeg(path: Path) -> Described:
     from PIL import Image  # comes with scikit-image
 
     Image.MAX_IMAGE_PIXELS = None  # large images are what this suite is for, not an attack
-    with Image.open(path) as picture:
-        (width, height), mode, bits = picture.size, picture.mode, 8
-        if picture.format == "PNG":
-            with open(path, "rb") as file:
-                bits, color = file.read(26)[24:]  # bits per sample, type of color
-    if bits == 16:  # Pillow would narrow RGB to 8 bits
-        import imagecodecs
 
-        shape = {0: (height, width), 2: (height, width, 3), 4: (height, width, 2), 6: (height, width, 4)}[color]
-        return shape, np.dtype(np.uint16), lambda: imagecodecs.png_decode(path.read_bytes())
-    if mode == "P" and not as_mask:
-        mode = "RGB"
-    pixel = np.asarray(Image.new(mode, (1, 1)))
+    def open_picture() -> Any:
+        return Image.open(path, formats=["JPEG"])
 
     def decode() -> np.ndarray:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert(mode))
-        # Pillow stretches 2 and 4 bits of gray to 8.
-        return pixels // (255 // (2**bits - 1)) if as_mask and mode == "L" and bits < 8 else pixels
+        with open_picture() as picture:
+            return np.asarray(picture)
 
-    return (height, width, *pixel.shape[2:]), pixel.dtype, decode
+    with open_picture() as picture:
+        (width, height), orientation = picture.size, Orientation.of(picture.getexif().get(ORIENTATION_TAG, 1))
+        pixel = np.asarray(Image.new(picture.mode, (1, 1)))
+    return Described((height, width, *pixel.shape[2:]), pixel.dtype, decode, orientation)
+
+
+def _describe_png(path: Path, as_mask: bool) -> Described:
+    """Describe a PNG from the chunks before its pixels.
+
+    A palette gives colors, or the indices of a mask: libpng decodes them where the header calls them gray.
+    """
+    with open(path, "rb") as file:
+        chunks = dict(_png_chunks(file, b"IDAT"))
+    width, height, bits, color = struct.unpack_from(">IIBB", chunks[b"IHDR"])
+    stored_samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    if height * (1 + width * stored_samples * bits // 8) > DEFLATE_RATIO * os.path.getsize(path):
+        raise ValueError(f"its header tells of {height} x {width} pixels, for which it is too small")
+    samples = 3 if color == 3 and not as_mask else stored_samples
+    steps = 255 // (2**bits - 1) if as_mask and bits < 8 else 1  # libpng stretches gray of few bits to 8
+
+    def decode() -> np.ndarray:
+        import imagecodecs
+
+        content: Any = path.read_bytes()
+        if b"tRNS" in chunks or (color == 3 and as_mask):
+            content = _rewritten_png(content, as_gray=color == 3 and as_mask)
+        else:
+            collections.deque(_png_chunks(io.BytesIO(content)), 0)  # checks them
+        pixels = imagecodecs.png_decode(content)
+        return pixels // steps if steps > 1 else pixels
+
+    shape = (height, width) if samples == 1 else (height, width, samples)
+    notes = ("a transparent color is taken as any other",) if b"tRNS" in chunks else ()
+    orientation = Orientation.of_exif(chunks.get(b"eXIf", b""))
+    return Described(shape, np.dtype(np.uint16 if bits == 16 else np.uint8), decode, orientation, notes)
+
+
+def _png_chunks(file: IO[bytes], before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """Yield kind and content of the chunks of a PNG, to its end or to the first of a kind.
+
+    Raises
+    ------
+    ValueError
+        If it is cut short, or a checksum is wrong: decoders do not look at all of them.
+    """
+    file.seek(len(PNG_SIGNATURE))
+    kind = b""
+    while kind != b"IEND":
+        length, kind = struct.unpack(">I4s", _read_exactly(file, 8))
+        if kind == before:
+            return
+        content = _read_exactly(file, length)
+        if struct.pack(">I", zlib.crc32(content, zlib.crc32(kind))) != _read_exactly(file, 4):
+            raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} is wrong")
+        yield kind, content
+
+
+def _read_exactly(file: IO[bytes], count: int) -> bytes:
+    """Return the next bytes of a file; refuse one that has fewer."""
+    content = file.read(count)
+    if len(content) < count:
+        raise ValueError("it is cut short")
+    return content
+
+
+def _rewritten_png(content: bytes, as_gray: bool) -> bytearray:
+    """Return a PNG without its transparent color; on request with its palette's indices called gray."""
+    result = bytearray(PNG_SIGNATURE)
+    for kind, data in _png_chunks(io.BytesIO(content)):
+        if kind == b"IHDR" and as_gray:
+            data = data[:9] + b"\0" + data[10:]
+        if kind != b"tRNS" and not (kind == b"PLTE" and as_gray):
+            checksum = struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+            result += struct.pack(">I", len(data)) + kind + data + checksum
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- normalization

@@ -34,6 +34,7 @@ from cli import (
     add_flag,
     configure_logging,
     existing_folder,
+    free_host_memory,
     gpus_of_task,
     is_out_of_memory,
     log_settings,
@@ -42,6 +43,7 @@ from cli import (
     run_script,
 )
 from image_files import (
+    ORIENTATION_TAG,
     ChannelStatistics,
     ImageFile,
     Window,
@@ -426,26 +428,7 @@ def free_memory() -> float:
             query = ["nvidia-smi", f"--id={name}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
             printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
             return int(printed) * 2.0**20
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    return float(min([available, *free_in_control_groups()]))
-
-
-def free_in_control_groups() -> Iterator[int]:
-    """Yield what is left of each memory limit that a batch system or container has put on this process."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers == "memory":  # version 1 of control groups
-                root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            elif not controllers:  # version 2
-                root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
-            else:
-                continue
-            folder = Path(root + group)
-            for level in (folder, *folder.parents):  # a limit holds for everything below it
-                with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
-                    yield int((level / limit).read_text()) - int((level / used).read_text())
+    return float(free_host_memory())
 
 
 # ---------------------------------------------------------------------------------------------- one image
@@ -476,6 +459,8 @@ def segment_file(
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
         check_image(image, model)
+        for note in image.notes:
+            logging.info("%s: %s", path, note)
         statistics = ChannelStatistics.of_file(image)
         for line in differences_of_scale(image, statistics, model):
             logging.warning("%s", line)
@@ -724,13 +709,13 @@ def tiff_of(
     select: Callable[[Block], np.ndarray],
     samples: Optional[int] = None,
 ) -> Iterator[Callable[[Block], None]]:
-    """Begin a TIFF of the image's size and resolution; yield a function that adds what `select` takes of a block."""
-    shape = image.shape[:2] if samples is None else (*image.shape[:2], samples)
-    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, image.resolution) as tiff:
+    """Begin a TIFF that lies as the image's file does; yield a function that adds what `select` takes of a block."""
+    shape = image.stored_size if samples is None else (*image.stored_size, samples)
+    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, image.placement) as tiff:
 
         def add(block: Block) -> None:
             with file_errors(target):  # there may be other files, whose error it is not
-                tiff.add(block.row, block.column, select(block))
+                tiff.add(*image.stored_block(block.row, block.column, select(block)))
 
         yield add
 
@@ -742,10 +727,8 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
     of their places is sorted at the end. Held in memory are only those that blocks have filled in part.
     """
 
-    def __init__(
-        self, path: Path, shape: tuple[int, ...], dtype: np.dtype, resolution: Optional[tuple[float, float, int]]
-    ) -> None:
-        self._path, self._shape, self._dtype, self._resolution = path, shape, dtype, resolution
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, placement: dict[str, Any]) -> None:
+        self._path, self._shape, self._dtype, self._placement = path, shape, dtype, placement
         self._across = -(-shape[1] // TIFF_TILE)
         self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its pixels that are not there yet
         self._order: list[int] = []  # of the tiles in the file
@@ -789,9 +772,6 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         """Write the tiles that come through the queue; runs in a thread."""
         import tifffile
 
-        resolution: dict[str, Any] = {}
-        if self._resolution is not None:
-            resolution = {"resolution": self._resolution[:2], "resolutionunit": self._resolution[2]}
         tifffile.imwrite(
             self._path,
             self._tiles(),
@@ -803,7 +783,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
             photometric="minisblack",
             planarconfig="contig" if len(self._shape) == 3 else None,
             bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize > BIGTIFF_FROM_BYTES,
-            **resolution,
+            **self._placement,
         )
 
     def _tiles(self) -> Iterator[np.ndarray]:
@@ -836,18 +816,21 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
 
 @contextlib.contextmanager
 def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
-    """Begin a PNG, which is gathered in memory as the image is; yield a function that takes blocks."""
-    from skimage.io import imsave
+    """Begin a PNG that lies as the image's file does, gathered in memory; yield a function that takes blocks."""
+    from PIL import Image  # comes with scikit-image
 
-    mask = np.zeros(image.shape[:2], model.mask_dtype)
+    mask = np.zeros(image.stored_size, model.mask_dtype)
 
     def add(block: Block) -> None:
-        height, width = block.classes.shape
-        mask[block.row : block.row + height, block.column : block.column + width] = block.classes
+        row, column, classes = image.stored_block(block.row, block.column, block.classes)
+        mask[row : row + classes.shape[0], column : column + classes.shape[1]] = classes
 
     yield add
+    exif = Image.Exif()
+    if image.orientation.code > 1:
+        exif[ORIENTATION_TAG] = image.orientation.code
     with atomic_output(target) as temporary:
-        imsave(temporary, mask, check_contrast=False)
+        Image.fromarray(mask).save(temporary, exif=exif)
 
 
 @contextlib.contextmanager
