@@ -173,22 +173,26 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self._channels: Optional[list[int]] = None
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
-        height, width, depth = self._source.shape
-        self.shape = (width, height, depth) if self.orientation.transposed else (height, width, depth)
+            height, width, depth = self._source.shape
+            self.shape = (width, height, depth) if self.orientation.transposed else (height, width, depth)
+            self.dtype, self.divisible = self._source.dtype, not isinstance(self._source, _WholeImage)
+            self._check_memory()
         if self.orientation != Orientation():
             self.notes += ("turned upright as the file says",)
             self.placement.setdefault("extratags", []).append((ORIENTATION_TAG, "H", 1, self.orientation.code, True))
-        self.dtype = self._source.dtype
-        self.divisible = not isinstance(self._source, _WholeImage)
+
+    def _check_memory(self) -> None:
+        """Refuse an image that can only be read as a whole and does not fit into memory."""
+        gibibytes = self.nbytes / 2**30
         if not self.divisible and self.nbytes > free_host_memory():
             raise InputError(
-                f"{self.path} can only be read whole, which takes {self.nbytes / 2**30:.1f} GiB of memory, more than "
-                "there is; a tiled or uncompressed TIFF would not"
+                f"{self.path} can only be read whole, which takes {gibibytes:.1f} GiB of memory, more than there is; a "
+                "tiled or uncompressed TIFF would not"
             )
         if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
-                self.path, self.nbytes / 2**30,
+                self.path, gibibytes,
             )  # fmt: skip
 
     @property

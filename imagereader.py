@@ -230,7 +230,7 @@ class SampleSource:
         if record < 0:
             batch.images[index], batch.masks[index] = 0, 0
             return
-        stored = self._database.read(record)
+        stored = self._database.record(record)
         target = batch.images[index] if self._augmentation is None else self._augmenter.source
         normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target)
         if self._augmentation is None:

@@ -574,8 +574,13 @@ class Database(contextlib.AbstractContextManager["Database"]):
         """Return the number of records."""
         return self.metadata.count
 
-    def read(self, index: int) -> StoredImage:
-        """Return what a record contains as views of the memory map, valid until `close`."""
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image ``(H, W, C)`` and mask ``(H, W)`` as views of the memory map, valid until `close`."""
+        stored = self.record(index)
+        return stored.image, stored.mask
+
+    def record(self, index: int) -> StoredImage:
+        """Return all that a record contains as views of the memory map, valid until `close`."""
         value = self._transaction.get(record_key(index))
         if value is None:
             raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")

@@ -193,7 +193,7 @@ def read_examples(database: str, deviation_floor: np.ndarray) -> list[tuple[np.n
     with Database(database) as opened:
         count = opened.metadata.count
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
-        examples = [opened.read(int(record)) for record in chosen]
+        examples = [opened.record(int(record)) for record in chosen]
         return [
             (normalize(each.image, each.mean, each.deviation, deviation_floor), np.array(each.mask))
             for each in examples
@@ -235,7 +235,7 @@ def draw_records(database: Database, output: Path) -> Path:
     for place in axes:
         place.set_axis_off()
     for left, right, index in zip(axes[::2], axes[1::2], chosen):
-        image, mask, mean, deviation = database.read(index)
+        image, mask, mean, deviation = database.record(index)
         # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
         left.imshow(displayable(normalize(image, mean, deviation, np.finfo(np.float32).tiny)))
         left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)

@@ -59,7 +59,7 @@ def test_the_records_are_the_pixels_of_the_files(tmp_path, dtype, channels):
     for path in paths:
         with Database(path) as database:
             for index in range(len(database)):
-                image, mask, *_ = database.read(index)
+                image, mask = database.read(index)
                 found[database.metadata.names[database.metadata.record_image[index]]] = image.copy(), mask.copy()
     assert sorted(found) == ["cell0.tif", "cell1.tif", "cell2.tif"]
     for index in range(3):
@@ -107,7 +107,7 @@ def test_tiles_cover_every_pixel_and_overlap_by_the_radius(tmp_path):
         image, mask = make_pair(int(metadata.names[0][4]), shape)
         for index in range(len(database)):
             row, column = metadata.record_row[index], metadata.record_column[index]
-            tile, tile_mask, *_ = database.read(index)
+            tile, tile_mask = database.read(index)
             assert tile.shape == (128, 128, 2)
             np.testing.assert_array_equal(tile, image[row : row + 128, column : column + 128])
             np.testing.assert_array_equal(tile_mask, mask[row : row + 128, column : column + 128])
@@ -379,7 +379,7 @@ def test_each_record_tells_the_statistics_of_its_complete_image(tmp_path, dtype,
             for index in range(len(database)):
                 name = database.metadata.names[database.metadata.record_image[index]]
                 image = tifffile.imread(tmp_path / "images" / name)
-                stored = database.read(index)
+                stored = database.record(index)
                 np.testing.assert_allclose(stored.mean, image.mean((0, 1), np.float64), rtol=1e-12)
                 np.testing.assert_allclose(stored.deviation, image.std((0, 1), np.float64), rtol=1e-12)
 

@@ -1,12 +1,15 @@
+import io
 import re
+import struct
 import weakref
+import zlib
 
 import numpy as np
 import pytest
 import skimage.io
 import tifffile
 from conftest import STORED, make_pair, statistics_of, write_stored, z_score
-from PIL import Image
+from PIL import Image, ImageOps
 
 import image_files
 from cli import InputError
@@ -77,6 +80,258 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
         pytest.skip("a JPEG decoder may return what it has")
     with pytest.raises(InputError, match=name):
         read_image(tmp_path / name)
+
+
+# The stored pixels of a picture that is upright in the end, for each code of TIFF and EXIF.
+STORED_FOR = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("code", STORED_FOR)
+@pytest.mark.parametrize("name", ["a.tif", "tiled.tif", "a.png", "a.jpg"])
+def test_pictures_are_upright_whatever_their_orientation(tmp_path, code, name):
+    upright = np.arange(48 * 80).reshape(48, 80) // 16 % 256
+    upright = np.stack([upright, 255 - upright, upright // 2], -1).astype(np.uint8)
+    stored = np.ascontiguousarray(STORED_FOR[code](upright))
+    path = tmp_path / name
+    if name.endswith("tif"):
+        options = {"tile": (32, 16)} if name == "tiled.tif" else {}
+        tifffile.imwrite(path, stored, photometric="rgb", extratags=[(274, "H", 1, code, True)], **options)
+    else:
+        exif = Image.Exif()
+        exif[274] = code
+        Image.fromarray(stored).save(path, exif=exif, quality=100, subsampling=0)
+        np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(Image.open(path))).shape, upright.shape)
+    with ImageFile(path) as file:
+        plan = windows_of(upright.shape, (31, 37), 5)
+        assert file.shape == upright.shape and file.stored_size == stored.shape[:2]
+        assert any("turned upright" in note for note in file.notes) == (code > 1)
+        for (rows, columns), got in zip(plan, file.windows(plan)):
+            np.testing.assert_allclose(got.astype(int), upright[rows, columns], atol=6 * (name == "a.jpg"))
+            row, column, block = file.stored_block(rows.start, columns.start, upright[rows, columns])
+            place = slice(row, row + block.shape[0]), slice(column, column + block.shape[1])
+            np.testing.assert_array_equal(block, stored[place])
+
+
+@pytest.mark.parametrize("dtype, white", [("bool", True), ("uint8", 255), ("uint16", 65535)])
+def test_an_image_that_counts_from_white_is_as_viewers_show_it_and_a_mask_as_it_is_stored(tmp_path, dtype, white):
+    stored = make_pair(0, (40, 50, 1), "uint16")[0][..., 0].astype(dtype)
+    stored[:9] = 0
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="miniswhite")
+    expected = ~stored if dtype == "bool" else white - stored
+    with ImageFile(tmp_path / "a.tif") as image, ImageFile(tmp_path / "a.tif", as_mask=True) as mask:
+        np.testing.assert_array_equal(next(image.windows([image.extent]))[..., 0], expected)
+        np.testing.assert_array_equal(next(mask.windows([mask.extent]))[..., 0], stored)
+        assert "0 as white" in image.notes[0] and "0 is white" in mask.notes[0]
+
+
+def test_twelve_bits_that_count_from_white_do_so_from_4095(tmp_path):
+    import imagecodecs
+
+    stored = np.arange(64 * 32, dtype=np.uint16).reshape(64, 32)
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="miniswhite", rowsperstrip=64, compression="zlib")
+    packed = imagecodecs.zlib_encode(imagecodecs.packints_encode(stored, 12))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        page = tif.pages[0]
+        tif.filehandle.seek(page.dataoffsets[0])
+        tif.filehandle.write(packed)
+        page.tags["StripByteCounts"].overwrite(len(packed))
+        page.tags["BitsPerSample"].overwrite(12)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 0], 4095 - stored)
+
+
+@pytest.mark.parametrize("photometric, noted", [("separated", "SEPARATED"), ("cielab", "CIELAB"), ("minisblack", None)])
+def test_colors_that_are_not_what_they_seem_are_told(tmp_path, photometric, noted):
+    samples = 4 if photometric == "separated" else 3
+    image = np.random.default_rng(0).integers(0, 255, (20, 30, samples)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric=photometric, planarconfig="contig")
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert [noted in note for note in file.notes] == [True] * (noted is not None)
+        np.testing.assert_array_equal(next(file.windows([file.extent])), image)
+
+
+@pytest.mark.parametrize("content", ["TIFF", "PNG", "JPEG"])
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
+def test_what_a_file_contains_counts_and_not_what_it_is_called(tmp_path, name, content):
+    image = np.linspace(0, 255, 40 * 50 * 3).reshape(40, 50, 3).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / name, format=content)
+    with ImageFile(tmp_path / name) as file:
+        np.testing.assert_allclose(next(file.windows([file.extent])).astype(int), image, atol=12 * (content == "JPEG"))
+        assert file.lossy == ("JPEG" if content == "JPEG" else "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a", b"RIFF1234WEBP", b"BM12"]
+)
+def test_other_formats_are_refused_and_no_decoder_is_tried(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    (tmp_path / "a.png").write_bytes(content + b"\0" * 200)
+    with pytest.raises(InputError, match=r"a\.png: expected a TIFF, PNG or JPEG, found another format"):
+        ImageFile(tmp_path / "a.png")
+
+
+LOSSY = ["jpeg", "webp", "jpeg2000", "jpegxl", "jpegxr", "lerc"]
+
+
+@pytest.mark.parametrize("compression", [*LOSSY, "zlib", "zstd", "lzma"])
+def test_encodings_that_may_change_values_are_known(tmp_path, compression):
+    image = make_pair(0, (40, 50, 3), "uint8")[0]
+    try:
+        tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", compression=compression)
+    except (ValueError, ImportError) as error:
+        pytest.skip(f"this imagecodecs cannot write it: {error}")
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert bool(file.lossy) == (compression in LOSSY)
+
+
+def png_of(array, *chunks, **options):
+    """Return a PNG of an array with more chunks, of kind and content, before its pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", **options)
+    content = buffer.getvalue()
+    more = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    start = content.index(b"IDAT") - 4
+    return content[:start] + more + content[start:]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("as_mask", [False, True])
+def test_a_transparent_color_adds_no_channel_and_is_told(tmp_path, dtype, as_mask):
+    gray = make_pair(0, (20, 30, 1), dtype)[0][..., 0]
+    (tmp_path / "a.png").write_bytes(png_of(gray, (b"tRNS", struct.pack(">H", int(gray[0, 0])))))
+    with ImageFile(tmp_path / "a.png", as_mask=as_mask) as file:
+        np.testing.assert_array_equal(next(file.windows([file.extent]))[..., 0], gray)
+        assert "transparent" in file.notes[0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("palette", [False, True])
+def test_masks_of_few_bits_are_what_is_stored(tmp_path, bits, palette):
+    ids = np.random.default_rng(0).integers(0, 2**bits, (21, 30)).astype(np.uint8)
+    picture = Image.fromarray(ids).convert("P")
+    picture.putpalette(bytes(range(3 * 2**bits)))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", bits=bits)
+    content = buffer.getvalue()
+    if not palette:  # the same bits, called gray
+        content = bytes(image_files._rewritten_png(content, as_gray=True))
+    (tmp_path / "a.png").write_bytes(content)
+    assert content[24:26] == bytes([bits, 3 if palette else 0])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", as_mask=True)[..., 0], ids)
+
+
+def test_each_changed_bit_of_a_png_is_noticed(tmp_path):
+    image = make_pair(0, (60, 70, 3), "uint8")[0]
+    content, rng = png_of(image), np.random.default_rng(0)
+    for place in rng.integers(8, len(content) - 12, 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "a.png").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.png"):
+            read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("height, width", [(2 * 10**9, 2 * 10**9), (60000, 60000)])
+def test_a_png_that_cannot_contain_what_its_header_tells_is_refused_at_once(tmp_path, height, width):
+    content = bytearray(png_of(np.zeros((4, 4), np.uint8)))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.png: its header tells of {height} x {width} pixels.*too small"):
+        ImageFile(tmp_path / "a.png")
+
+
+def test_an_image_that_does_not_fit_into_memory_is_refused_by_name(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((400, 500), np.uint8), compression="zlib", rowsperstrip=400)
+    monkeypatch.setattr(image_files, "free_host_memory", lambda: 200_000)
+    ImageFile(tmp_path / "a.tif").close()
+    monkeypatch.setattr(image_files, "free_host_memory", lambda: 199_999)
+    with pytest.raises(InputError, match=r"a\.tif .*more than there is"):
+        ImageFile(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("other, subfiletype", [((25, 30), 0), ((25, 30), 1), ((104, 130), 4)])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_largest_image_of_a_tiff_that_is_no_copy_is_taken(tmp_path, other, subfiletype, first):
+    """The other one is a small image, a reduced copy, or a mask with a margin."""
+    pages = [(other, subfiletype), ((100, 120), 0)] if first else [((100, 120), 0), (other, subfiletype)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for size, _ in pages:
+            writer.write(np.full(size, size[0], np.uint16), subfiletype=1, metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        for page, (_, kind) in zip(tif.pages, pages):
+            page.tags["NewSubfileType"].overwrite(kind)
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert file.shape[:2] == (100, 120) and (next(file.windows([file.extent])) == 100).all()
+
+
+def test_it_is_told_that_a_file_has_several_images(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for size in ((25, 30), (100, 120)):
+            writer.write(np.zeros(size, np.uint16), metadata=None)
+    with ImageFile(tmp_path / "a.tif") as file:
+        assert file.notes == ("of 2 images in the file the largest is taken",)
+
+
+def test_a_pyramid_is_its_full_resolution(tmp_path):
+    full = make_pair(0, (128, 160, 1), "uint16")[0][..., 0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(full, subifds=1, tile=(32, 32))
+        writer.write(full[::2, ::2], subfiletype=1, tile=(32, 32))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 0], full)
+
+
+@pytest.mark.parametrize("axis", ["C", "T", "Z"])
+def test_a_file_of_a_set_is_one_image_and_the_others_are_not_opened(tmp_path, axis):
+    names = [f"s{index}.ome.tif" for index in range(3)]
+    sizes = {name: 3 if name == axis else 1 for name in "CTZ"}
+    data = "".join(
+        f'<TiffData IFD="0" PlaneCount="1" First{axis}="{index}">'
+        f'<UUID FileName="{name}">urn:uuid:{index}</UUID></TiffData>'
+        for index, name in enumerate(names)
+    )
+    for index, name in enumerate(names):
+        text = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="urn:uuid:{index}">'
+            f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="30" SizeY="20" '
+            f'SizeC="{sizes["C"]}" SizeZ="{sizes["Z"]}" SizeT="{sizes["T"]}">{data}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(tmp_path / name, np.full((20, 30), index, np.uint16), description=text, metadata=None)
+    (tmp_path / names[2]).write_bytes(b"no image")
+    for index in range(2):
+        with ImageFile(tmp_path / names[index]) as file:
+            assert file.shape == (20, 30, 1)
+            assert (next(file.windows([file.extent])) == index).all()
+
+
+def test_pages_that_nothing_calls_channels_are_not_taken_for_channels(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for index in range(5):
+            writer.write(np.full((20, 30), index, np.uint8), metadata=None)
+    with pytest.raises(InputError, match=r"a\.tif, found 5 pages that it does not call channels"):
+        read_image(tmp_path / "a.tif", size=(20, 30))
+
+
+@pytest.mark.parametrize("tables", ["StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts"])
+def test_a_tiff_that_lists_too_few_parts_is_refused(tmp_path, tables):
+    options = {"tile": (32, 32)} if tables.startswith("Tile") else {"rowsperstrip": 10}
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((60, 70), np.uint16), compression="zlib", **options)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        tag = tif.pages[0].tags[tables]
+        tag.overwrite(tag.value[:-2])
+    with pytest.raises(InputError, match=r"a\.tif: it lists \d of the 6 strips or tiles"):
+        ImageFile(tmp_path / "a.tif")
 
 
 def test_a_stack_of_planes_is_refused_with_its_axes(tmp_path):

@@ -79,7 +79,7 @@ def test_without_augmentation_a_batch_is_the_normalized_records(databases):
     with ImageReader(databases[1], shuffle=False, batch_size=2) as reader, Database(databases[1]) as database:
         batch = take(reader, 2)[1]
         for index in range(2):
-            image, mask, *_ = database.read(2 + index)
+            image, mask = database.read(2 + index)
             np.testing.assert_allclose(batch.images[index], z_score(image), atol=1e-6)
             np.testing.assert_array_equal(batch.masks[index], mask)
     assert batch.images.dtype == np.float32 and batch.masks.dtype == np.uint8

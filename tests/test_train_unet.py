@@ -92,7 +92,7 @@ def test_softmax(folder, databases):
 
     signature = tf.saved_model.load(str(folder / "saved_model")).signatures["serving_default"]
     with Database(databases[1]) as database:
-        stored = [database.read(index) for index in range(len(database))]
+        stored = [database.record(index) for index in range(len(database))]
         softmax = np.concatenate([signature(tf.constant(z_score(each.image)[None]))["softmax"] for each in stored])
         return softmax, np.stack([each.mask for each in stored]).astype(int)
 
