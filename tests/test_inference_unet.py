@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import rasterio
 import skimage.io
 import tensorflow as tf
 import tifffile
@@ -21,7 +22,7 @@ from skimage import transform
 
 import inference_unet
 from cli import InputError
-from image_files import ChannelStatistics, ImageFile, normalize
+from image_files import ChannelStatistics, ImageFile, normalize, read_image
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import RADIUS, SIZE_FACTOR
 from unet_model import BatchNormalization, build_unet, export_saved_model
@@ -46,6 +47,12 @@ def gray_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gray") / "saved_model"
     save_random_model(folder, 1, 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def color_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("color") / "saved_model"
+    return folder, save_random_model(folder, 3, 3)
 
 
 def infer(model, images, masks, *arguments):
@@ -441,6 +448,78 @@ def test_a_mask_keeps_the_resolution_and_opens_elsewhere(gray_model, tmp_path):
     with Image.open(tmp_path / "masks" / "a.tif") as opened:
         np.testing.assert_array_equal(np.asarray(opened), mask)
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "masks" / "a.tif"), cv2.IMREAD_UNCHANGED), mask)
+
+
+@pytest.mark.parametrize("image_format", ["tif", "png", "jpg"])
+def test_a_mask_lies_as_the_file_of_its_image_does(tmp_path, color_model, image_format):
+    """So that viewers and build_lmdb.py, which turn both, put one upon the other."""
+    from PIL import Image
+
+    folder, (model_folder, model) = tmp_path / "images", color_model
+    folder.mkdir()
+    stored = make_pair(0, (100, 230, 3), "uint8")[0]
+    for code in range(1, 9):
+        path = folder / f"{code}.{image_format}"
+        if image_format == "tif":
+            tifffile.imwrite(path, stored, photometric="rgb", extratags=[(274, "H", 1, code, True)])
+        else:
+            exif = Image.Exif()
+            exif[274] = code
+            Image.fromarray(stored).save(path, exif=exif)
+    done = infer(model_folder, folder, tmp_path / "masks", "--image_format", image_format, "--tile_size", 208,
+                 "--save_probabilities", 1)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("turned upright") == 7, done.stdout
+    for path in folder.iterdir():
+        upright = read_image(path)
+        pad = [(0, -length % 16) for length in upright.shape[:2]]
+        scores = model(np.pad(z_score(upright), [*pad, (0, 0)], mode="reflect")[None])[0].numpy()
+        expected = scores[: upright.shape[0], : upright.shape[1]].argmax(-1)
+        mask = tmp_path / "masks" / path.name.replace("jpg", "png")
+        np.testing.assert_array_equal(read_image(mask, as_mask=True)[..., 0], expected, "turned as the image is")
+        if image_format == "tif":
+            assert tifffile.imread(mask).shape == stored.shape[:2]
+        else:
+            with Image.open(mask) as picture:
+                assert picture.size == stored.shape[1::-1]
+        softmax = tmp_path / "masks" / "probabilities" / f"{path.stem}.tif"
+        np.testing.assert_array_equal(read_image(softmax).argmax(-1), expected)
+        assert tifffile.imread(softmax).shape[:2] == stored.shape[:2]
+
+
+def test_masks_and_probabilities_are_where_their_images_are_on_earth(gray_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    profile = {
+        "driver": "GTiff", "height": 150, "width": 331, "count": 1, "dtype": "uint16", "nodata": 0, "tiled": True,
+        "blockxsize": 64, "blockysize": 64, "crs": "EPSG:32633",
+    }  # fmt: skip
+    turned = rasterio.Affine(9.8, 1.7, 500000.0, 1.7, -9.8, 4500000.0)
+    for name, place in (("north", rasterio.Affine(10, 0, 500000.0, 0, -10, 4500000.0)), ("turned", turned)):
+        with rasterio.open(tmp_path / "images" / f"{name}.tif", "w", transform=place, **profile) as file:
+            file.write(make_pair(0, (150, 331, 1))[0][..., 0], 1)
+            file.update_tags(scale="of the image's values")
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--save_probabilities", 1)
+    assert done.returncode == 0, done.stdout
+    for name in ("north", "turned"):
+        with rasterio.open(tmp_path / "images" / f"{name}.tif") as image:
+            for path in (f"{name}.tif", f"probabilities/{name}.tif"):
+                with rasterio.open(tmp_path / "masks" / path) as result:
+                    assert result.crs == image.crs and result.transform.almost_equals(image.transform, 1e-9)
+                    assert result.nodata is None and "scale" not in result.tags()
+
+
+def test_the_unit_of_an_imagej_image_is_carried_into_the_mask(gray_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    image = make_pair(0)[0][..., 0]
+    tifffile.imwrite(
+        tmp_path / "images" / "a.tif", image, imagej=True, resolution=(4.0, 2.5), metadata={"unit": "micron"}
+    )
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks")
+    assert done.returncode == 0, done.stdout
+    with tifffile.TiffFile(tmp_path / "masks" / "a.tif") as tif:
+        assert tif.imagej_metadata["unit"] == "micron"
+        assert tif.pages[0].resolution == (4.0, 2.5) and tif.pages[0].resolutionunit == 1
+        assert tif.asarray().shape == image.shape
+    assert read_image(tmp_path / "masks" / "a.tif", as_mask=True).shape == (64, 64, 1)
 
 
 def test_a_line_for_each_file_tells_size_seconds_and_classes(gray_model, tmp_path):
