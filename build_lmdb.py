@@ -26,6 +26,7 @@ import pickle
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import shared_memory
@@ -46,6 +47,7 @@ from cli import (
     log_settings,
     number_type,
     positive_int,
+    printable,
     run_script,
     seed_int,
     signals_held,
@@ -382,7 +384,8 @@ def sensible_workers(pairs: Sequence[Pair]) -> int:
     """Return as many processes as there are cores, but no more than have enough to do to be worth their start."""
     cores, nbytes = len(os.sched_getaffinity(0)), 0
     for pair in pairs:
-        nbytes += os.path.getsize(pair.image) + os.path.getsize(pair.mask)
+        with contextlib.suppress(OSError):  # a link to nowhere, which is reported when it is read
+            nbytes += os.path.getsize(pair.image) + os.path.getsize(pair.mask)
         if nbytes >= (cores - 1) * WORKER_BYTES:  # it takes long to ask about all of many files
             return cores
     return 1 + nbytes // WORKER_BYTES
@@ -427,8 +430,8 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
     if not problems:
         path.unlink(missing_ok=True)
         return
-    lines = [f"{problem.path}\t{problem.kind.value}\t{problem.message}\n" for problem in problems]
-    path.write_text("file\tproblem\tdetails\n" + "".join(lines))
+    rows = [("file", "problem", "details"), *((each.path, each.kind.value, each.message) for each in problems)]
+    path.write_text("".join("\t".join(map(printable, row)) + "\n" for row in rows), encoding="utf-8")
     logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
 
 
@@ -443,7 +446,7 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     if os.path.samefile(args.image_folder, args.mask_folder):
         if not suffix and set(image_paths) & set(mask_paths):
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
-        image_paths = [path for path in image_paths if not suffix or not path.stem.endswith(suffix)]
+        image_paths = [path for path in image_paths if not suffix or not composed(path.stem).endswith(composed(suffix))]
     images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
     problems = []
     for group in (*images.values(), *masks.values()):
@@ -463,10 +466,11 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
 
 def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
+    suffix = composed(suffix)
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
     entries = list_files(folder)
-    masks = [path for path in entries if path.suffix.lower() in extensions and path.stem.endswith(suffix)]
+    masks = [path for path in entries if path.suffix.lower() in extensions and composed(path.stem).endswith(suffix)]
     if not masks:
         found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
         raise InputError(
@@ -480,8 +484,14 @@ def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
     """Return the paths by name without extension and suffix."""
     stems: dict[str, list[Path]] = {}
     for path in paths:
-        stems.setdefault(path.stem[: len(path.stem) - len(suffix)], []).append(path)
+        stem = composed(path.stem)
+        stems.setdefault(stem[: len(stem) - len(composed(suffix))], []).append(path)
     return stems
+
+
+def composed(name: str) -> str:
+    """Return a name with its accents in one character with their letters: a macOS writes two, and means the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:

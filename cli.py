@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import difflib
 import errno
+import hashlib
+import io
 import logging
 import math
 import multiprocessing
@@ -35,6 +37,7 @@ SHARED_MEMORY_FOLDER = "/dev/shm"
 NO_DISK_SPACE = re.compile("No space left|quota exceeded|file too large", re.IGNORECASE)
 NO_MEMORY = re.compile("out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED|failed to allocate", re.IGNORECASE)
 CLEAR_LINE = "\r\x1b[K"  # of a terminal
+SHORT_NAME_BYTES, SHORT_NAME_CHARACTERS = 200, 40  # of a file name that is left as it is, of one that is cut
 
 PathLike = Union[str, "os.PathLike[str]"]
 Number = TypeVar("Number", int, float)
@@ -80,8 +83,28 @@ def configure_logging(level: int = logging.INFO) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # A log line takes the place of the progress line that may stand in a terminal.
     start = CLEAR_LINE if sys.stdout.isatty() else ""
-    line = f"{start}%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=level, format=line, stream=sys.stdout, force=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of few characters, too, gets each line
+        sys.stdout.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LogFormatter(start))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class LogFormatter(logging.Formatter):
+    """Gives each message one readable line, whatever is in the names of files."""
+
+    def __init__(self, start: str = "") -> None:
+        super().__init__(f"{start}%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def printable(text: str) -> str:
+    """Return text with a backslash escape for each line end, tab, other control character and byte that is no UTF-8."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def log_settings(args: argparse.Namespace) -> None:
@@ -179,7 +202,7 @@ class Progress:
     def __init__(
         self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "", first: int = 0
     ) -> None:
-        self._label, self._total, self._unit, self._first = label, total, unit, first
+        self._label, self._total, self._unit, self._first = printable(label), total, unit, first
         self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
         self._terminal = sys.stdout.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
@@ -225,13 +248,30 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Whoever opens `target` finds the old file or the new one, and either of them complete, also after a power failure.
     """
-    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    temporary = target.with_name(f".{shortened(target.stem)}.part{target.suffix}")
     try:
         yield temporary
         flush_to_disk(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shortened(stem: str) -> str:
+    """Return a name with room for an addition within the 255 bytes that file systems allow."""
+    if len(os.fsencode(stem)) <= SHORT_NAME_BYTES:
+        return stem
+    return f"{stem[:SHORT_NAME_CHARACTERS]}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def without_patterns(folder: PathLike) -> Iterator[str]:
+    """Yield another path to a folder, for TensorFlow, which takes brackets and backslashes in its own for a pattern."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def flush_to_disk(path: PathLike) -> None:

@@ -89,7 +89,9 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
 
 
 def list_files(folder: PathLike) -> list[Path]:
-    """Return the files in a folder that are not hidden, sorted by name.
+    """Return what is in a folder and neither hidden nor a folder, sorted by name.
+
+    Links to nowhere, pipes and devices are among them: what is in the way is to be reported, not to be passed over.
 
     Raises
     ------
@@ -100,8 +102,14 @@ def list_files(folder: PathLike) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; check the path")
     with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and not _is_folder(entry)]
     return [folder / name for name in sorted(names)]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    with contextlib.suppress(OSError):  # of a link to itself
+        return entry.is_dir()
+    return False
 
 
 def read_image(
@@ -285,6 +293,10 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
 
         What the file contains decides, not what it is called.
         """
+        if not self.path.is_file():
+            missing = self.path.is_symlink() and not self.path.exists()
+            found = f"a link to {os.readlink(self.path)}, which is not there" if missing else "something else"
+            raise InputError(f"expected an image file at {self.path}, found {found}")
         with open(self.path, "rb") as file:
             start = file.read(len(PNG_SIGNATURE))
         if start[:4] in TIFF_SIGNATURES:

@@ -500,7 +500,8 @@ class ImageReader:
                 process = self._processes[worker]
                 process.join()
                 self._failure = ReaderError(describe_failure(process, self._pipes[worker]))
-                logging.error("%s", self._failure)
+                for line in str(self._failure).splitlines():
+                    logging.error("%s", line)
                 return
 
     def raise_failure(self) -> None:

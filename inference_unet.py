@@ -41,6 +41,7 @@ from cli import (
     positive_int,
     replacing,
     run_script,
+    without_patterns,
 )
 from image_files import (
     ORIENTATION_TAG,
@@ -136,13 +137,13 @@ def run(args: argparse.Namespace) -> int:
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
     shard = args.shard or shard_from_slurm(os.environ)
+    targets = plan_targets(images, args)
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
         logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
-    prepare_output_folder(args.output_folder, args.image_folder)
+    prepare_output_folder(args.output_folder)
     model = load_model(args.saved_model_filepath)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
-    targets = {path: Targets.of(path, args) for path in images}
     waiting = [path for path in images if args.overwrite or not targets[path].exist()]
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
@@ -263,7 +264,8 @@ def load_model(filepath: str) -> Model:
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
     try:
-        loaded = tf.saved_model.load(os.fspath(folder))
+        with without_patterns(folder) as path:
+            loaded = tf.saved_model.load(path)
     except (OSError, ValueError, KeyError, IndexError, tf.errors.OpError) as error:
         raise InputError(f"{folder} is no SavedModel that can be loaded: {error}; is it damaged?") from error
     if "serving_default" not in loaded.signatures:
@@ -626,12 +628,35 @@ def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
 # ---------------------------------------------------------------------------------------------- results on disk
 
 
-def prepare_output_folder(folder: Path, image_folder: Path) -> None:
-    """Create the output folder; refuse the one that the images are in, where masks would replace them."""
-    if folder.exists() and folder.resolve() == image_folder.resolve():
-        raise InputError(
-            f"--output_folder {folder} is the image folder, the masks would replace the images; choose another"
-        )
+def plan_targets(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, "Targets"]:
+    """Return the files that each image becomes.
+
+    Raises
+    ------
+    InputError
+        If one of them would replace an image, or two images would become the same file.
+    """
+    targets = {path: Targets.of(path, args) for path in images}
+    originals = {os.path.realpath(path): path for path in images}
+    sources: dict[str, Path] = {}
+    for image, files in targets.items():
+        for path in filter(None, files):
+            place = os.path.join(os.path.realpath(path.parent), path.name)
+            if place in originals:
+                raise InputError(
+                    f"{path} would replace the image {originals[place]}; choose another --output_folder than "
+                    f"{args.output_folder}"
+                )
+            if sources.setdefault(place, image) != image:
+                raise InputError(
+                    f"{sources[place]} and {image} would both become {path}; rename one of them, or put it into "
+                    "another folder"
+                )
+    return targets
+
+
+def prepare_output_folder(folder: Path) -> None:
+    """Create the output folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

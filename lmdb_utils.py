@@ -174,8 +174,8 @@ class Metadata:
     class_records : ndarray of int32
         Record indices, grouped by class and ascending within a class.
     joined_names : bytes
-        Source file names of the images that contributed records, in UTF-8, with a zero byte between one and the next:
-        a million strings would cost every reader process 100 MB.
+        Source file names of the images that contributed records, as the file system has them, with a zero byte between
+        one and the next: a million strings would cost every reader process 100 MB.
     record_image, record_row, record_column : ndarray of int32, shape (count,)
         For each record the index into `names` and the tile's origin in that image, in pixels.
     """
@@ -209,7 +209,7 @@ class Metadata:
     @property
     def names(self) -> list[str]:
         """Source file name of each image that contributed records."""
-        return self.joined_names.decode().split("\0")
+        return os.fsdecode(self.joined_names).split("\0")
 
     def records_of_class(self, position: int) -> np.ndarray:
         """Return the indices of the records that hold class ``classes[position]``."""
@@ -320,7 +320,7 @@ class DatabaseWriter:
             raise ValueError(f"expected records like the first one, got another shape or type from {name}")
         index = len(self)
         if not self._images or self._last_name != name:
-            self._joined_names += b"\0" * (self._images > 0) + name.encode()
+            self._joined_names += b"\0" * (self._images > 0) + os.fsencode(name)
             self._last_name = name
             self._images += 1
         self._origins.extend((self._images - 1, record.row, record.column))

@@ -34,6 +34,7 @@ from cli import (
     EXIT_FAILURE,
     EXIT_STOPPED,
     InputError,
+    LogFormatter,
     Parser,
     Progress,
     StopRequest,
@@ -50,6 +51,7 @@ from cli import (
     run_script,
     seed_int,
     tasks_of_nodes,
+    without_patterns,
 )
 from imagereader import ImageReader, ReaderError, check_classes
 from lmdb_utils import RADIUS, SIZE_FACTOR, Database, Metadata
@@ -635,10 +637,10 @@ def prepare_output_dir(folder: Path, resume: str) -> None:
         raise InputError(f"{folder} holds results but no checkpoint to go on from; choose another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log_file = logging.FileHandler(folder / "train.log")
+        log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}; choose another folder") from error
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log_file.setFormatter(LogFormatter())
     logging.getLogger().addHandler(log_file)
 
 
@@ -946,7 +948,8 @@ class Checkpoints:
             try:
                 values = json.loads((folder / "state.json").read_text())
                 del values["settings"]
-                self._objects.read(os.fspath(folder / "weights")).assert_consumed()
+                with without_patterns(folder) as path:
+                    self._objects.read(f"{path}/weights").assert_consumed()
                 return RunState.from_dict(values)
             except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
                 logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, error)
