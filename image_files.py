@@ -826,6 +826,7 @@ def normalize(
     Returns
     -------
     ndarray of float32, shape (H, W, C)
+        With mean 0 and standard deviation 1 if `pixels` is the complete image.
 
     Notes
     -----
