@@ -370,9 +370,11 @@ class AxisLayout(NamedTuple):
         if len(squeezed) == 2:
             return cls(squeezed, None)
         if len(squeezed) != 3 or any(axis in "ZTI" for axis in axes):
-            found = f"{squeezed[0]} pages that it does not call channels" if axes == "IYX" else f"axes {axes}"
+            found = f"found axes {axes}"
+            if axes == "IYX":
+                found = f"found {squeezed[0]} pages that it does not call channels"
             raise InputError(
-                f"expected a 2-D image with channels in {path}, found {found} of shape {squeezed}; save each plane as "
+                f"expected a 2-D image with channels in {path}, {found} of shape {squeezed}; save each plane as "
                 "a file of its own, or channels with their axes, CYX"
             )
         channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)

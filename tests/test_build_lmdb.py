@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -526,13 +527,42 @@ def test_types_that_widen_without_loss_are_widened_and_said_so(tmp_path, stored,
     write_folders(tmp_path, count=2, shape=(32, 32, 1))
     image = (make_pair(0, (32, 32, 1), "float32")[0][..., 0] - 100).astype(stored)
     for path in (tmp_path / "images").iterdir():
-        tifffile.imwrite(path, image)
+        tifffile.imwrite(path, image, photometric="minisblack")
     done = start(tmp_path)
     assert f"2 files of {stored} are stored as {dtype}, which loses nothing" in done.stdout
     with Database(tmp_path / "db" / "train-t.lmdb") as database:
         got = database.read(0)[0]
         assert got.dtype == dtype
         np.testing.assert_array_equal(got[..., 0], image)
+
+
+def test_names_of_any_bytes_are_paired_stored_and_listed(tmp_path):
+    images, masks = write_folders(tmp_path, count=6)
+    names = ["caf\udce9", "tab\tand\nline end", "zu\u0308rich"]
+    for index, name in enumerate(names):
+        (images / f"cell{index}.tif").rename(images / f"{name}.tif")
+        (masks / f"cell{index}.tif").rename(masks / f"{unicodedata.normalize('NFC', name)}.tif")
+    for more in ([], ["--skip_bad", 1]):
+        done = start(tmp_path, *more)
+        assert done.returncode == 0, done.stdout
+        found = []
+        for side in ("train", "test"):
+            with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
+                found += database.metadata.names
+        stems = names if not more else names[2:]
+        assert sorted(found) == sorted([f"{name}.tif" for name in [*stems, "cell3", "cell4", "cell5"]])
+        for name in names[:2]:
+            (images / f"{name}.tif").write_bytes(b"no image")
+    lines = (tmp_path / "db" / "skipped-t.tsv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and all(len(line.split("\t")) == 3 for line in lines)
+    assert "caf\\udce9.tif" in lines[1] and "tab\\tand\\nline end.tif" in lines[2]
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    images, _ = write_folders(tmp_path, count=4)
+    (images / "cell0.tif").unlink()
+    (images / "cell0.tif").symlink_to("/nowhere/cell0.tif")
+    refused(tmp_path, "cell0.tif, found a link to /nowhere/cell0.tif, which is not there", "1 file cannot be used")
 
 
 @pytest.mark.parametrize("kind", STORED)

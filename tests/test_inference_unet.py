@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from scipy import ndimage, special
 from skimage import transform
 
 import inference_unet
-from cli import InputError
+from cli import InputError, printable
 from image_files import ChannelStatistics, ImageFile, normalize, read_image
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import RADIUS, SIZE_FACTOR
@@ -269,7 +270,7 @@ def test_a_tiff_is_whole_in_whatever_order_its_blocks_come(tmp_path, samples, dt
         if bottom > top and right > left
     ]
     rng.shuffle(blocks)
-    with inference_unet.TiledTiff(tmp_path / "a.tif", image.shape, image.dtype, None) as tiff:
+    with inference_unet.TiledTiff(tmp_path / "a.tif", image.shape, image.dtype, {}) as tiff:
         for block_rows, block_columns in blocks:
             tiff.add(block_rows.start, block_columns.start, image[block_rows, block_columns])
     with tifffile.TiffFile(tmp_path / "a.tif") as written:
@@ -621,7 +622,7 @@ def test_the_output_folder_may_not_be_the_image_folder(gray_model, tmp_path):
     images = write_images(tmp_path / "images")
     before = (images / "a0.tif").read_bytes()
     done = infer(gray_model, images, images)
-    assert done.returncode == 2 and "would replace the images" in done.stdout
+    assert done.returncode == 2 and "would replace the image " in done.stdout
     assert (images / "a0.tif").read_bytes() == before
 
 
@@ -661,6 +662,65 @@ def test_a_model_tells_by_what_its_channels_are_divided_at_least(tmp_path):
         assert done.returncode == 0, done.stdout
         mask = tifffile.imread(tmp_path / f"masks of {name}" / "a.tif")
         np.testing.assert_array_equal(mask, np.argmax(model(z_score(image, floor)[None])[0], -1))
+
+
+@pytest.mark.parametrize(
+    "names, options, clash",
+    [
+        (("a.jpg", "a.jpeg"), ["--image_format", "jpg"], "a.png"),
+        (("a.tif", "a.tiff"), ["--save_overlay", 1], "overlays/a.png"),
+        (("a.tif", "a.tiff"), [], None),
+        (("a.tif", "a.ome.tif"), ["--save_overlay", 1, "--save_probabilities", 1], None),
+    ],
+)
+def test_images_that_would_become_one_file_are_refused_before_work_begins(gray_model, tmp_path, names, options, clash):
+    (tmp_path / "images").mkdir()
+    for name in names:
+        skimage.io.imsave(tmp_path / "images" / name, make_pair(0, dtype="uint8")[0][..., 0], check_contrast=False)
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks", *options)
+    assert done.returncode == (2 if clash else 0), done.stdout
+    if clash:
+        assert f"would both become {tmp_path / 'masks' / clash}" in done.stdout and not (tmp_path / "masks").exists()
+
+
+def test_results_replace_no_image_whichever_folders_are_given(gray_model, tmp_path):
+    images = write_images(tmp_path / "out" / "probabilities", 2)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a0.tif").symlink_to(images / "a0.tif")
+    before = (images / "a0.tif").read_bytes()
+    for folder in (images, tmp_path / "linked"):
+        done = infer(gray_model, folder, tmp_path / "out", "--save_probabilities", 1, "--overwrite", 1)
+        assert done.returncode == 2 and "would replace the image" in done.stdout, done.stdout
+    assert (images / "a0.tif").read_bytes() == before
+
+
+def test_a_link_to_nowhere_is_a_bad_file_and_the_others_go_on(gray_model, tmp_path):
+    images = write_images(tmp_path / "images", 1)
+    (images / "lost.tif").symlink_to("/nowhere/lost.tif")
+    (images / "loop.tif").symlink_to("loop.tif")
+    os.mkfifo(images / "pipe.tif")
+    done = infer(gray_model, images, tmp_path / "masks")
+    assert done.returncode == 2 and "3 images failed: loop.tif, lost.tif, pipe.tif" in done.stdout, done.stdout
+    assert "lost.tif, found a link to /nowhere/lost.tif, which is not there" in done.stdout
+    assert os.listdir(tmp_path / "masks") == ["a0.tif"]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".tif", "tab\tand\nline end.tif", "caf\udce9.tif", "brackets [a]*.tif"])
+def test_an_image_may_have_any_name_and_the_log_stays_readable(gray_model, tmp_path, name):
+    images = tmp_path / "images"
+    images.mkdir()
+    write_tiff(images / name, make_pair(0)[0])
+    done = infer(gray_model, images, tmp_path / "masks", "--save_probabilities", 1)
+    assert done.returncode == 0, done.stdout
+    assert os.listdir(tmp_path / "masks" / "probabilities") == [name] and (tmp_path / "masks" / name).exists()
+    assert f"1/1 {printable(name)}: 64 x 64" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "what * is {this}?", "back\\slash"])
+def test_a_model_may_lie_in_a_folder_of_any_name(gray_model, tmp_path, folder):
+    shutil.copytree(gray_model, tmp_path / folder / "saved_model")
+    done = infer(tmp_path / folder / "saved_model", write_images(tmp_path / "images", 1), tmp_path / "masks")
+    assert done.returncode == 0, done.stdout
 
 
 def test_metadata_is_read_from_the_saved_model(gray_model):

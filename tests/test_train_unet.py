@@ -335,6 +335,14 @@ def test_float_images_of_a_small_range_are_learned_from_and_recognized_in_other_
     assert re.search(r"other\.tif: values from \S+e-0\d to \S+e-0\d .* from 0\.\d+ to 0\.\d+", warning), warning
 
 
+def test_a_run_in_a_folder_of_any_name_is_resumed(databases, tmp_path):
+    for epochs in (1, 2):
+        done = run_script("train_unet.py", *arguments(databases, tmp_path / "lr [1e-3]*", "--max_epochs", epochs,
+                                                      "--test_every_n_steps", 2))  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    assert "going on at step 2" in done.stdout
+
+
 def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
     other = build(tmp_path, "--label_map", "0:1,1:0", count=5)
     done = run_script("train_unet.py", *arguments([databases[0], other[1]], tmp_path / "out"))
