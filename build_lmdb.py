@@ -914,7 +914,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             with signals_held():  # this starts a process that cleans up
                 self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
         self._pending: collections.deque[Chunk] = collections.deque()
-        self._idle: list[shared_memory.SharedMemory] = []  # of chunks that are finished
+        self._memories: list[shared_memory.SharedMemory] = []  # all that there are, whenever an interruption comes
+        self._idle: list[shared_memory.SharedMemory] = []  # those of chunks that are finished
 
     def run(
         self,
@@ -963,7 +964,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         memory = self._idle.pop() if self._idle and 0 < nbytes <= CHUNK_BYTES else None
         if nbytes and memory is None:
             with contextlib.suppress(OSError):
-                memory = allocate_shared_memory(max(nbytes, CHUNK_BYTES))
+                self._memories.append(allocate_shared_memory(max(nbytes, CHUNK_BYTES)))
+                memory = self._memories[-1]
         with signals_held():  # this may start a process
             future = executor.submit(do_chunk, function, tasks, memory and memory.name)
         return Chunk(tasks, nbytes, memory, future)
@@ -974,10 +976,11 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         chunk = self._pending.popleft()
         memory: Any = chunk.memory
         arrays = [bytes(memory.buf[start:end]) for start, end in zip(ends, ends[1:])]
-        if chunk.memory is not None and chunk.nbytes <= CHUNK_BYTES:
-            self._idle.append(chunk.memory)
-        else:
-            free(chunk.memory)
+        if memory is not None and chunk.nbytes <= CHUNK_BYTES:
+            self._idle.append(memory)
+        elif memory is not None:
+            free(memory)
+            self._memories.remove(memory)
         yield from zip(chunk.tasks, pickle.loads(content, buffers=arrays))
 
     def __exit__(self, *exception: object) -> None:
@@ -986,7 +989,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             if self._executor is not None:
                 self._executor.shutdown(cancel_futures=True)
         finally:  # a Ctrl-C may come while it waits
-            for memory in (*self._idle, *(chunk.memory for chunk in self._pending)):
+            for memory in self._memories:
                 free(memory)
 
 
@@ -999,10 +1002,10 @@ class Chunk(NamedTuple):
     future: "concurrent.futures.Future[tuple[bytes, list[int]]]"
 
 
-def free(memory: Optional[shared_memory.SharedMemory]) -> None:
-    """Remove shared memory, if there is any."""
-    if memory is not None:
-        memory.close()
+def free(memory: shared_memory.SharedMemory) -> None:
+    """Remove shared memory; does nothing the second time."""
+    memory.close()
+    with contextlib.suppress(FileNotFoundError):
         memory.unlink()
 
 
