@@ -177,7 +177,7 @@ class Augmenter:
     Attributes
     ----------
     source : ndarray of float32, shape (H, W, C)
-        Where an image may be put before it is given to `apply`, which then need not copy it.
+        Buffer for an image; `apply` does not copy it if it is given this array.
 
     Notes
     -----

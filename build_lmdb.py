@@ -5,10 +5,10 @@ r"""Turn a folder of images and a folder of masks into a training and a test dat
 
 Owns pairing, checking, splitting, and cropping or tiling. Never imports TensorFlow: it runs on login nodes.
 
-All files are looked at first (their headers only, unless they are large), so that everything that is wrong is told at
+All files are checked first (their headers only, unless they are large), so that everything that is wrong is reported at
 once; then several processes read them, measure their channels and encode records, which this one appends in order. What
-only the pixels tell, such as NaN, comes up then, and is gathered in the same way: a database appears when the whole of
-it is in order.
+only the pixels show, such as NaN, comes up then, and is gathered in the same way: a database appears when all of it is
+in order.
 """
 
 import argparse
@@ -107,7 +107,7 @@ class ProblemKind(enum.Enum):
     BAD_MASK = "masks that hold no class ids"
     MIXED_TYPES = "images of another type than most"
     MIXED_SIZES = "images of another size than most"
-    BAD_PIXELS = "images with values that cannot be computed with"
+    BAD_PIXELS = "images with NaN, infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
 
@@ -356,6 +356,8 @@ def run(args: argparse.Namespace) -> None:
     sides = split_pairs(pairs, args.train_fraction, args.seed, args.split_by)
     options = Options(args.tile_size if args.use_tiling else None, args.channels, args.label_map, bool(args.skip_bad))
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
+    if args.preview:
+        check_previews([target.with_suffix(".png") for target in targets], pairs)
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
         specs, measured, unusable = survey(workers, pairs, options)
         problems += unusable
@@ -367,17 +369,25 @@ def run(args: argparse.Namespace) -> None:
             filled = [build.fill(side, writer) for side, writer in zip(sides, writers)]
             report_problems(build.problems, options.skip_bad)
             problems += build.problems
-            about = describe_build(args, len(problems))
-            for side, contents, writer in zip(SIDES, filled, writers):
+            for side, writer in zip(SIDES, writers):
                 if not len(writer):
                     raise InputError(
-                        f"no image is left to {side} with; mend the files that were left out, or change --seed"
+                        f"no image is left to {side} with; fix the files that were left out, or change --seed"
                     )
-                # Floors are those of the training images in both: testing normalizes as training does.
-                floors = filled[0].deviation_floors(build.image_dtype)
-                writer.finish({**about, "side": side, "value_range": contents.value_range, "deviation_floor": floors})
+            about = describe_build(args, len(problems))
+            about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
+            for side, contents, writer in zip(SIDES, filled, writers):
+                writer.finish({**about, "side": side, "value_range": contents.value_range})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
     describe_databases(targets, bool(args.preview))
+
+
+def check_previews(previews: Sequence[Path], pairs: Sequence[Pair]) -> None:
+    """Refuse to draw over a file that the build reads."""
+    inputs = {os.path.realpath(path) for pair in pairs for path in pair}
+    for preview in previews:
+        if os.path.realpath(preview) in inputs:
+            raise InputError(f"{preview} would replace an image or mask; choose another --output_folder")
 
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
@@ -440,13 +450,13 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 
 def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     """Return each image with its mask, sorted by name, and what has no partner or several."""
-    suffix = args.mask_suffix or ""
+    suffix = composed(args.mask_suffix or "")
     mask_paths = list_masks(args.mask_folder, args.mask_format, suffix)
     image_paths = list_images(args.image_folder, args.image_format)
     if os.path.samefile(args.image_folder, args.mask_folder):
         if not suffix and set(image_paths) & set(mask_paths):
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
-        image_paths = [path for path in image_paths if not suffix or not composed(path.stem).endswith(composed(suffix))]
+        image_paths = [path for path in image_paths if not suffix or not composed(path.stem).endswith(suffix)]
     images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
     problems = []
     for group in (*images.values(), *masks.values()):
@@ -466,7 +476,6 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
 
 def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
-    suffix = composed(suffix)
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
     entries = list_files(folder)
@@ -485,12 +494,12 @@ def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
     stems: dict[str, list[Path]] = {}
     for path in paths:
         stem = composed(path.stem)
-        stems.setdefault(stem[: len(stem) - len(composed(suffix))], []).append(path)
+        stems.setdefault(stem[: len(stem) - len(suffix)], []).append(path)
     return stems
 
 
 def composed(name: str) -> str:
-    """Return a name with its accents in one character with their letters: a macOS writes two, and means the same."""
+    """Return a name with one character for each accented letter; macOS writes two for the same name."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -739,19 +748,17 @@ class Contents:
     def __init__(self) -> None:
         self._minimum, self._maximum = np.array(np.inf), np.array(-np.inf)
         self._deviations = array.array("f")  # compact, because there may be a million images
-        self._channels = 1
 
     def add(self, statistics: ChannelStatistics) -> None:
         """Take note of an image."""
         self._minimum = np.minimum(self._minimum, statistics.minimum)
         self._maximum = np.maximum(self._maximum, statistics.maximum)
-        self._channels = len(statistics.deviation)
         self._deviations.extend(statistics.deviation)
 
     @property
     def value_range(self) -> list[tuple[float, float]]:
         """Minimum and maximum of each channel."""
-        return list(zip(np.atleast_1d(self._minimum).tolist(), np.atleast_1d(self._maximum).tolist()))
+        return list(zip(self._minimum.tolist(), self._maximum.tolist()))
 
     def deviation_floors(self, image_dtype: str) -> list[float]:
         """Return the least deviation by which each channel is divided.
@@ -759,7 +766,7 @@ class Contents:
         For integers that is 1, as in the NIST reference implementation. Floats have no such unit: a fraction of the
         median over all images that vary.
         """
-        of_channels = np.asarray(self._deviations, np.float64).reshape(-1, self._channels).T
+        of_channels = np.asarray(self._deviations, np.float64).reshape(-1, len(self._minimum)).T
         if image_dtype != "float32":
             return [1.0] * len(of_channels)
         return [FLOOR_FRACTION * float(np.median(each[each > 0])) if each.any() else 1.0 for each in of_channels]
@@ -803,7 +810,7 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
         squares = ((slice(row, row + rows), slice(column, column + columns)) for row, column in job.origins)
         windows = [clipped(square, mask.shape) for square in squares]
         statistics = job.statistics
-        if statistics is None:  # this job has all records of the image, which is small enough to be read as a whole
+        if statistics is None:  # this job has all records of the image, which is small enough to be read at once
             [complete] = image.windows([image.extent])
             statistics = ChannelStatistics.of_file(image, complete)
             parts: Iterable[np.ndarray] = (complete[window] for window in windows)

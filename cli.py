@@ -83,7 +83,7 @@ def configure_logging(level: int = logging.INFO) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # A log line takes the place of the progress line that may stand in a terminal.
     start = CLEAR_LINE if sys.stdout.isatty() else ""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of few characters, too, gets each line
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no line is lost in a locale of few characters
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(LogFormatter(start))
@@ -91,7 +91,7 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """Gives each message one readable line, whatever is in the names of files."""
+    """Writes each message in one readable line, whatever the names of files contain."""
 
     def __init__(self, start: str = "") -> None:
         super().__init__(f"{start}%(asctime)s %(levelname)s %(message)s")
@@ -266,7 +266,7 @@ def shortened(stem: str) -> str:
 
 @contextlib.contextmanager
 def without_patterns(folder: PathLike) -> Iterator[str]:
-    """Yield another path to a folder, for TensorFlow, which takes brackets and backslashes in its own for a pattern."""
+    """Yield a path to a folder without brackets and backslashes, which TensorFlow takes for patterns when it reads."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}"

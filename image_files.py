@@ -26,13 +26,14 @@ from cli import InputError, PathLike, Progress, free_host_memory
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
+MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 REDUCED_IMAGE, TRANSPARENCY_MASK = 1, 4  # bits of a TIFF's NewSubfileType
 LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings that may change values
-# TIFF tags that tell where an image lies: pixel scale, tie points, transformation and keys of GeoTIFF. Not
-# GDAL's own 42112 and 42113, which speak of the image's values.
+# TIFF tags that place an image: pixel scale, tie points, transformation and keys of GeoTIFF. Not GDAL's own 42112 and
+# 42113, which describe the image's values.
 PLACEMENT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
 ORIENTATIONS = [
@@ -132,7 +133,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     Parameters
     ----------
     filepath : path
-        TIFF, PNG or JPEG, by its extension.
+        TIFF, PNG or JPEG, whatever its extension.
     size : (int, int), optional
         Height and width, where they are known (from the mask). They, or `channels`, tell where the channels are
         in a TIFF that does not say so.
@@ -155,9 +156,9 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     orientation : Orientation
         How the stored pixels have been turned.
     placement : dict
-        What tells where a TIFF's pixels lie and how large they are, as arguments of `tifffile.imwrite`.
+        Place, size and orientation of the stored pixels, as arguments of `tifffile.imwrite`.
     notes : tuple of str
-        What has been done with the file that its user should know.
+        What was done with the file that its user should know.
 
     Raises
     ------
@@ -186,18 +187,20 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             self.dtype, self.divisible = self._source.dtype, not isinstance(self._source, _WholeImage)
             self._check_memory()
         if self.orientation != Orientation():
-            self.notes += ("turned upright as the file says",)
+            self.notes += ("turned upright, as their orientation tag demands",)
             self.placement.setdefault("extratags", []).append((ORIENTATION_TAG, "H", 1, self.orientation.code, True))
 
     def _check_memory(self) -> None:
-        """Refuse an image that can only be read as a whole and does not fit into memory."""
-        gibibytes = self.nbytes / 2**30
-        if not self.divisible and self.nbytes > free_host_memory():
+        """Refuse an image that can only be read in one piece and does not fit into memory."""
+        if self.divisible or self.nbytes <= MEMORY_CHECK_BYTES:
+            return
+        gibibytes, free = self.nbytes / 2**30, free_host_memory()
+        if self.nbytes > free:
             raise InputError(
-                f"{self.path} can only be read whole, which takes {gibibytes:.1f} GiB of memory, more than there is; a "
-                "tiled or uncompressed TIFF would not"
+                f"{self.path} can only be read in one piece, which takes {gibibytes:.1f} GiB of memory, found "
+                f"{free / 2**30:.1f} GiB free; convert it to a tiled TIFF"
             )
-        if not self.divisible and self.nbytes > LARGE_IMAGE_BYTES:
+        if self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
                 self.path, gibibytes,
@@ -295,8 +298,8 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         """
         if not self.path.is_file():
             missing = self.path.is_symlink() and not self.path.exists()
-            found = f"a link to {os.readlink(self.path)}, which is not there" if missing else "something else"
-            raise InputError(f"expected an image file at {self.path}, found {found}")
+            target = f"a link to {os.readlink(self.path)}, which does not exist" if missing else "no regular file"
+            raise InputError(f"expected an image file at {self.path}, found {target}; restore it or leave it out")
         with open(self.path, "rb") as file:
             start = file.read(len(PNG_SIGNATURE))
         if start[:4] in TIFF_SIGNATURES:
@@ -372,10 +375,10 @@ class AxisLayout(NamedTuple):
         if len(squeezed) != 3 or any(axis in "ZTI" for axis in axes):
             found = f"found axes {axes}"
             if axes == "IYX":
-                found = f"found {squeezed[0]} pages that it does not call channels"
+                found = f"found {squeezed[0]} pages without axes"
             raise InputError(
-                f"expected a 2-D image with channels in {path}, {found} of shape {squeezed}; save each plane as "
-                "a file of its own, or channels with their axes, CYX"
+                f"expected a 2-D image with channels in {path}, {found} of shape {squeezed}; save each plane as a file "
+                "of its own, or channels with the axes CYX"
             )
         channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
         if channel_axis is None and size is not None:
@@ -420,7 +423,7 @@ class Orientation(NamedTuple):
 
     @classmethod
     def of_exif(cls, exif: bytes) -> "Orientation":
-        """Return what EXIF data say, a little TIFF."""
+        """Return the orientation in EXIF data."""
         from PIL import Image
 
         loaded = Image.Exif()
@@ -577,11 +580,11 @@ class _SegmentedTiff:
 
 
 def _full_resolution_series(file: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the largest image of a TIFF that is no reduced copy or mask of another, and what to say of it."""
+    """Return the largest image of a TIFF that is no reduced copy or mask of another, and notes about it."""
     candidates = [each for each in file.series if not each.keyframe.subfiletype & (REDUCED_IMAGE | TRANSPARENCY_MASK)]
     best = max(candidates or file.series, key=lambda each: each.keyframe.imagelength * each.keyframe.imagewidth)
     count = len(file.series)
-    return best, (f"of {count} images in the file the largest is taken",) if count > 1 else ()
+    return best, (f"the largest of {count} images in the file is used",) if count > 1 else ()
 
 
 def _check_segments(series: Any, file_bytes: int) -> None:
@@ -602,20 +605,20 @@ def _check_segments(series: Any, file_bytes: int) -> None:
 
 
 def _photometric(page: Any, as_mask: bool) -> tuple[tuple[str, ...], Optional[int]]:
-    """Return what to say of how a TIFF means its values, and the value that stands for black if 0 is white."""
-    name, signed = name_of(page.photometric), page.dtype.kind not in "bu"
+    """Return notes about the meaning of a TIFF's values, and the value of black if an image counts from white."""
+    name = name_of(page.photometric)
     if name == "MINISWHITE":
-        if as_mask or signed:
-            return ("values are taken as they are stored, though the file says that 0 is white",), None
-        return ("stored with 0 as white, taken as viewers show it",), 2**page.bitspersample - 1
+        if as_mask or page.dtype.kind not in "bu":
+            return ("used as stored, although the file declares that 0 is white",), None
+        return ("inverted, because the file declares that 0 is white",), 2**page.bitspersample - 1
     in_colors = name == "YCBCR" and LOSSY_COMPRESSION.search(name_of(page.compression))  # when it has been decoded
     if name in ("MINISBLACK", "RGB", "CFA") or in_colors or (name == "PALETTE" and as_mask):
         return (), None
-    return (f"values are taken as they are stored, though the file means them as {name}",), None
+    return (f"used as stored, although the file declares the values as {name}",), None
 
 
 def _placement(file: Any, page: Any) -> dict[str, Any]:
-    """Return what tells where a TIFF's pixels lie and how large they are, as arguments of `tifffile.imwrite`."""
+    """Return place and size of a TIFF's pixels, as arguments of `tifffile.imwrite`."""
     placement: dict[str, Any] = {}
     if "XResolution" in page.tags:
         placement.update(resolution=page.resolution, resolutionunit=int(page.resolutionunit))
@@ -628,7 +631,7 @@ def _placement(file: Any, page: Any) -> dict[str, Any]:
 
 
 class Described(NamedTuple):
-    """A PNG or JPEG: its array's shape and pixel type, what decodes it, how it lies, and what to say of it."""
+    """A PNG or JPEG: its array's shape and pixel type, its decoder, its orientation, and notes about it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -658,14 +661,14 @@ def _describe_jpeg(path: Path) -> Described:
 def _describe_png(path: Path, as_mask: bool) -> Described:
     """Describe a PNG from the chunks before its pixels.
 
-    A palette gives colors, or the indices of a mask: libpng decodes them where the header calls them gray.
+    A palette gives colors, or the indices of a mask: libpng decodes these if the header calls them gray.
     """
     with open(path, "rb") as file:
         chunks = dict(_png_chunks(file, b"IDAT"))
     width, height, bits, color = struct.unpack_from(">IIBB", chunks[b"IHDR"])
     stored_samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     if height * (1 + width * stored_samples * bits // 8) > DEFLATE_RATIO * os.path.getsize(path):
-        raise ValueError(f"its header tells of {height} x {width} pixels, for which it is too small")
+        raise ValueError(f"its header claims {height} x {width} pixels, for which the file is too small")
     samples = 3 if color == 3 and not as_mask else stored_samples
     steps = 255 // (2**bits - 1) if as_mask and bits < 8 else 1  # libpng stretches gray of few bits to 8
 
@@ -681,8 +684,8 @@ def _describe_png(path: Path, as_mask: bool) -> Described:
         return pixels // steps if steps > 1 else pixels
 
     shape = (height, width) if samples == 1 else (height, width, samples)
-    notes = ("a transparent color is taken as any other",) if b"tRNS" in chunks else ()
-    orientation = Orientation.of_exif(chunks.get(b"eXIf", b""))
+    notes = ("the transparent color is used like any other",) if b"tRNS" in chunks else ()
+    orientation = Orientation.of_exif(chunks[b"eXIf"]) if b"eXIf" in chunks else Orientation()
     return Described(shape, np.dtype(np.uint16 if bits == 16 else np.uint8), decode, orientation, notes)
 
 
@@ -692,7 +695,7 @@ def _png_chunks(file: IO[bytes], before: bytes = b"") -> Iterator[tuple[bytes, b
     Raises
     ------
     ValueError
-        If it is cut short, or a checksum is wrong: decoders do not look at all of them.
+        If it is cut short, or a checksum is wrong: decoders do not check all of them.
     """
     file.seek(len(PNG_SIGNATURE))
     kind = b""
@@ -730,7 +733,7 @@ def _rewritten_png(content: bytes, as_gray: bool) -> bytearray:
 
 
 class UnusablePixels(InputError):
-    """An image contains values that cannot be computed with."""
+    """An image contains NaN, infinity, or values too large for float32 sums."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -800,7 +803,7 @@ class ChannelStatistics(NamedTuple):
         if not max(-lowest, highest) <= MAX_MAGNITUDE:
             found = f"{lowest:g} to {highest:g}" if math.isfinite(highest - lowest) else "NaN or infinity"
             raise UnusablePixels(
-                f"expected finite pixels of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; replace them, "
+                f"expected finite values of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; replace them, "
                 "for example by 0"
             )
         return statistics
@@ -821,7 +824,7 @@ def normalize(
     mean, deviation : ndarray of float64, shape (C,)
         Of the complete image.
     floor : ndarray of shape (C,), or float
-        Taken for the deviation where that is smaller: an empty image must not become amplified noise.
+        Replaces a smaller deviation: an empty image must not become amplified noise.
     out : ndarray of float32, shape (H, W, C), optional
         Where to put the result.
 
@@ -832,13 +835,14 @@ def normalize(
 
     Notes
     -----
-    What float32 rounds off the mean is subtracted by itself if it could be seen. Integers of 32 bits, which float32
-    would round before the difference is taken, are centered in float64.
+    What float32 rounds off the mean is subtracted separately if it could be seen. Types that float32 would round
+    before the difference is taken, such as int32 and float64, are centered in float64.
     """
     out = np.empty(pixels.shape, np.float32) if out is None else out
-    center, factor = np.float32(mean), np.float32(1 / np.maximum(deviation, floor))
+    center = mean.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
+    factor = np.float32(1 / np.maximum(deviation, floor))
     rest = np.where(np.abs(mean - center) * factor > MEAN_TOLERANCE, np.float32(mean - center), np.float32(0))
-    exact = np.float64 if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 2 else np.float32
+    exact = np.float32 if np.can_cast(pixels.dtype, np.float32) else np.float64
     for source, target, *values in _lines_of_channels(pixels, out, center, rest, factor):
         np.subtract(source, values[0], out=target, dtype=exact, casting="unsafe")
         if rest.any():
@@ -848,7 +852,7 @@ def normalize(
 
 
 def _lines_of_channels(pixels: np.ndarray, out: np.ndarray, *values: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """Yield arrays of pixels and results that numpy goes through fast, with the values of their channels to match."""
+    """Yield arrays of pixels and results in the order of memory, and the values of their channels to match."""
     height, width, channels = pixels.shape
     if channels > 1 and pixels.flags.c_contiguous and out.flags.c_contiguous:
         # All channels at once, in the order of memory: one at a time would skip from pixel to pixel.

@@ -76,7 +76,7 @@ MEMORY_SHARE = 0.5  # of what is free, for the network's activations
 FEATURE_COPIES = 6  # float32 values that the network holds of each pixel and feature; measured for 2 to 64 features
 BATCHES_HELD = 3  # inputs and outputs of the network: one that is read, one in the network, one that is written
 PAPER_FEATURES = 64  # of a model that does not tell its own
-LARGE_SCALE = 1000  # times the range of the training images, from where on units must be others
+LARGE_SCALE = 1000  # times the range of the training images, beyond which the units must differ
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -495,8 +495,8 @@ def check_image(image: ImageFile, model: Model) -> None:
 def differences_of_scale(image: ImageFile, statistics: ChannelStatistics, model: Model) -> Iterator[str]:
     """Yield what looks as if an image had been given in other units than the training images had.
 
-    An image that hardly varies is left as it is, as there may be nothing in it. The training images tell whether it is
-    the units that make it so: in integers of one type an empty image is more likely, in float32 the floor is theirs.
+    The deviation of an image that hardly varies is replaced by the floor. In integers of the training images' own type
+    that is most likely an empty image; otherwise the units may be the reason.
     """
     if model.value_range is None:
         return
@@ -507,7 +507,7 @@ def differences_of_scale(image: ImageFile, statistics: ChannelStatistics, model:
         if hardly_varies or found_high - found_low > LARGE_SCALE * (high - low) > 0:
             yield (
                 f"{image.path}: values from {found_low:g} to {found_high:g} in channel {channel}, in the training "
-                f"images from {low:g} to {high:g}: is it in other units? If so, convert it, or the mask is wrong"
+                f"images from {low:g} to {high:g}: is it in other units? If so, convert it: its mask would be wrong"
             )
 
 

@@ -6,7 +6,7 @@ metadata; and, because all sides have to agree on them, the sizes that the netwo
 A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
 value is a 32-byte header (`HEADER`), mean and standard deviation of each channel of the complete source image (float64,
 ``(2, C)``), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)`` bytes, all little-endian. The
-key ``b"metadata"`` sorts last and holds an uncompressed npz archive (`Metadata`).
+key ``b"metadata"`` sorts last and contains an uncompressed npz archive (`Metadata`).
 """
 
 import array

@@ -336,7 +336,7 @@ def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
     tifffile.imwrite(tmp_path / "masks" / "cell3.tif", np.full((64, 64), -7, np.int16))
     refused(
         tmp_path,
-        "3 images with values that cannot be computed with:",
+        "3 images with NaN, infinity or values that are too large:",
         "cell0.tif",
         "cell2.tif",
         "1 masks with negative values:",
@@ -410,7 +410,9 @@ def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
     tifffile.imwrite(images / "cell1.tif", image[..., 0], tile=(256, 256))
     tifffile.imwrite(tmp_path / "masks" / "cell1.tif", mask)
     done = start(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
-    assert done.returncode == 0 and "1 images with values that cannot be computed with" in done.stdout, done.stdout
+    assert done.returncode == 0 and "1 images with NaN, infinity or values that are too large" in done.stdout, (
+        done.stdout
+    )
     for side in "train", "test":
         with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
             assert len(database) == 2 * len(database.metadata.names) and "cell1.tif" not in database.metadata.names
@@ -558,11 +560,22 @@ def test_names_of_any_bytes_are_paired_stored_and_listed(tmp_path):
     assert "caf\\udce9.tif" in lines[1] and "tab\\tand\\nline end.tif" in lines[2]
 
 
+def test_a_preview_replaces_no_image(tmp_path):
+    images, masks = write_folders(tmp_path, count=0)
+    for index, name in enumerate(["train-t", "other"]):
+        skimage.io.imsave(images / f"{name}.png", make_pair(index, dtype="uint8")[0][..., 0], check_contrast=False)
+        tifffile.imwrite(masks / f"{name}.tif", make_pair(index)[1])
+    before = (images / "train-t.png").read_bytes()
+    done = start(tmp_path, "--image_format", "png", "--output_folder", images, "--preview", 1)
+    assert done.returncode == 2 and "train-t.png would replace an image or mask" in done.stdout, done.stdout
+    assert (images / "train-t.png").read_bytes() == before and len(list(images.iterdir())) == 2
+
+
 def test_a_link_to_nowhere_is_named(tmp_path):
     images, _ = write_folders(tmp_path, count=4)
     (images / "cell0.tif").unlink()
     (images / "cell0.tif").symlink_to("/nowhere/cell0.tif")
-    refused(tmp_path, "cell0.tif, found a link to /nowhere/cell0.tif, which is not there", "1 file cannot be used")
+    refused(tmp_path, "cell0.tif, found a link to /nowhere/cell0.tif, which does not exist", "1 file cannot be used")
 
 
 @pytest.mark.parametrize("kind", STORED)

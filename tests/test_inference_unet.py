@@ -701,7 +701,7 @@ def test_a_link_to_nowhere_is_a_bad_file_and_the_others_go_on(gray_model, tmp_pa
     os.mkfifo(images / "pipe.tif")
     done = infer(gray_model, images, tmp_path / "masks")
     assert done.returncode == 2 and "3 images failed: loop.tif, lost.tif, pipe.tif" in done.stdout, done.stdout
-    assert "lost.tif, found a link to /nowhere/lost.tif, which is not there" in done.stdout
+    assert "lost.tif, found a link to /nowhere/lost.tif, which does not exist" in done.stdout
     assert os.listdir(tmp_path / "masks") == ["a0.tif"]
 
 

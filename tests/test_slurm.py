@@ -159,7 +159,7 @@ def test_training_gets_the_cores_of_the_job(slurm, databases, tmp_path, nodes, c
         pytest.skip("this computer has one core")
     (tmp_path / "train_unet.py").write_text("import os\nprint(f'trains on {len(os.sched_getaffinity(0))} cores')\n")
     small = ["--gres=gpu:1", f"--cpus-per-task={cores}", f"--nodes={nodes}", f"--output={tmp_path}/job.log"]
-    # The test cluster binds only where it is asked to: jobs of 32 cores have to run on a computer with two.
+    # The test cluster binds cores only on request: jobs of 32 cores have to run on a computer with two.
     environment = f"--export=ALL,UNET_HOME={tmp_path},SLURM_CPU_BIND=threads"
     job = slurm.submit(*small, environment, "train_unet.sbatch", *databases, tmp_path / "out", cwd=ROOT)
     found = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"})

@@ -316,7 +316,7 @@ def test_label_map_and_channels_travel_to_the_settings_and_to_inference(tmp_path
 
 
 def test_float_images_of_a_small_range_are_learned_from_and_recognized_in_other_units(tmp_path):
-    """Of a standard deviation far below 1, which is where integers are only centered."""
+    """Their standard deviation is far below 1, the floor of integers."""
     images, masks = write_folders(tmp_path, count=6)
     for path in images.iterdir():
         tifffile.imwrite(path, (tifffile.imread(path) / 10000).astype(np.float32))
