@@ -176,8 +176,8 @@ class Augmenter:
 
     Attributes
     ----------
-    source : ndarray of float32, shape (H, W, C)
-        Buffer for an image; `apply` does not copy it if it is given this array.
+    buffer : ndarray of float32, shape (H, W, C)
+        Memory in which an image may be prepared for `apply`, which overwrites it.
 
     Notes
     -----
@@ -195,10 +195,10 @@ class Augmenter:
         # keeps a column of a power of two of rows from competing for the same few lines of the cache.
         self._padded_source = np.zeros((channels, height + 1, width + 1), np.float32)
         self._source = self._padded_source[:, :height, :width]
-        self.source = np.moveaxis(self._source, 0, 2)
         self._padded_mask = np.zeros((height + 1, width + 1), mask_dtype)
         self._source_mask = self._padded_mask[:height, :width]
         self._result = np.empty((channels, height, width), np.float32)
+        self.buffer = np.moveaxis(self._result, 0, 2)
         self._result_mask = np.empty((height, width), mask_dtype)
         self._half_blurred = np.empty((height, width), np.float32)
         self._position = np.empty((2, self._block_rows, width), np.int32)
@@ -243,10 +243,9 @@ class Augmenter:
         shift are fractions of the range (maximum minus minimum over all channels) of the image as it came in.
         """
         t = transformation
-        if image is not self.source:
-            np.copyto(self._source, np.moveaxis(image, 2, 0), casting="unsafe")
+        np.copyto(self._source, np.moveaxis(image, 2, 0), casting="unsafe")
         np.copyto(self._source_mask, mask, casting="unsafe")
-        value_range = np.ptp(self._source) if t.noise_sigma > 0 or t.intensity_shift else 0.0
+        value_range = float(image.max()) - float(image.min()) if t.noise_sigma > 0 or t.intensity_shift else 0.0
         if t.is_mirror:
             mirrored = np.s_[..., :: -1 if t.reflect_rows else 1, :: -1 if t.reflect_columns else 1]
             np.copyto(self._result, self._source[mirrored])

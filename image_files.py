@@ -841,11 +841,12 @@ def normalize(
     out = np.empty(pixels.shape, np.float32) if out is None else out
     center = mean.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
     factor = np.float32(1 / np.maximum(deviation, floor))
-    rest = np.where(np.abs(mean - center) * factor > MEAN_TOLERANCE, np.float32(mean - center), np.float32(0))
+    rest = np.float32(mean - center)
+    shows = (np.abs(rest) * factor).max() > MEAN_TOLERANCE
     exact = np.float32 if np.can_cast(pixels.dtype, np.float32) else np.float64
     for source, target, *values in _lines_of_channels(pixels, out, center, rest, factor):
         np.subtract(source, values[0], out=target, dtype=exact, casting="unsafe")
-        if rest.any():
+        if shows:
             np.subtract(target, values[1], out=target)
         np.multiply(target, values[2], out=target)
     return out
@@ -859,7 +860,7 @@ def _lines_of_channels(pixels: np.ndarray, out: np.ndarray, *values: np.ndarray)
         lines = height, width * channels
         yield (pixels.reshape(lines), out.reshape(lines), *(np.tile(value, width) for value in values))
     else:
-        yield from zip(np.moveaxis(pixels, 2, 0), np.moveaxis(out, 2, 0), *values)
+        yield from zip(pixels.transpose(2, 0, 1), out.transpose(2, 0, 1), *values)
 
 
 def displayable(scores: np.ndarray) -> np.ndarray:

@@ -231,13 +231,15 @@ class SampleSource:
             batch.images[index], batch.masks[index] = 0, 0
             return
         stored = self._database.record(record)
-        target = batch.images[index] if self._augmentation is None else self._augmenter.source
+        target = batch.images[index] if self._augmentation is None else self._augmenter.buffer
         normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target)
         if self._augmentation is None:
             batch.masks[index] = stored.mask
-        else:
-            transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
-            batch.images[index], batch.masks[index] = self._augmenter.apply(transformation, target, stored.mask, rng)
+            return
+        transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
+        image, batch.masks[index] = self._augmenter.apply(transformation, target, stored.mask, rng)
+        for channel in range(image.shape[2]):  # all at once would skip from channel to channel of each pixel
+            batch.images[index, ..., channel] = image[..., channel]
 
 
 # ---------------------------------------------------------------------------------------------- the worker process

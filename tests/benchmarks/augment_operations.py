@@ -70,7 +70,7 @@ def operations(case):
         return normalize(image, statistics.mean, statistics.deviation, out=target)
 
     def whole_recipe():
-        source = normalized(augmenter.source)
+        source = normalized(augmenter.buffer)
         np.copyto(out, augmenter.apply(sample_transformation(rng, *mask.shape, **limits), source, mask, rng)[0])
 
     return [
