@@ -216,6 +216,7 @@ class Augmenter:
         image: np.ndarray,
         mask: np.ndarray,
         rng: Optional[np.random.Generator] = None,
+        missing: Optional[np.ndarray] = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Apply one transformation to an image and its mask.
 
@@ -229,6 +230,8 @@ class Augmenter:
             Class ids.
         rng : numpy.random.Generator, optional
             Source of the noise; needed where `noise_sigma` is positive.
+        missing : ndarray of bool, shape (H, W, C), optional
+            Pixels without data. They move as those of the mask do, and are 0 in the end.
 
         Returns
         -------
@@ -246,12 +249,16 @@ class Augmenter:
         np.copyto(self._source, np.moveaxis(image, 2, 0), casting="unsafe")
         np.copyto(self._source_mask, mask, casting="unsafe")
         value_range = float(image.max()) - float(image.min()) if t.noise_sigma > 0 or t.intensity_shift else 0.0
+        nearest = [(self._padded_mask, self._result_mask)]
+        if missing is not None:
+            nearest += self._planes_of(missing)
         if t.is_mirror:
             mirrored = np.s_[..., :: -1 if t.reflect_rows else 1, :: -1 if t.reflect_columns else 1]
             np.copyto(self._result, self._source[mirrored])
-            np.copyto(self._result_mask, self._source_mask[mirrored])
+            for source, result in nearest:
+                np.copyto(result, source[: self._height, : self._width][mirrored])
         else:
-            self._warp(t)
+            self._warp(t, nearest)
         if t.blur_sigma > 0:
             self._blur(t.blur_sigma)
         if t.noise_sigma > 0:
@@ -260,17 +267,26 @@ class Augmenter:
             self._add_noise(t.noise_sigma * value_range, rng)
         if t.intensity_shift:
             self._result += np.float32(t.intensity_shift * value_range)
+        for plane, (_, without_data) in zip(self._result, nearest[1:]):
+            plane[without_data] = 0
         return np.moveaxis(self._result, 0, 2), self._result_mask
+
+    def _planes_of(self, missing: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return a padded source like that of the mask for each channel of an array, and room for the result."""
+        height, width, channels = missing.shape
+        sources = np.zeros((channels, height + 1, width + 1), bool)
+        sources[:, :height, :width] = np.moveaxis(missing, 2, 0)
+        return list(zip(sources, np.empty((channels, height, width), bool)))
 
     # ------------------------------------------------------------------ geometry
 
-    def _warp(self, transformation: Transformation) -> None:
-        """Resample image and mask through the affine map."""
+    def _warp(self, transformation: Transformation, nearest: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Resample the image through the affine map, and padded sources without interpolation into their results."""
         affine = self._fixed_point_map(*inverse_affine(transformation, self._height, self._width))
         for first in range(0, self._height, self._block_rows):
             rows = slice(first, min(first + self._block_rows, self._height))
             position = self._locate(affine, rows)
-            self._take_mask(affine.bits, position, self._result_mask[rows])
+            self._take_nearest(affine.bits, position, [(source, result[rows]) for source, result in nearest])
             self._interpolate(affine.bits, position, self._result[:, rows])
 
     def _fixed_point_map(self, matrix: np.ndarray, offset: np.ndarray) -> _Map:
@@ -311,13 +327,15 @@ class Augmenter:
         np.copyto(index.reshape(row.shape), row)  # np.take would make its own copy of any other integer type
         return index
 
-    def _take_mask(self, bits: int, position: np.ndarray, result: np.ndarray) -> None:
-        """Fill rows of the result with the mask's nearest pixels."""
-        nearest = self._integers[:, : len(result)]
+    def _take_nearest(self, bits: int, position: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Fill rows of results with the nearest pixels of their padded sources."""
+        nearest = self._integers[:, : position.shape[1]]
         np.add(position, 1 << (bits - 1), out=nearest)
         np.right_shift(nearest, bits, out=nearest)
-        # All indices are valid. Modes other than the default write into `out` without a buffer in between.
-        np.take(self._padded_mask.reshape(-1), self._flat_index(nearest), out=result.reshape(-1), mode="wrap")
+        index = self._flat_index(nearest)
+        for source, result in pairs:
+            # All indices are valid. Modes other than the default write into `out` without a buffer in between.
+            np.take(source.reshape(-1), index, out=result.reshape(-1), mode="wrap")
 
     def _interpolate(self, bits: int, position: np.ndarray, results: np.ndarray) -> None:
         """Fill rows of all channels with the mean of four neighbors weighted by nearness; overwrites `position`."""

@@ -62,6 +62,7 @@ from image_files import (
     list_files,
     list_images,
     reflect_to,
+    without_data,
 )
 from lmdb_utils import (
     IMAGE_DTYPES,
@@ -74,6 +75,7 @@ from lmdb_utils import (
     Metadata,
     Record,
     advise_label_map,
+    ignored_id,
     new_databases,
     record_bytes,
 )
@@ -89,6 +91,7 @@ CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each 
 PREFETCHED_CHUNKS = 3  # for each process
 PREFETCHED_BYTES = 256 * 2**20  # of records that may wait for being appended
 SHOWN_PROBLEMS = 3  # of each kind
+IGNORED, UNNAMED = -1, -2  # what LabelMap has in place of a class for values to ignore, and for those it does not name
 FLOOR_FRACTION = 0.01  # of the median deviation of the training images: float32 channels are divided by at least that
 
 Task = TypeVar("Task")
@@ -107,9 +110,10 @@ class ProblemKind(enum.Enum):
     BAD_MASK = "masks that hold no class ids"
     MIXED_TYPES = "images of another type than most"
     MIXED_SIZES = "images of another size than most"
-    BAD_PIXELS = "images with NaN, infinity or values that are too large"
+    BAD_PIXELS = "images with infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
+    RESERVED = "masks with the value that stands for ignored pixels"
 
 
 class Pair(NamedTuple):
@@ -193,9 +197,21 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
     text = (
         "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
-        "objects; values that it does not name are refused; write --label_map=-1:0,... where the first is negative"
+        "objects, or 255:ignore for pixels that count nowhere; values that it does not name are refused, unless all "
+        "it says is what to ignore; write --label_map=-1:0,... if the first is negative"
     )
     group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
+    text = (
+        "value of mask pixels that have no class, such as 255 for void; they count neither in training nor in scores "
+        "and class statistics; the same as --label_map VALUE:ignore, and may be set beside one"
+    )
+    group.add_argument("--ignore_value", metavar="VALUE", type=any_int, help=text)
+    text = (
+        "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
+        "says; they are left out of mean and standard deviation, the network sees 0, and where all channels have no "
+        "data the mask is ignored; inference uses the same value"
+    )
+    group.add_argument("--image_no_data", metavar="VALUE", type=any_float, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
     text = "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]"
@@ -229,6 +245,8 @@ def mask_format(text: str) -> str:
     return name
 
 
+any_int = number_type(int, lambda value: True, "a whole number, such as 255")
+any_float = number_type(float, lambda value: True, "a number, such as -9999")
 open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
 
 
@@ -270,20 +288,21 @@ class LabelMap(NamedTuple):
     """Which class each mask value becomes; the ``type`` of ``--label_map``."""
 
     text: str  # as it was given
-    ranges: tuple[tuple[int, int, int], ...]  # (first, last, class), ascending; last is included
+    ranges: tuple[tuple[int, int, int], ...]  # (first, last, class or IGNORED), ascending; last is included
 
     @classmethod
     def parse(cls, text: str) -> "LabelMap":
-        """Read ``VALUE:CLASS`` and ``FIRST-LAST:CLASS``, separated by commas."""
+        """Read ``VALUE:CLASS`` and ``FIRST-LAST:CLASS``, separated by commas; the class may be ``ignore``."""
         ranges = []
         for part in text.split(","):
-            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+)\s*", part)
+            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+|ignore)\s*", part)
             if not match:
                 raise argparse.ArgumentTypeError(
                     f"expected VALUE:CLASS or FIRST-LAST:CLASS, got {part!r}; try 0:0,255:1 or 0:0,1-65535:1"
                 )
-            first, last, class_id = int(match[1]), int(match[2] or match[1]), int(match[3])
-            if last < first or class_id > np.iinfo(np.int32).max:
+            first, last = int(match[1]), int(match[2] or match[1])
+            class_id = IGNORED if match[3] == "ignore" else int(match[3])
+            if last < first or class_id >= ignored_id(np.int32):
                 raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
             ranges.append((first, last, class_id))
         ranges.sort()
@@ -296,30 +315,49 @@ class LabelMap(NamedTuple):
         """Return the map as it was given."""
         return self.text
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Optional[LabelMap]":
+        """Return what --label_map and --ignore_value say together, None if neither is given."""
+        parts = [args.label_map.text] if args.label_map is not None else []
+        if args.ignore_value is not None:
+            parts.append(f"{args.ignore_value}:ignore")
+        try:
+            return cls.parse(",".join(parts)) if parts else None
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--label_map and --ignore_value do not fit together: {error}") from None
+
     @property
-    def dtype(self) -> np.dtype:
-        """Smallest mask type that holds the classes."""
-        return smallest_mask_type(max(class_id for _, _, class_id in self.ranges))
+    def ignores(self) -> bool:
+        """Whether some values are to be ignored."""
+        return any(class_id == IGNORED for _, _, class_id in self.ranges)
+
+    @property
+    def largest_class(self) -> int:
+        """The largest class; `IGNORED` if the map only says what to ignore, and leaves all else as it is."""
+        return max(class_id for _, _, class_id in self.ranges)
 
     def apply(self, mask: np.ndarray) -> np.ndarray:
-        """Return the classes of an integer mask, of any shape, as `dtype`; refuse values that are not in the map."""
+        """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse values that have none."""
         if mask.dtype.itemsize <= 2:
             unsigned = mask.view(f"u{mask.dtype.itemsize}")
             classes = _lookup_table(self, mask.dtype.str)[unsigned]
         else:
             classes = self.find(mask)
-        if classes.min() < 0:
-            unknown = np.unique(mask[classes < 0])
+        if classes.min() == UNNAMED:
+            unknown = np.unique(mask[classes == UNNAMED])
+            if self.largest_class == IGNORED:
+                raise Unusable(ProblemKind.NEGATIVE, advise_label_map(unknown.tolist()))
             shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
             raise Unusable(ProblemKind.UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
-        return classes.astype(self.dtype)
+        return classes
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """Return the class of each value as int32, -1 where there is none."""
+        """Return the class of each value as int32, or `IGNORED` or `UNNAMED`."""
         firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
         position = np.searchsorted(firsts, values, side="right") - 1
         inside = (position >= 0) & (values <= lasts[position])
-        return np.where(inside, classes[position], -1).astype(np.int32)
+        others = np.where(values >= 0, values, UNNAMED) if self.largest_class == IGNORED else UNNAMED
+        return np.where(inside, classes[position], others).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=4)
@@ -354,7 +392,8 @@ def run(args: argparse.Namespace) -> None:
     if len(pairs) < 2:
         report_problems(problems, bool(args.skip_bad))
     sides = split_pairs(pairs, args.train_fraction, args.seed, args.split_by)
-    options = Options(args.tile_size if args.use_tiling else None, args.channels, args.label_map, bool(args.skip_bad))
+    tile_size, label_map = args.tile_size if args.use_tiling else None, LabelMap.of(args)
+    options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
         check_previews([target.with_suffix(".png") for target in targets], pairs)
@@ -374,8 +413,9 @@ def run(args: argparse.Namespace) -> None:
                     raise InputError(
                         f"no image is left to {side} with; fix the files that were left out, or change --seed"
                     )
-            about = describe_build(args, len(problems))
+            about = describe_build(args, options, len(problems))
             about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
+            about["ignored_id"] = build.ignored_id
             for side, contents, writer in zip(SIDES, filled, writers):
                 writer.finish({**about, "side": side, "value_range": contents.value_range})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
@@ -401,15 +441,16 @@ def sensible_workers(pairs: Sequence[Pair]) -> int:
     return 1 + nbytes // WORKER_BYTES
 
 
-def describe_build(args: argparse.Namespace, left_out: int) -> dict[str, Any]:
+def describe_build(args: argparse.Namespace, options: "Options", left_out: int) -> dict[str, Any]:
     """Return what a database's metadata keeps of how it was made."""
     return {
         "dataset_name": args.dataset_name,
         "seed": args.seed,
         "train_fraction": args.train_fraction,
         "split_by": args.split_by and args.split_by.pattern,
-        "tile_size": args.tile_size if args.use_tiling else None,
-        "label_map": args.label_map and args.label_map.text,
+        "tile_size": options.tile_size,
+        "label_map": options.label_map and options.label_map.text,
+        "image_no_data": options.image_no_data,
         "channels": args.channels,
         "left_out": left_out,
     }
@@ -542,13 +583,15 @@ def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
 
 
 class Options(NamedTuple):
-    """What the processes have to know; the mask type is known when all headers are."""
+    """What the processes have to know; the last two are known when all headers are."""
 
     tile_size: Optional[int]
     channels: Optional[tuple[int, ...]]
     label_map: Optional[LabelMap]
     skip_bad: bool
+    image_no_data: Optional[float]
     mask_dtype: str = "int32"
+    may_ignore: bool = True  # whether the largest value of the mask type stands for ignored pixels
 
 
 class PairSpec(NamedTuple):
@@ -559,6 +602,7 @@ class PairSpec(NamedTuple):
     channels: int  # that are used
     dtypes: tuple[str, str]  # of image and mask in the files
     divisible: bool  # whether both files can be read in parts
+    may_lack_data: bool  # whether there is a value for pixels without data
     notes: tuple[str, ...] = ()  # what has been done with the files that their user should know
 
     @property
@@ -631,7 +675,7 @@ def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[
     """
 
     def work() -> tuple[PairSpec, Optional[ChannelStatistics]]:
-        with open_pair(pair) as (image, mask):
+        with open_pair(pair, options) as (image, mask):
             spec = check_headers(image, mask, options)
             jobs = encode_jobs(pair, spec, options)
             statistics = ChannelStatistics.of_file(image) if len(jobs) > 1 else None
@@ -653,10 +697,11 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
 
 
 @contextlib.contextmanager
-def open_pair(pair: Pair) -> Iterator[tuple[ImageFile, ImageFile]]:
+def open_pair(pair: Pair, options: Options) -> Iterator[tuple[ImageFile, ImageFile]]:
     """Yield both files, opened; the size of the mask tells where the channels of the image are."""
-    with ImageFile(pair.mask, as_mask=True) as mask, ImageFile(pair.image, size=mask.shape[:2]) as image:
-        yield image, mask
+    with ImageFile(pair.mask, as_mask=True) as mask:
+        with ImageFile(pair.image, size=mask.shape[:2], no_data=options.image_no_data) as image:
+            yield image, mask
 
 
 def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSpec:
@@ -681,7 +726,8 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
             raise Unusable(ProblemKind.BAD_IMAGE, str(error)) from None
     dtypes = image.dtype.name, mask.dtype.name
     notes = *(f"images: {note}" for note in image.notes), *(f"masks: {note}" for note in mask.notes)
-    return PairSpec(height, width, image.shape[2], dtypes, image.divisible and mask.divisible, notes)
+    divisible, may_lack_data = image.divisible and mask.divisible, image.no_data is not None
+    return PairSpec(height, width, image.shape[2], dtypes, divisible, may_lack_data, notes)
 
 
 def describe_image_fault(image: ImageFile) -> str:
@@ -712,7 +758,7 @@ def describe_mask_fault(mask: ImageFile, options: Options) -> str:
     found = f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}"
     if mask.dtype.kind not in "iu":
         return f"{found}; save class ids as whole numbers"
-    if options.label_map is None:
+    if options.label_map is None or options.label_map.largest_class == IGNORED:
         return f"{found}; convert it, or map its values with --label_map, such as 0:0,1-4294967295:1"
     return ""
 
@@ -757,8 +803,9 @@ class Contents:
 
     @property
     def value_range(self) -> list[tuple[float, float]]:
-        """Minimum and maximum of each channel."""
-        return list(zip(self._minimum.tolist(), self._maximum.tolist()))
+        """Minimum and maximum of each channel; 0 for one that has no data."""
+        limits = np.stack([self._minimum, self._maximum], axis=1)
+        return [(low, high) for low, high in np.where(np.isfinite(limits), limits, 0).tolist()]
 
     def deviation_floors(self, image_dtype: str) -> list[float]:
         """Return the least deviation by which each channel is divided.
@@ -803,7 +850,7 @@ def tile_starts(length: int, size: int) -> list[int]:
 
 def encode_records(options: Options, job: EncodeJob) -> Encoded:
     """Read, check and encode the records of a job; raise `InputError` if a file or its pixels cannot be used."""
-    with open_pair(job.pair) as (image, mask):
+    with open_pair(job.pair, options) as (image, mask):
         if options.channels is not None:
             image.select_channels(options.channels)
         rows, columns = job.size
@@ -819,22 +866,37 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
         records = []
         for origin, pixels, ids in zip(job.origins, parts, mask.windows(windows)):
             pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
-            pixels, ids = reflect_to(pixels, job.size), reflect_to(class_ids(ids[..., 0], mask.path, options), job.size)
-            records.append(Record.encode(pixels, ids, statistics.mean, statistics.deviation, *origin))
+            ids, no_data = class_ids(ids[..., 0], mask.path, options), None
+            missing = without_data(pixels, image.no_data)
+            if missing is not None:
+                no_data = image.no_data
+                ids[missing.all(axis=2)] = ignored_id(options.mask_dtype)
+            pixels, ids = reflect_to(pixels, job.size), reflect_to(ids, job.size)
+            records.append(Record.encode(pixels, ids, statistics.mean, statistics.deviation, no_data, *origin))
     return Encoded(records, statistics)
 
 
 def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
-    """Return the class ids (H, W) that the values of a mask mean, in the database's mask type."""
+    """Return what the values (H, W) of a mask mean: class ids and `ignored_id`, in the database's mask type."""
+    reserved, ids = ignored_id(options.mask_dtype), mask
     if options.label_map is not None:
         try:
-            return options.label_map.apply(mask)
+            ids = options.label_map.apply(mask)
         except Unusable as error:
             raise Unusable(error.kind, f"{path}: {error}") from None
-    if mask.dtype.kind == "i" and mask.min() < 0:
+    elif mask.dtype.kind == "i" and mask.min() < 0:
         values = np.unique(mask)
         raise Unusable(ProblemKind.NEGATIVE, f"{path}: {advise_label_map(values.tolist())}")
-    return mask.astype(options.mask_dtype)
+    if options.may_ignore and ids.max() >= reserved:
+        raise Unusable(
+            ProblemKind.RESERVED,
+            f"{path}: found {reserved}, which stands for ignored pixels in masks of {options.mask_dtype}; set "
+            f"--ignore_value {reserved} if that is what it means, or give it a class with --label_map",
+        )
+    result = ids.astype(options.mask_dtype)
+    if options.label_map is not None and options.label_map.ignores:
+        result[ids == IGNORED] = reserved
+    return result
 
 
 def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Problem]:
@@ -851,6 +913,8 @@ class Build:
         One for each pair whose pixels turned out to be unusable.
     image_dtype : str
         Of the records.
+    ignored_id : int or None
+        What ignored pixels have in place of a class id, if there may be any.
     """
 
     def __init__(
@@ -860,25 +924,28 @@ class Build:
         measured: dict[Pair, ChannelStatistics],
         options: Options,
     ) -> None:
-        if options.label_map is not None:
-            mask_dtype = options.label_map.dtype
+        label_map = options.label_map
+        may_ignore = label_map is not None and label_map.ignores or any(each.may_lack_data for each in specs.values())
+        if label_map is not None and label_map.largest_class != IGNORED:
+            mask_dtype = smallest_mask_type(label_map.largest_class + may_ignore)
         else:
             mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})
+        self.ignored_id = ignored_id(mask_dtype) if may_ignore else None
         self._workers, self._specs, self._measured = workers, specs, measured
-        self._options = options._replace(mask_dtype=mask_dtype.name)
+        self._options = options._replace(mask_dtype=mask_dtype.name, may_ignore=may_ignore)
         self.image_dtype = next(iter(specs.values())).image_dtype
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
             for job in encode_jobs(Pair("", ""), spec, self._options)
         )
-        unit = "images" if options.tile_size is None else "tiles"
-        self._progress, self._done = Progress("building", records, unit), 0
+        self._unit = "images" if options.tile_size is None else "tiles"
+        self._progress, self._done = Progress("building", records, self._unit), 0
         self.problems: list[Problem] = []
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
-        contents, last_pair = Contents(), None
+        contents, last_pair, uncounted = Contents(), None, 0
         jobs = (
             job._replace(statistics=self._measured.get(pair))
             for pair in pairs
@@ -892,13 +959,18 @@ class Build:
                     self.problems.append(encoded)
             elif self._options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
                 for record in encoded.records:
-                    writer.append(record, os.path.basename(job.pair.image))
+                    if record.class_counts.keys() == {self.ignored_id}:
+                        uncounted += 1
+                    else:
+                        writer.append(record, os.path.basename(job.pair.image))
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics)
                     last_pair = job.pair
             self._done += len(job.origins)
             self._progress.update(self._done)
         self._progress.close()
+        if uncounted:
+            logging.info("left out %d %s in which every pixel is ignored or without data", uncounted, self._unit)
         return contents
 
 
@@ -1093,7 +1165,8 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         f"{filepath}: {len(metadata.names)} images, {metadata.count} {'tiles' if info['tile_size'] else 'records'} of "
         f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
-    made = {name: info[name] for name in ("seed", "train_fraction", "split_by", "label_map", "channels", "left_out")}
+    names = ("seed", "train_fraction", "split_by", "label_map", "image_no_data", "channels", "left_out")
+    made = {name: info.get(name) for name in names}
     shown = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
     yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
     ranges = [f"{minimum:g} to {maximum:g}" for minimum, maximum in info["value_range"]]
@@ -1105,6 +1178,9 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
             break
         records = len(metadata.records_of_class(position))
         yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
+    if info["ignored_pixels"]:
+        ignored = info["ignored_pixels"]
+        yield f"  ignored or without data: {ignored} more pixels ({100 * ignored / (total + ignored):.2f} % of all)"
 
 
 def unusual_content(metadata: Metadata) -> Iterator[str]:

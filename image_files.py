@@ -35,6 +35,7 @@ LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings
 # TIFF tags that place an image: pixel scale, tie points, transformation and keys of GeoTIFF. Not GDAL's own 42112 and
 # 42113, which describe the image's values.
 PLACEMENT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+NO_DATA_TAG = 42113  # GDAL's, of a TIFF: the value of pixels without data, as text
 ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
 ORIENTATIONS = [
     (False, False, False), (False, False, True), (False, True, True), (False, True, False),
@@ -141,6 +142,8 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Number of channels, where it is known (from the network).
     as_mask : bool
         Whether the pixels are class ids: those of a palette are its indices then, not its colors.
+    no_data : float, optional
+        Value of pixels without data, besides NaN and what the file itself declares.
 
     Attributes
     ----------
@@ -153,6 +156,9 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Whether a window can be had without decoding all of the file.
     lossy : str
         Name of the encoding if it is one that may change values, such as JPEG; empty if not.
+    no_data : float, optional
+        What pixels without data have as their value: NaN in float images, whatever the file has; None if an image of
+        integers declares none, and for masks.
     orientation : Orientation
         How the stored pixels have been turned.
     placement : dict
@@ -172,9 +178,11 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         size: Optional[tuple[int, int]] = None,
         channels: Optional[int] = None,
         as_mask: bool = False,
+        no_data: Optional[float] = None,
     ) -> None:
         self.path = Path(filepath)
         self.lossy, self.orientation = "", Orientation()
+        self._declared_no_data: Optional[float] = None
         self.notes: tuple[str, ...] = ()
         self.placement: dict[str, Any] = {}
         self._white: Optional[int] = None  # the value of black, if the stored values count from white
@@ -186,9 +194,40 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             self.shape = (width, height, depth) if self.orientation.transposed else (height, width, depth)
             self.dtype, self.divisible = self._source.dtype, not isinstance(self._source, _WholeImage)
             self._check_memory()
+        self._set_no_data(as_mask, no_data)
         if self.orientation != Orientation():
             self.notes += ("turned upright, as their orientation tag demands",)
             self.placement.setdefault("extratags", []).append((ORIENTATION_TAG, "H", 1, self.orientation.code, True))
+
+    def _set_no_data(self, as_mask: bool, no_data: Optional[float]) -> None:
+        """Find the values of pixels without data, of which `windows` makes one."""
+        declared = self._declared_no_data
+        if as_mask and declared is not None:
+            self.notes += (f"declare {declared:g} as no data: if it stands for no class, --ignore_value leaves it out",)
+        values = [self._stored_value(value) for value in (declared, no_data) if value is not None and not as_mask]
+        self._no_data_values = [value for value in values if value is not None]
+        self.no_data: Optional[float] = None
+        if self.dtype.kind == "f" and not as_mask:
+            self.no_data = math.nan
+        elif self._no_data_values:
+            self.no_data = self._no_data_values.pop(0)
+
+    def _stored_value(self, value: float) -> Optional[float]:
+        """Return the pixel that a value in the file becomes, None if its type has no such pixel."""
+        if self.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                return None if math.isnan(value) else float(self.dtype.type(value))
+        if self.dtype.kind not in "iu" or not np.iinfo(self.dtype).min <= value <= np.iinfo(self.dtype).max:
+            return None
+        return float(int(value) ^ (self._white or 0)) if value.is_integer() else None
+
+    def _unified(self, pixels: np.ndarray) -> np.ndarray:
+        """Return pixels of which those without data have the one value for it."""
+        for value in self._no_data_values:
+            missing = pixels == value
+            if missing.any():
+                pixels = np.where(missing, pixels.dtype.type(self.no_data), pixels)
+        return pixels
 
     def _check_memory(self) -> None:
         """Refuse an image that can only be read in one piece and does not fit into memory."""
@@ -252,7 +291,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
                 window = self.orientation.upright(window)
                 if self._white is not None:
                     window = window ^ self.dtype.type(self._white)  # the difference, as all of its bits are set
-                yield window if self._channels is None else window[..., self._channels]
+                yield self._unified(window if self._channels is None else window[..., self._channels])
 
     def select_channels(self, channels: Sequence[int]) -> None:
         """Have the image consist of some of the file's channels, counted from 0.
@@ -326,6 +365,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self.orientation = Orientation.of(page.tags.valueof(ORIENTATION_TAG, 1))
         self.placement, (more, self._white) = _placement(self._open_file, page), _photometric(page, as_mask)
         self.notes += more
+        self._declare_no_data(page.tags.valueof(NO_DATA_TAG))
         layout = AxisLayout.find(series.shape, series.axes, self.path, self._size_as_stored(size), channels)
         _check_segments(series, os.path.getsize(self.path))
         if series.dataoffset is not None:
@@ -333,6 +373,14 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         if _SegmentedTiff.suits(series, layout):
             return _SegmentedTiff(series, layout)
         return _WholeImage(series.asarray, series.dtype, layout)
+
+    def _declare_no_data(self, text: Any) -> None:
+        """Take note of a TIFF's tag for the value of pixels without data."""
+        if text is not None:
+            try:
+                self._declared_no_data = float(text)
+            except (TypeError, ValueError):
+                self.notes += (f"declare {text!r} as no data, which is no number and means nothing here",)
 
     def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
         return size and (size[::-1] if self.orientation.transposed else size)
@@ -733,39 +781,73 @@ def _rewritten_png(content: bytes, as_gray: bool) -> bytearray:
 
 
 class UnusablePixels(InputError):
-    """An image contains NaN, infinity, or values too large for float32 sums."""
+    """An image contains infinity, or values too large for float32 sums."""
+
+
+def without_data(pixels: np.ndarray, no_data: Optional[float]) -> Optional[np.ndarray]:
+    """Return where pixels, of any shape, have no data; None if all have.
+
+    `no_data` is the value of such pixels, as in `ImageFile`.
+    """
+    if no_data is None:
+        return None
+    missing: np.ndarray = np.isnan(pixels) if math.isnan(no_data) else pixels == no_data
+    return missing if missing.any() else None
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean, standard deviation, minimum and maximum of each channel of an image; all float64 of shape (C,)."""
+    """Figures of each channel of an image, all arrays of shape (C,); pixels without data are left out.
+
+    Attributes
+    ----------
+    mean, deviation : ndarray of float64
+        0 if no pixel has data.
+    minimum, maximum : ndarray of float64
+        Infinity and minus infinity if no pixel has data.
+    valid : ndarray of int64
+        Pixels that have data.
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
     minimum: np.ndarray
     maximum: np.ndarray
+    valid: np.ndarray
 
     @classmethod
-    def measure(cls, blocks: Iterable[np.ndarray]) -> "ChannelStatistics":
-        """Return the statistics of an image that comes in blocks (rows, columns, C) of any real dtype.
+    def measure(cls, blocks: Iterable[np.ndarray], no_data: Optional[float] = None) -> "ChannelStatistics":
+        """Return the statistics of an image.
+
+        Parameters
+        ----------
+        blocks : iterable of ndarray, shape (rows, columns, C)
+            The image, of any real dtype.
+        no_data : float, optional
+            Value of pixels without data; NaN for NaN.
 
         Notes
         -----
         Count, mean and sum of squared deviations of the parts are combined (Chan, Golub and LeVeque, 1983), all in
         float64.
         """
-        count, mean, squares = 0, np.zeros(()), np.zeros(())
+        count, mean, squares = np.zeros((), np.int64), np.zeros(()), np.zeros(())
         minimum, maximum = np.array(np.inf), np.array(-np.inf)
         for block in blocks:
             planes = np.ascontiguousarray(block.reshape(-1, block.shape[2]).T, np.float64)
-            minimum, maximum = np.minimum(minimum, planes.min(1)), np.maximum(maximum, planes.max(1))
-            block_mean, added = planes.mean(1), planes.shape[1]
+            missing = without_data(planes, no_data)
+            valid: Any = True if missing is None else ~missing
+            minimum = np.minimum(minimum, planes.min(1, initial=np.inf, where=valid))
+            maximum = np.maximum(maximum, planes.max(1, initial=-np.inf, where=valid))
+            added = np.full(len(planes), planes.shape[1]) if missing is None else valid.sum(1)
+            block_mean = planes.sum(1, where=valid) / np.maximum(added, 1)
             planes -= block_mean[:, None]
             total = count + added
-            squares = squares + np.square(block_mean - mean) * count * added / total
-            squares += np.square(planes, out=planes).sum(1)
-            mean = mean + (block_mean - mean) * added / total
+            share = added / np.maximum(total, 1)
+            squares = squares + np.square(block_mean - mean) * count * share
+            squares += np.square(planes, out=planes).sum(1, where=valid)
+            mean = mean + (block_mean - mean) * share
             count = total
-        return cls(mean, np.sqrt(squares / count), minimum, maximum)
+        return cls(mean, np.sqrt(squares / np.maximum(count, 1)), minimum, maximum, count)
 
     @classmethod
     def of_file(cls, image: ImageFile, pixels: Optional[np.ndarray] = None) -> "ChannelStatistics":
@@ -783,7 +865,7 @@ class ChannelStatistics(NamedTuple):
         Raises
         ------
         UnusablePixels
-            If a pixel is NaN, infinite, or of a size that float32 cannot compute with.
+            If a pixel is infinite or of a size that float32 cannot compute with.
         """
         height, width, channels = image.shape
         rows = max(1, STATISTICS_BLOCK_VALUES // (width * channels))
@@ -797,20 +879,25 @@ class ChannelStatistics(NamedTuple):
                 progress.update(done)
 
         with np.errstate(invalid="ignore", over="ignore"):  # reported below
-            statistics = cls.measure(blocks())
+            statistics = cls.measure(blocks(), image.no_data)
         progress.close()
-        lowest, highest = statistics.minimum.min(), statistics.maximum.max()  # NaN if any pixel is
-        if not max(-lowest, highest) <= MAX_MAGNITUDE:
-            found = f"{lowest:g} to {highest:g}" if math.isfinite(highest - lowest) else "NaN or infinity"
+        lowest, highest = statistics.minimum.min(), statistics.maximum.max()
+        if max(-lowest, highest) > MAX_MAGNITUDE and statistics.valid.any():
+            found = f"{float(lowest)} to {float(highest)}"  # all digits, as they may have to be typed
             raise UnusablePixels(
-                f"expected finite values of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; replace them, "
-                "for example by 0"
+                f"expected values of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; if such pixels have no "
+                "data, set --image_no_data to their value"
             )
         return statistics
 
 
 def normalize(
-    pixels: np.ndarray, mean: np.ndarray, deviation: np.ndarray, floor: Any = 1.0, out: Optional[np.ndarray] = None
+    pixels: np.ndarray,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    floor: Any = 1.0,
+    out: Optional[np.ndarray] = None,
+    no_data: Optional[float] = None,
 ) -> np.ndarray:
     """Return the z-scores of pixels: what they differ from the mean, in standard deviations.
 
@@ -827,11 +914,13 @@ def normalize(
         Replaces a smaller deviation: an empty image must not become amplified noise.
     out : ndarray of float32, shape (H, W, C), optional
         Where to put the result.
+    no_data : float, optional
+        Value of pixels without data, as in `ImageFile`.
 
     Returns
     -------
     ndarray of float32, shape (H, W, C)
-        With mean 0 and standard deviation 1 if `pixels` is the complete image.
+        0 where there is no data; otherwise with mean 0 and standard deviation 1 if `pixels` is the complete image.
 
     Notes
     -----
@@ -849,6 +938,9 @@ def normalize(
         if shows:
             np.subtract(target, values[1], out=target)
         np.multiply(target, values[2], out=target)
+    missing = without_data(pixels, no_data)
+    if missing is not None:
+        out[missing] = 0
     return out
 
 

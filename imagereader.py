@@ -36,8 +36,8 @@ from cli import (
     free_shared_memory,
     signals_held,
 )
-from image_files import normalize
-from lmdb_utils import Database, Metadata, advise_label_map
+from image_files import normalize, without_data
+from lmdb_utils import Database, Metadata, advise_label_map, ignored_id
 
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
 SLOTS_PER_WORKER = (2, 8)  # at least one to fill while one is read; more only helps against uneven disks
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     images : ndarray of float32, shape (B, H, W, C)
         Normalized by the statistics of their complete source images.
     masks : ndarray of uint8 or int32, shape (B, H, W)
-        Class ids.
+        Class ids; the largest value of the type for pixels to ignore.
     weights : ndarray of float32, shape (B,)
         1 for an image, 0 for padding at the end of an unshuffled pass.
     """
@@ -227,19 +227,24 @@ class SampleSource:
     def place(self, record: int, rng: np.random.Generator, batch: Batch, index: int) -> None:
         """Put a record into position `index` of a batch."""
         batch.weights[index] = record >= 0
+        image, mask = batch.images[index], batch.masks[index]
         if record < 0:
-            batch.images[index], batch.masks[index] = 0, 0
+            image[:], mask[:] = 0, 0
             return
         stored = self._database.record(record)
-        target = batch.images[index] if self._augmentation is None else self._augmenter.buffer
-        normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target)
+        target = image if self._augmentation is None else self._augmenter.buffer
+        normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target, stored.no_data)
         if self._augmentation is None:
-            batch.masks[index] = stored.mask
-            return
-        transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
-        image, batch.masks[index] = self._augmenter.apply(transformation, target, stored.mask, rng)
-        for channel in range(image.shape[2]):  # all at once would skip from channel to channel of each pixel
-            batch.images[index, ..., channel] = image[..., channel]
+            mask[:] = stored.mask
+        else:
+            transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
+            missing = without_data(stored.image, stored.no_data)
+            augmented, mask[:] = self._augmenter.apply(transformation, target, stored.mask, rng, missing)
+            for channel in range(image.shape[2]):  # all at once would skip from channel to channel of each pixel
+                image[..., channel] = augmented[..., channel]
+        ignored = self._database.metadata.ignored_id
+        if ignored is not None and ignored < ignored_id(mask.dtype):  # a narrower type cuts it to its own largest value
+            mask[mask == ignored] = ignored_id(mask.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- the worker process
@@ -632,7 +637,7 @@ def make_layout(
     num_workers: int, batch_size: int, image_shape: tuple[int, int, int], number_classes: int
 ) -> RingLayout:
     """Return a ring as deep as `RING_BYTES`, half of the free shared memory and `SLOTS_PER_WORKER` allow."""
-    mask_dtype = "uint8" if number_classes <= 256 else "int32"
+    mask_dtype = "uint8" if number_classes <= ignored_id("uint8") else "int32"
     one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
     budget = min(RING_BYTES, free_shared_memory() / 2)  # the other half is for the other reader: train and test
     slots = int(np.clip(budget // (one.slot_bytes * num_workers), *SLOTS_PER_WORKER))

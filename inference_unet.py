@@ -10,6 +10,7 @@ imported inside functions, so that ``-h`` answers at once.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -38,12 +39,14 @@ from cli import (
     gpus_of_task,
     is_out_of_memory,
     log_settings,
+    number_type,
     positive_int,
     replacing,
     run_script,
     without_patterns,
 )
 from image_files import (
+    NO_DATA_TAG,
     ORIENTATION_TAG,
     ChannelStatistics,
     ImageFile,
@@ -54,6 +57,7 @@ from image_files import (
     list_images,
     normalize,
     reflect_to,
+    without_data,
 )
 from lmdb_utils import RADIUS, SIZE_FACTOR, count_classes
 
@@ -119,10 +123,24 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(parser, "--overwrite", 0, text)
     text = (
+        "value of image pixels without data, besides NaN and what a GDAL no-data tag says; the value that the training "
+        "databases were built with where it is not given"
+    )
+    parser.add_argument("--image_no_data", metavar="VALUE", type=any_float, help=text)
+    text = (
+        "what masks have where no channel has data; a mask in a TIFF then declares it as its own no-data value; 0 and "
+        "no such tag where it is not given"
+    )
+    parser.add_argument("--no_data_class", metavar="CLASS", type=class_id, help=text)
+    text = (
         "do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Shard.parse, help=text)
+
+
+any_float = number_type(float, lambda value: True, "a number, such as -9999")
+class_id = number_type(int, lambda value: 0 <= value < 2**16, "a whole number from 0 to 65535")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -142,7 +160,9 @@ def run(args: argparse.Namespace) -> int:
     if shard.parts > 1:
         logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
     prepare_output_folder(args.output_folder)
-    model = load_model(args.saved_model_filepath)
+    model = dataclasses.replace(load_model(args.saved_model_filepath), no_data_class=args.no_data_class)
+    if args.image_no_data is not None:
+        model = dataclasses.replace(model, image_no_data=args.image_no_data)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
     waiting = [path for path in images if args.overwrite or not targets[path].exist()]
     if len(waiting) < len(images):
@@ -151,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     for number, path in enumerate(waiting, 1):
         start = time.monotonic()
         try:
-            shape, counts = segment_file(path, targets[path], model, sizer)
+            shape, contents = segment_file(path, targets[path], model, sizer)
         except InputError as error:
             failed.append(path.name)
             logging.error("%s", error)
@@ -159,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         size, seconds = " x ".join(map(str, shape)), time.monotonic() - start
         logging.info(
             "%d/%d %s: %s, %.1f s, %s",
-            number, len(waiting), targets[path].mask.name, size, seconds, describe_histogram(counts),
+            number, len(waiting), targets[path].mask.name, size, seconds, contents,
         )  # fmt: skip
     logging.info(
         "%d of %d images done; the masks are in %s", len(images) - len(failed), len(images), args.output_folder
@@ -227,6 +247,8 @@ class Model:
     deviation_floor: Sequence[float] = (1.0,)  # least deviation by which each channel (or any) is divided
     value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
     image_dtype: Optional[str] = None  # of the training images
+    image_no_data: Optional[float] = None  # value of pixels without data, besides what a file itself declares
+    no_data_class: Optional[int] = None  # what a mask has there, if it is to declare a value for it; otherwise 0
 
     @property
     def halo(self) -> int:
@@ -241,7 +263,7 @@ class Model:
     @property
     def mask_dtype(self) -> np.dtype:
         """Smallest unsigned type that holds the classes."""
-        return np.min_scalar_type(self.number_classes - 1)
+        return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
 
 
 def load_model(filepath: str) -> Model:
@@ -287,6 +309,7 @@ def load_model(filepath: str) -> Model:
         metadata.get("deviation_floor", (1.0,)),
         metadata.get("value_range"),
         metadata.get("image_dtype"),
+        metadata.get("image_no_data"),
     )
 
 
@@ -443,21 +466,55 @@ class Tile(NamedTuple):
     zone: Window
 
 
+class TileInput(NamedTuple):
+    """A tile that goes to the network, and where no channel has data: bool (rows, columns), None if nowhere."""
+
+    tile: Tile
+    missing: Optional[np.ndarray]
+
+
 class Block(NamedTuple):
     """The result for one tile's zone of responsibility, without what lies outside the image."""
 
     row: int  # where in the image the block begins
     column: int
     image: np.ndarray  # z-scores, float32 (rows, columns, C)
-    softmax: np.ndarray  # float32 (rows, columns, classes)
+    softmax: np.ndarray  # float32 (rows, columns, classes); NaN where no channel has data
     classes: np.ndarray  # the most probable class of each pixel, unsigned (rows, columns)
+    missing: Optional[np.ndarray]  # where no channel has data, bool (rows, columns); None if nowhere
+
+
+class Contents:
+    """Counts what a mask contains.
+
+    Its text has the share of each class: an all-background result should be seen at once.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._missing = 0
+
+    def add(self, block: Block) -> None:
+        """Count the pixels of a block."""
+        known = block.classes if block.missing is None else block.classes[~block.missing]
+        self._missing += block.classes.size - known.size
+        if known.size:
+            self._counts.update(count_classes(known))
+
+    def __str__(self) -> str:
+        """Return the shares in words."""
+        total = sum(self._counts.values())
+        shares = [f"class {class_id}: {100 * count / total:.1f} %" for class_id, count in sorted(self._counts.items())]
+        if self._missing:
+            shares.append(f"no data in {100 * self._missing / (total + self._missing):.1f} % of the pixels")
+        return ", ".join(shares)
 
 
 def segment_file(
     path: Path, targets: "Targets", model: Model, sizer: TileSizer
-) -> tuple[tuple[int, int, int], dict[int, int]]:
-    """Segment an image file into files; return the image's shape (H, W, C) and the pixels of each class."""
-    with ImageFile(path, channels=model.channels) as image:
+) -> tuple[tuple[int, int, int], Contents]:
+    """Segment an image file into files; return the image's shape (H, W, C) and what its mask contains."""
+    with ImageFile(path, channels=model.channels, no_data=model.image_no_data) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
         check_image(image, model)
@@ -518,19 +575,19 @@ def write_results(
     batch_size: int,
     targets: "Targets",
     model: Model,
-) -> dict[int, int]:
-    """Segment an image tile by tile and write the files; return the pixels of each class."""
-    counts: Counter[int] = Counter()
+) -> Contents:
+    """Segment an image tile by tile and write the files; return what its mask contains."""
+    contents = Contents()
     progress = Progress(f"segmenting {image.path.name}", len(tiles), "tiles")
     blocks = segment(image, statistics, tiles, batch_size, model)
     with targets.open(image, model) as outputs, contextlib.closing(blocks):
         for done, block in enumerate(blocks, 1):
-            counts.update(count_classes(block.classes))
+            contents.add(block)
             for add in outputs:
                 add(block)
             progress.update(done)
     progress.close()
-    return dict(sorted(counts.items()))
+    return contents
 
 
 def segment(
@@ -541,18 +598,35 @@ def segment(
     Reading, the network, and what is done with the results overlap.
     """
 
-    def predictions() -> Generator[tuple[Sequence[Tile], np.ndarray, np.ndarray], None, None]:
+    def predictions() -> Generator[tuple[Sequence[TileInput], np.ndarray, np.ndarray], None, None]:
         with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size, model))) as batches:
             for part, batch in batches:
                 yield part, batch, model.predict(batch)
 
     with contextlib.closing(prefetch(predictions())) as results:
         for part, batch, softmax in results:
-            for tile, window, scores in zip(part, batch, softmax):
+            for (tile, missing), window, scores in zip(part, batch, softmax):
                 rows, columns = clipped(tile.zone, image.shape)
                 kept = relative_slice(rows, tile.window[0]), relative_slice(columns, tile.window[1])
-                classes = most_probable(scores[kept], model.mask_dtype)
-                yield Block(rows.start, columns.start, window[kept], scores[kept], classes)
+                yield make_block(rows.start, columns.start, window[kept], scores[kept], missing, kept, model)
+
+
+def make_block(
+    row: int,
+    column: int,
+    image: np.ndarray,
+    softmax: np.ndarray,
+    missing: Optional[np.ndarray],
+    kept: Window,
+    model: Model,
+) -> Block:
+    """Return the result for the part of a tile that is `kept`; `missing` tells where the tile has no data at all."""
+    classes = most_probable(softmax, model.mask_dtype)
+    missing = None if missing is None else missing[kept]
+    if missing is None or not missing.any():
+        return Block(row, column, image, softmax, classes, None)
+    classes[missing] = model.no_data_class or 0
+    return Block(row, column, image, np.where(missing[..., None], np.float32(np.nan), softmax), classes, missing)
 
 
 def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -565,19 +639,23 @@ def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def read_batches(
     image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
-) -> Generator[tuple[Sequence[Tile], np.ndarray], None, None]:
+) -> Generator[tuple[Sequence[TileInput], np.ndarray], None, None]:
     """Yield tiles and their z-scores (N, H, W, C), as the network takes them.
 
     Where the image ends before the network's grid does, it goes on by reflection.
     """
     size = [part.stop - part.start for part in tiles[0].window]
     windows = image.windows([clipped(tile.window, image.shape) for tile in tiles])
+    height, width, _ = image.shape
+    no_data = image.no_data if statistics.valid.min() < height * width else None
     for first in range(0, len(tiles), batch_size):
-        part = tiles[first : first + batch_size]
-        batch = np.empty((len(part), *size, image.shape[2]), np.float32)
-        for place, window in zip(batch, windows):
+        part: list[TileInput] = []
+        batch = np.empty((min(batch_size, len(tiles) - first), *size, image.shape[2]), np.float32)
+        for tile, place, window in zip(tiles[first:], batch, windows):
+            missing = without_data(window, no_data)
+            part.append(TileInput(tile, None if missing is None else np.all(missing, axis=2)))
             pixels = reflect_to(window, size)
-            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place)
+            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place, no_data)
         yield part, batch
 
 
@@ -696,7 +774,8 @@ class Targets(NamedTuple):
             if self.mask.suffix.lower() == ".png":
                 mask = png_mask(self.mask, image, model)
             else:
-                mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes)
+                declared = model.no_data_class
+                mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared)
             outputs = [stack.enter_context(mask)]
             if self.probabilities is not None:
                 softmax = tiff_of(
@@ -733,10 +812,15 @@ def tiff_of(
     dtype: np.dtype,
     select: Callable[[Block], np.ndarray],
     samples: Optional[int] = None,
+    no_data: Optional[int] = None,
 ) -> Iterator[Callable[[Block], None]]:
     """Begin a TIFF that lies as the image's file does; yield a function that adds what `select` takes of a block."""
     shape = image.stored_size if samples is None else (*image.stored_size, samples)
-    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, image.placement) as tiff:
+    placement = image.placement
+    if no_data is not None:
+        tags = [*placement.get("extratags", ()), (NO_DATA_TAG, "s", 0, str(no_data), True)]
+        placement = {**placement, "extratags": tags}
+    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, placement) as tiff:
 
         def add(block: Block) -> None:
             with file_errors(target):  # there may be other files, whose error it is not
@@ -881,19 +965,14 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
         row, column = block.row // factor, block.column // factor
         place = slice(row, row + small.shape[0]), slice(column, column + small.shape[1])
         picture[place] = small
-        classes[place] = block.classes[::factor, ::factor]
+        small_classes = block.classes[::factor, ::factor]
+        classes[place] = np.where(small_classes < model.number_classes, small_classes, 0)  # no outlines of no data
 
     yield add
     outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
     picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
     with atomic_output(target) as temporary:
         imsave(temporary, picture, check_contrast=False)
-
-
-def describe_histogram(counts: dict[int, int]) -> str:
-    """Return the share of each class in words; an all-background result should be seen at once."""
-    total = sum(counts.values())
-    return ", ".join(f"class {class_id}: {100 * count / total:.1f} %" for class_id, count in counts.items())
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Owns the record format, writing a pair of databases so that they appear complete
 metadata; and, because all sides have to agree on them, the sizes that the network takes.
 
 A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
-value is a 32-byte header (`HEADER`), mean and standard deviation of each channel of the complete source image (float64,
-``(2, C)``), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)`` bytes, all little-endian. The
-key ``b"metadata"`` sorts last and contains an uncompressed npz archive (`Metadata`).
+value is a 32-byte header (`HEADER`), mean and standard deviation of each channel of the complete source image and the
+value of pixels without data (``2 C + 1`` float64), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw
+``(H, W)`` bytes, all little-endian. The key ``b"metadata"`` sorts last and contains an uncompressed npz archive
+(`Metadata`).
 """
 
 import array
@@ -22,7 +23,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import lmdb
 import numpy as np
@@ -36,6 +37,7 @@ RECORD_MAGIC = b"SSEG"
 # magic, version, reserved, image dtype, mask dtype, height, width, channels, padding to 32 bytes
 HEADER = struct.Struct("<4sHH4s4sIII4x")
 STATISTICS_DTYPE = np.dtype("<f8")
+ALL_DATA = np.inf  # stands for the value of pixels without data in a record that has none
 METADATA_KEY = b"metadata"
 
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
@@ -52,6 +54,7 @@ INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the
 COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
 
 MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
+VOID_VALUES = (255, 65535)  # that often mark pixels without a class, as -1 does
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
 # ---------------------------------------------------------------------------------------------- records
@@ -62,7 +65,14 @@ def record_key(index: int) -> bytes:
     return b"%010d" % index
 
 
-def encode_record(image: np.ndarray, mask: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> bytes:
+def ignored_id(mask_dtype: DTypeLike) -> int:
+    """Return what an ignored pixel has in place of a class id: the largest value of the mask's type."""
+    return int(np.iinfo(mask_dtype).max)
+
+
+def encode_record(
+    image: np.ndarray, mask: np.ndarray, mean: np.ndarray, deviation: np.ndarray, no_data: Optional[float] = None
+) -> bytes:
     """Serialize one image, which may be part of a larger one, and its mask.
 
     Parameters
@@ -73,6 +83,8 @@ def encode_record(image: np.ndarray, mask: np.ndarray, mean: np.ndarray, deviati
         One of `MASK_DTYPES`.
     mean, deviation : ndarray, shape (C,)
         Mean and standard deviation of each channel of the complete source image.
+    no_data : float, optional
+        Value of the pixels without data, NaN included; None if all have data.
 
     Returns
     -------
@@ -95,7 +107,7 @@ def encode_record(image: np.ndarray, mask: np.ndarray, mean: np.ndarray, deviati
     header = HEADER.pack(
         RECORD_MAGIC, FORMAT_VERSION, 0, image.dtype.str.encode(), mask.dtype.str.encode(), *image.shape
     )
-    statistics = np.array([mean, deviation], STATISTICS_DTYPE)
+    statistics = np.array([*mean, *deviation, ALL_DATA if no_data is None else no_data], STATISTICS_DTYPE)
     return b"".join((header, statistics.data, image.data, mask.data))
 
 
@@ -103,7 +115,7 @@ def record_bytes(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DType
     """Return the length of the record of an image of shape (H, W, C)."""
     height, width, channels = shape
     bytes_per_pixel = channels * np.dtype(image_dtype).itemsize + np.dtype(mask_dtype).itemsize
-    return int(HEADER.size + 2 * channels * STATISTICS_DTYPE.itemsize + height * width * bytes_per_pixel)
+    return int(HEADER.size + (2 * channels + 1) * STATISTICS_DTYPE.itemsize + height * width * bytes_per_pixel)
 
 
 class StoredImage(NamedTuple):
@@ -115,12 +127,15 @@ class StoredImage(NamedTuple):
     mask : ndarray, shape (H, W)
     mean, deviation : ndarray of float64, shape (C,)
         Of the complete source image, of which `image` may be a tile.
+    no_data : float, optional
+        Value of the pixels without data, NaN included; None if all have data.
     """
 
     image: np.ndarray
     mask: np.ndarray
     mean: np.ndarray
     deviation: np.ndarray
+    no_data: Optional[float]
 
 
 def decode_record(value: Any) -> StoredImage:
@@ -138,14 +153,15 @@ def decode_record(value: Any) -> StoredImage:
         raise InputError("a record is not of this suite's format; build the database again")
     image_dtype, mask_dtype = stored_dtype(image_type), stored_dtype(mask_type)
     pixels = height * width
-    image_offset = HEADER.size + 2 * channels * STATISTICS_DTYPE.itemsize
+    image_offset = HEADER.size + (2 * channels + 1) * STATISTICS_DTYPE.itemsize
     mask_offset = image_offset + pixels * channels * image_dtype.itemsize
     if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
         raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
-    statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels, HEADER.size).reshape(2, channels)
+    statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels + 1, HEADER.size)
+    no_data = None if statistics[-1] == ALL_DATA else float(statistics[-1])
     image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
     mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
-    return StoredImage(image, mask, *statistics)
+    return StoredImage(image, mask, statistics[:channels], statistics[channels:-1], no_data)
 
 
 def stored_dtype(field: bytes) -> np.dtype:
@@ -164,7 +180,8 @@ class Metadata:
     ----------
     info : dict
         JSON-compatible: ``count``, ``image_shape`` (H, W, C), ``image_dtype``, ``mask_dtype`` and whatever the
-        builder adds (dataset name, seed, options; ``deviation_floor`` and ``value_range`` of each channel).
+        builder adds (dataset name, seed, options; ``deviation_floor`` and ``value_range`` of each channel;
+        ``ignored_id``, which is no class, or None; ``ignored_pixels``, how many have it).
     classes : ndarray of int64, shape (K,)
         The class ids that occur, ascending.
     pixel_counts : ndarray of int64, shape (K,)
@@ -205,6 +222,12 @@ class Metadata:
     def deviation_floor(self) -> np.ndarray:
         """Least standard deviation by which each channel is divided, float64 of shape (C,)."""
         return np.array(self.info["deviation_floor"], np.float64)
+
+    @property
+    def ignored_id(self) -> Optional[int]:
+        """What pixels that count nowhere have in place of a class id; None if a mask cannot contain any."""
+        value: Optional[int] = self.info["ignored_id"]
+        return value
 
     @property
     def names(self) -> list[str]:
@@ -265,6 +288,7 @@ class Record(NamedTuple):
         mask: np.ndarray,
         mean: np.ndarray,
         deviation: np.ndarray,
+        no_data: Optional[float] = None,
         row: int = 0,
         column: int = 0,
     ) -> "Record":
@@ -272,7 +296,7 @@ class Record(NamedTuple):
 
         `row` and `column` are its origin in the file it comes from, in pixels.
         """
-        value = np.frombuffer(encode_record(image, mask, mean, deviation), np.uint8)
+        value = np.frombuffer(encode_record(image, mask, mean, deviation, no_data), np.uint8)
         return cls(value, count_classes(mask), row, column)
 
 
@@ -330,7 +354,10 @@ class DatabaseWriter:
         self._put(record_key(index), record.value.data)
 
     def finish(self, info: dict[str, Any]) -> Metadata:
-        """Write the metadata and close. `info` is stored along (JSON-compatible values)."""
+        """Write the metadata and close.
+
+        `info` is stored along (JSON-compatible values); its ``ignored_id``, if there is one, is not counted as a class.
+        """
         if not self._header:
             raise ValueError("a database needs at least one record")
         metadata = self._make_metadata(info)
@@ -344,7 +371,8 @@ class DatabaseWriter:
         self._environment.close()
 
     def _make_metadata(self, info: dict[str, Any]) -> Metadata:
-        classes = sorted(self._class_records)
+        ignored = info.get("ignored_id")
+        classes = sorted(self._class_records.keys() - {ignored})
         records = [np.asarray(self._class_records[class_id], np.int32) for class_id in classes]
         origins = np.asarray(self._origins, np.int32).reshape(-1, 3)
         _, _, _, image_type, mask_type, *shape = HEADER.unpack(self._header)
@@ -355,12 +383,14 @@ class DatabaseWriter:
                 "image_dtype": stored_dtype(image_type).name,
                 "mask_dtype": stored_dtype(mask_type).name,
                 "deviation_floor": [1.0] * shape[2],
+                "ignored_id": None,
+                "ignored_pixels": 0 if ignored is None else self._pixel_counts.get(ignored, 0),
                 **info,
             },
             classes=np.asarray(classes, np.int64),
             pixel_counts=np.asarray([self._pixel_counts[class_id] for class_id in classes], np.int64),
             record_offsets=np.cumsum([0] + [len(indices) for indices in records]).astype(np.int64),
-            class_records=np.concatenate(records),
+            class_records=np.concatenate([np.empty(0, np.int32), *records]),
             joined_names=bytes(self._joined_names),
             record_image=origins[:, 0].copy(),
             record_row=origins[:, 1].copy(),
@@ -419,7 +449,11 @@ def advise_label_map(values: Sequence[int]) -> str:
         return ""
     classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
     entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
-    return f"found the values {shown}: --label_map{space}{entries} makes classes 0, 1, 2, ... of them"
+    makes = f"--label_map{space}{entries} makes classes 0, 1, 2, ... of them"
+    void = -1 if values[0] == -1 else values[-1] if values[-1] in VOID_VALUES and len(values) > 2 else None
+    if void is not None:
+        makes = f"if {void} marks pixels without a class, --ignore_value {void} leaves them out; otherwise {makes}"
+    return f"found the values {shown}: {makes}"
 
 
 @contextlib.contextmanager

@@ -195,7 +195,10 @@ def read_examples(database: str, deviation_floor: np.ndarray) -> list[tuple[np.n
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
         examples = [opened.record(int(record)) for record in chosen]
         return [
-            (normalize(each.image, each.mean, each.deviation, deviation_floor), np.array(each.mask))
+            (
+                normalize(each.image, each.mean, each.deviation, deviation_floor, no_data=each.no_data),
+                np.array(each.mask),
+            )
             for each in examples
         ]
 
@@ -218,8 +221,12 @@ def draw_predictions(examples: list[tuple[np.ndarray, np.ndarray]], model: Any, 
 
 
 def show_classes(axes: Any, mask: np.ndarray, number_classes: int) -> None:
-    """Draw a mask (H, W) of the classes 0 to ``number_classes - 1`` in colors."""
-    axes.imshow(mask, cmap="viridis", vmin=0, vmax=max(number_classes - 1, 1), interpolation="nearest")
+    """Draw a mask (H, W) of the classes 0 to ``number_classes - 1`` in colors; ignored pixels are gray."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad="0.7")
+    known = np.ma.masked_greater_equal(mask, number_classes)
+    axes.imshow(known, cmap=colors, vmin=0, vmax=max(number_classes - 1, 1), interpolation="nearest")
 
 
 def draw_records(database: Database, output: Path) -> Path:
@@ -235,13 +242,14 @@ def draw_records(database: Database, output: Path) -> Path:
     for place in axes:
         place.set_axis_off()
     for left, right, index in zip(axes[::2], axes[1::2], chosen):
-        image, mask, mean, deviation = database.record(index)
+        image, mask, mean, deviation, no_data = database.record(index)
         # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
-        left.imshow(displayable(normalize(image, mean, deviation, np.finfo(np.float32).tiny)))
+        left.imshow(displayable(normalize(image, mean, deviation, np.finfo(np.float32).tiny, no_data=no_data)))
         left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
         # Ranks, so that gaps in the ids take no colors.
         show_classes(right, np.searchsorted(metadata.classes, mask), len(metadata.classes))
-        right.set_title(f"classes {', '.join(map(str, np.unique(mask)[:6]))}", fontsize=7)
+        found = np.intersect1d(mask, metadata.classes)
+        right.set_title(f"classes {', '.join(map(str, found[:6]))}", fontsize=7)
     figure.savefig(output, dpi=100)
     return output
 

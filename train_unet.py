@@ -170,10 +170,10 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
     while state.epoch_step < args.test_every_n_steps and not stopped:
         steps, to_save = queue_steps(run, batches), False
         for figures in one_late(steps):
-            loss, stop_votes, save_votes = figures.numpy().tolist()
+            loss, pixels, stop_votes, save_votes = figures.numpy().tolist()
             if not math.isfinite(loss):
                 raise TrainingError(describe_loss(run, loss, batches.reader))
-            state.count_step(loss, run.global_batch)
+            state.count_step(loss, pixels, run.global_batch)
             progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
             stopped, to_save = stopped or bool(stop_votes), to_save or bool(save_votes)
             if stopped or to_save:
@@ -184,7 +184,7 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
     batches.advise(args.reader_count)
     if stopped:
         return None
-    figures = {"loss": state.epoch_loss / state.epoch_step, "learning_rate": learning_rate_at(state.step - 1, args)}
+    figures = {"loss": state.mean_loss, "learning_rate": learning_rate_at(state.step - 1, args)}
     if state.epoch_step > first:  # not if the run was stopped in its test epoch
         rate = (state.epoch_step - first) * run.global_batch / (time.monotonic() - start)
         figures.update(images_per_second=rate, **batches.figures())
@@ -207,12 +207,13 @@ def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
         confusion = confusion + counts.numpy()
         progress.update(step)
     progress.close()
-    if not math.isfinite(loss_sum):
+    test_loss = loss_sum / int(confusion.sum())
+    if not math.isfinite(test_loss):
         raise TrainingError(
-            f"the test loss became {loss_sum / count} in epoch {run.state.epoch + 1}; the last checkpoint and the best "
+            f"the test loss became {test_loss} in epoch {run.state.epoch + 1}; the last checkpoint and the best "
             "model so far are kept. Lower --learning_rate and look for broken test images"
         )
-    return {"loss": loss_sum / count, "confusion": confusion, **score_confusion(confusion)}
+    return {"loss": test_loss, "confusion": confusion, **score_confusion(confusion)}
 
 
 def queue_steps(run: Run, batches: "BatchSupply") -> Generator[Any, None, None]:
@@ -344,6 +345,7 @@ def export(run: Run, model: Any, train_data: Metadata) -> None:
         "channels": train_data.image_shape[2],
         "source_channels": train_data.info.get("channels"),
         "label_map": train_data.info.get("label_map"),
+        "image_no_data": train_data.info.get("image_no_data"),
         "radius": RADIUS,
         "size_factor": SIZE_FACTOR,
         "normalization": "(pixel - mean) / deviation of each channel of an image, the deviation at least its floor",
@@ -572,7 +574,7 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
             found.append(database.metadata)
         check_classes(found[-1], args.number_classes, filepath)
     train, test = found
-    for option in ("label_map", "channels"):
+    for option in ("label_map", "image_no_data", "channels"):
         one, other = train.info.get(option), test.info.get(option)
         if one != other:
             raise InputError(
@@ -827,18 +829,25 @@ class RunState:
     samples: int = 0  # images that these took from the training stream
     epoch: int = 0  # test epochs done
     epoch_step: int = 0  # steps since the last test epoch
-    epoch_loss: float = 0.0  # sum of the losses of these steps
+    epoch_loss: float = 0.0  # sum of the losses of all counted pixels in these steps
+    epoch_pixels: float = 0.0  # how many these are
     best_epoch: int = 0  # of the lowest test loss
 
-    def count_step(self, loss: float, global_batch: int) -> None:
-        """Take note of a training step."""
+    def count_step(self, loss: float, pixels: float, global_batch: int) -> None:
+        """Take note of a training step: the mean loss of its counted pixels, how many these are, and its images."""
         self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
         self.samples += global_batch
-        self.epoch_loss += loss
+        self.epoch_loss += loss * pixels
+        self.epoch_pixels += pixels
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the counted pixels since the last test epoch; NaN if there was none."""
+        return self.epoch_loss / self.epoch_pixels if self.epoch_pixels else math.nan
 
     def finish_epoch(self, test_loss: float) -> bool:
         """Take note of a test epoch; return whether its loss is the best so far."""
-        self.epoch, self.epoch_step, self.epoch_loss = self.epoch + 1, 0, 0.0
+        self.epoch, self.epoch_step, self.epoch_loss, self.epoch_pixels = self.epoch + 1, 0, 0.0, 0.0
         is_best = self.stopping.update(test_loss)
         if is_best:
             self.best_epoch = self.epoch
@@ -888,7 +897,10 @@ class Checkpoints:
         import tensorflow as tf
 
         self._folder, self._settings, self._cluster = output_dir / "checkpoint", settings, cluster
-        self._objects = tf.train.Checkpoint(model=trainer.model, optimizer=trainer.optimizer, step=trainer.step)
+        # The weights as a list: the names of a model's layers are not the same in Keras 2 and Keras 3.
+        self._objects = tf.train.Checkpoint(
+            weights=trainer.model.weights, optimizer=trainer.optimizer, step=trainer.step
+        )
         self.saved_at = time.monotonic()
 
     @staticmethod

@@ -244,18 +244,24 @@ def assign(variable: Any, value: "tf.Tensor") -> None:
     tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
+def counted_pixels(masks: "tf.Tensor") -> "tf.Tensor":
+    """Return which pixels (N, H, W) have a class: all but those to ignore, which have the largest value of the type."""
+    masks = tf.convert_to_tensor(masks)
+    return tf.not_equal(masks, masks.dtype.max)
+
+
 def per_pixel_loss(
     masks: "tf.Tensor",
     logits: "tf.Tensor",
     label_smoothing: float = 0.0,
     class_weights: Optional[Sequence[float]] = None,
 ) -> "tf.Tensor":
-    """Return the cross-entropy of each pixel.
+    """Return the cross-entropy of each pixel, 0 for those to ignore.
 
     Parameters
     ----------
     masks : tensor of integers, shape (N, H, W)
-        Class ids.
+        Class ids; see `counted_pixels`.
     logits : tensor of float32, shape (N, H, W, classes)
         What the network gives.
     label_smoothing : float
@@ -268,14 +274,15 @@ def per_pixel_loss(
     tensor of float32, shape (N, H, W)
         In natural units.
     """
-    masks = tf.cast(masks, tf.int32)
+    counted = counted_pixels(masks)
+    masks = tf.where(counted, tf.cast(masks, tf.int32), 0)  # of another id the loss would be an error, or NaN on a GPU
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(masks, logits)
     if label_smoothing:
         of_all_classes = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all_classes
     if class_weights is not None:
         losses *= tf.gather(tf.constant(class_weights, tf.float32), masks)
-    return losses
+    return tf.where(counted, losses, 0.0)
 
 
 def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tensor", number_classes: int) -> "tf.Tensor":
@@ -284,7 +291,7 @@ def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tenso
     Parameters
     ----------
     masks : tensor of integers, shape (N, H, W)
-        True class ids.
+        True class ids; see `counted_pixels`.
     logits : tensor of float32, shape (N, H, W, classes)
         What the network gives; the largest is the predicted class.
     weights : tensor of float32, shape (N,)
@@ -299,7 +306,8 @@ def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tenso
     """
     cells = number_classes**2
     cell = tf.cast(masks, tf.int32) * number_classes + tf.argmax(logits, axis=-1, output_type=tf.int32)
-    cell = tf.where(weights[:, None, None] > 0, cell, cells)  # padding goes to one more cell, which is dropped
+    counted = counted_pixels(masks) & (weights[:, None, None] > 0)
+    cell = tf.where(counted, cell, cells)  # all else goes to one more cell, which is dropped
     with tf.device("CPU:0"):  # a GPU's way to count is not deterministic
         counts = tf.math.bincount(tf.reshape(cell, [-1]), minlength=cells + 1, maxlength=cells + 1)
     return tf.cast(tf.reshape(counts[:cells], [number_classes, number_classes]), tf.int64)
@@ -451,9 +459,9 @@ class UNetTrainer:
 
         Returns
         -------
-        tensor of float32, shape (1 + len(votes),)
-            The batch's mean loss; the sum of each vote over all replicas, so that all processes know of it at the
-            same step. A GPU may still be computing it.
+        tensor of float32, shape (2 + len(votes),)
+            The mean loss of the global batch's counted pixels, and how many these are; the sum of each vote over all
+            replicas, so that all processes know of it at the same step. A GPU may still be computing it.
         """
         numbers = tf.constant([self._learning_rate, *map(float, votes)], tf.float32)
         if self._xla_on_trial:
@@ -507,9 +515,9 @@ class UNetTrainer:
         Returns
         -------
         sums : tensor of float32, shape (1 + len(votes),)
-            The sum of the mean losses of the batch's images; the sums of the votes.
+            The sum of the losses of all counted pixels; the sums of the votes.
         confusion : tensor of int64, shape (classes, classes)
-            Pixels by true and predicted class.
+            Counted pixels by true and predicted class.
         """
         return self._test_step(batch, tf.constant([float(vote) for vote in votes], tf.float32))
 
@@ -526,15 +534,19 @@ class UNetTrainer:
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", numbers: "tf.Tensor"
     ) -> "tf.Tensor":
         """Take a step on one replica's batch; `numbers` are the learning rate and the votes."""
-        variables = self.model.trainable_variables
+        variables, context = self.model.trainable_variables, tf.distribute.get_replica_context()
+        own_pixels = tf.reduce_sum(tf.cast(counted_pixels(masks), tf.float32))
+        all_pixels = own_pixels
+        if self.num_replicas > 1:
+            all_pixels = context.all_reduce(tf.distribute.ReduceOp.SUM, own_pixels)
         with tf.GradientTape() as tape:
             logits = self.model(images, training=True)
             pixel_losses = per_pixel_loss(masks, logits, self._label_smoothing, self._class_weights)
             # Each replica divides by the pixels of the global batch, so that the sum over replicas is the mean.
-            loss = tf.reduce_mean(pixel_losses) / self.num_replicas
+            loss = tf.reduce_sum(pixel_losses) / tf.maximum(all_pixels, 1.0)
             scaled = self.optimizer.scale(loss)
         self.optimizer.apply(tape.gradient(scaled, variables), variables, numbers[0])
-        return tf.concat([loss[None], numbers[1:]], axis=0)
+        return tf.concat([tf.stack([loss, own_pixels]), numbers[1:]], axis=0)
 
     def _test_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"
@@ -542,7 +554,7 @@ class UNetTrainer:
         """Evaluate one replica's batch."""
         logits = self.model(images, training=False)
         pixel_losses = per_pixel_loss(masks, logits, class_weights=self._class_weights)
-        loss = tf.reduce_sum(tf.reduce_mean(pixel_losses, axis=[1, 2]) * weights)
+        loss = tf.reduce_sum(tf.reduce_sum(pixel_losses, axis=[1, 2]) * weights)
         confusion = confusion_matrix(masks, logits, weights, self._number_classes)
         return tf.concat([loss[None], votes], axis=0), confusion
 

@@ -37,7 +37,8 @@ def test_numbers_are_little_endian_in_the_file_whatever_they_were_before():
     value = encode_record(image, mask, [-2.0], [0.5])
     assert value[8:16] == b"<u2\0<i4\0"
     assert value[32:48] == b"\0\0\0\0\0\0\0\xc0" + b"\0\0\0\0\0\0\xe0\x3f"
-    assert value[48:] == b"\1\0\0\1" + b"\3\0\0\0\x70\x11\1\0"
+    assert value[48:56] == np.array(np.inf, "<f8").tobytes()  # all pixels have data
+    assert value[56:] == b"\1\0\0\1" + b"\3\0\0\0\x70\x11\1\0"
     np.testing.assert_array_equal(decode_record(value)[0], image)
     np.testing.assert_array_equal(decode_record(value)[1], mask)
 

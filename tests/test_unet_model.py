@@ -58,6 +58,45 @@ def test_confusion_matrix_counts_pixels_and_leaves_padding_out():
     np.testing.assert_array_equal(confusion_matrix(masks, tf.constant(logits), tf.constant(weights), 3), expected)
 
 
+def test_ignored_pixels_have_no_part_in_loss_gradient_and_counts():
+    rng = np.random.default_rng(0)
+    masks, logits = rng.integers(0, 3, (2, 16, 16)).astype(np.uint8), rng.normal(0, 3, (2, 16, 16, 3))
+    ignored = rng.random(masks.shape) < 0.4
+    ignored[1] = True
+    options = {"label_smoothing": 0.1, "class_weights": [0.5, 1, 4]}
+    expected = cross_entropy(logits, masks, [0.5, 1, 4], 0.1) * ~ignored
+    for dtype in (np.uint8, np.int32):
+        encoded = np.where(ignored, np.iinfo(dtype).max, masks).astype(dtype)
+        variable = tf.Variable(logits.astype(np.float32))
+        with tf.GradientTape() as tape:
+            loss = unet_model.per_pixel_loss(tf.constant(encoded), variable, **options)
+        gradient = tape.gradient(loss, variable).numpy()
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        assert (gradient[ignored] == 0).all() and (gradient[~ignored] != 0).all()
+        counts = confusion_matrix(tf.constant(encoded), variable, tf.ones(2), 3).numpy()
+        hits = (masks == logits.argmax(-1)) & ~ignored
+        assert counts.sum() == (~ignored).sum() and np.trace(counts) == hits.sum()
+
+
+def test_a_step_is_that_of_its_counted_pixels_and_one_of_none_counts_nothing():
+    images, masks, weights = make_batch()
+    trainer = make_trainer({"batch_norm": False})
+    logits = trainer.model(images).numpy()
+    masks[0, :, 5:] = 255
+    known = masks != 255
+    losses = cross_entropy(logits, masks * known, [1, 1])[known]
+    sums, confusion = trainer.test_step((images, masks, weights))
+    assert float(sums[0]) == pytest.approx(losses.sum(), rel=1e-5) and confusion.numpy().sum() == known.sum()
+    loss, pixels = trainer.train_step((images, masks, weights))
+    assert float(loss) == pytest.approx(losses.mean(), rel=1e-5) and pixels == known.sum()
+    trainer, before = make_trainer({"batch_norm": False}), None
+    before = trainer.model.get_weights()
+    loss, pixels = trainer.train_step((images, np.full_like(masks, 255), weights))
+    assert loss == pixels == 0
+    for one, other in zip(before, trainer.model.get_weights()):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_counting_is_left_to_the_cpu_because_no_gpu_counts_deterministically():
     with tf.Graph().as_default() as graph, tf.device("GPU:0"):
         confusion_matrix(tf.zeros((1, 8, 8), tf.uint8), tf.zeros((1, 8, 8, 3)), tf.ones(1), 3)
@@ -138,9 +177,10 @@ def test_classes_weigh_in_training_and_testing_and_labels_are_smoothed_in_traini
     trainer = make_trainer({"batch_norm": False}, label_smoothing=0.3, class_weights=[1.0, 5.0])
     logits = trainer.model(images).numpy()
     sums, _ = trainer.test_step(make_batch())
-    np.testing.assert_allclose(sums, [2 * cross_entropy(logits, masks, [1, 5]).mean()], rtol=1e-5)
-    [loss] = trainer.train_step(make_batch())
+    np.testing.assert_allclose(sums, [cross_entropy(logits, masks, [1, 5]).sum()], rtol=1e-5)
+    loss, pixels = trainer.train_step(make_batch())
     np.testing.assert_allclose(loss, cross_entropy(logits, masks, [1, 5], 0.3).mean(), rtol=1e-5)
+    assert pixels == masks.size
 
 
 def test_loss_scaling_keeps_gradients_that_float16_has_no_number_for():
@@ -256,6 +296,8 @@ rng = np.random.default_rng(0)
 share = slice(4 // cluster.world_size * cluster.rank, 4 // cluster.world_size * (cluster.rank + 1))
 images = rng.standard_normal((5, 4, 32, 32, 1), np.float32)
 masks = rng.integers(0, 2, (5, 4, 32, 32)).astype(np.uint8)
+masks[:, 0] = 255  # to be ignored: of several replicas each has another number of pixels that count, one has none
+masks[:, 1, :, 4:] = 255
 
 
 class Reader:
@@ -388,13 +430,13 @@ def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_bat
     assert moved > 100 * tolerance * np.linalg.norm(one["last"]), "nothing was learned"
     for other in others:
         np.testing.assert_array_equal(one["first"], other["first"])
-        np.testing.assert_allclose(one["sums"][:, 0], other["sums"][:, 0], rtol=tolerance)
+        np.testing.assert_allclose(one["sums"][:, :2], other["sums"][:, :2], rtol=tolerance)
         assert np.linalg.norm(one["last"] - other["last"]) < tolerance * np.linalg.norm(one["last"])
-        assert other["pixels"] == one["pixels"] == 4 * 32 * 32
+        assert other["pixels"] == one["pixels"] == one["sums"][0, 1] == (2 * 32 + 4) * 32
     for replicas in others[:-2]:
         np.testing.assert_allclose(replicas["tested"], one["tested"], rtol=tolerance)
     for worker in others[-2:]:
-        assert list(worker["sums"][:, 1]) == [0, 0, 0, 1, 0], "what one asks for reaches both at the same step"
+        assert list(worker["sums"][:, 2]) == [0, 0, 0, 1, 0], "what one asks for reaches both at the same step"
 
 
 def test_an_overflow_on_any_replica_of_any_process_leaves_the_step_out_on_all_and_halves_the_scale(trained):
