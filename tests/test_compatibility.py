@@ -1,7 +1,6 @@
 """What one version of TensorFlow wrote is read by another one; tests/compatibility.sh sets the other one up."""
 
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -16,19 +15,14 @@ PYTHONS = {"this": sys.executable, "the other": OTHER_PYTHON}
 SHORT = ["--test_every_n_steps", 4, "--learning_rate", 3e-3]
 
 
-def tensorflow_of(python):
-    code = "import tensorflow; print(tensorflow.__version__)"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
 @pytest.fixture(scope="module", params=PYTHONS)
 def run(request, databases, tmp_path_factory):
-    """Return the output folder of a short run, and the name of the other Python."""
+    """Return the output folder of a short run, and the Python that did not make it."""
     folder = tmp_path_factory.mktemp("run") / "out"
     python = PYTHONS[request.param]
     done = run_script("train_unet.py", *arguments(databases, folder, *SHORT, "--max_epochs", 2), python=python)
     assert done.returncode == 0, done.stdout
-    return folder, next(other for name, other in PYTHONS.items() if name != request.param), python
+    return folder, next(other for name, other in PYTHONS.items() if name != request.param)
 
 
 def test_a_saved_model_gives_the_same_softmax_in_both(run, tmp_path):
@@ -45,13 +39,8 @@ def test_a_saved_model_gives_the_same_softmax_in_both(run, tmp_path):
     assert results[0].std() > 1e-3
 
 
-def test_a_checkpoint_is_gone_on_from_or_refused_in_one_line(run, databases):
-    """Versions of one line (2.16.1 and 2.16.2) must go on; between others Keras may have changed what it saves."""
-    folder, other, python = run
-    versions = [tensorflow_of(each).split(".")[:2] for each in (python, other)]
+def test_a_checkpoint_is_resumed_by_the_other(run, databases):
+    folder, other = run
     done = run_script("train_unet.py", *arguments(databases, folder, *SHORT, "--max_epochs", 3), python=other)
-    if versions[0] == versions[1] or done.returncode == 0:
-        assert done.returncode == 0 and "going on at step 8, after 2 test epochs" in done.stdout, done.stdout
-        assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["4", "8", "12"]
-    else:
-        assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    assert done.returncode == 0 and "going on at step 8, after 2 test epochs" in done.stdout, done.stdout
+    assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["4", "8", "12"]
