@@ -42,6 +42,8 @@ ORIENTATIONS = [
     (True, False, False), (True, False, True), (True, True, True), (True, True, False),
 ]  # fmt: skip
 DEFLATE_RATIO = 1032  # bytes that a byte of a PNG can stand for, at most
+TIFF_HEADER_BYTES = 8
+BYTE_COUNT_TAGS = (279, 325)  # of strips and of tiles
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
 STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
 MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above
@@ -643,13 +645,27 @@ def _check_segments(series: Any, file_bytes: int) -> None:
     pages = [each for each in series.pages if each is not None]
     if len(pages) < len(series.pages) and series.dataoffset is None:
         raise ValueError("some of its pages are missing")
-    needed = math.prod(series.keyframe.chunked)
+    if not any(code in series.keyframe.tags for code in BYTE_COUNT_TAGS):
+        raise ValueError("it has no table of the lengths of its strips or tiles")
+    needed, longest = math.prod(series.keyframe.chunked), _uncompressed_bytes(series.keyframe)
     for page in pages:
         if min(len(page.dataoffsets), len(page.databytecounts)) < needed:
             raise ValueError(f"it lists {len(page.dataoffsets)} of the {needed} strips or tiles of its image")
-        ends = (offset + count for offset, count in zip(page.dataoffsets, page.databytecounts) if count)
-        if max(ends, default=0) > file_bytes:
+        places = [(offset, count) for offset, count in zip(page.dataoffsets, page.databytecounts) if count]
+        if max((offset + count for offset, count in places), default=0) > file_bytes:
             raise ValueError("some of its strips or tiles lie beyond the end of the file")
+        if min(places, default=(TIFF_HEADER_BYTES, 0))[0] < TIFF_HEADER_BYTES:
+            raise ValueError("some of its strips or tiles lie in its header")
+        if max(page.databytecounts) >= 2 * longest:
+            raise ValueError("its strips or tiles are longer than its size and pixel type allow")
+
+
+def _uncompressed_bytes(page: Any) -> float:
+    """Return the length of a strip or tile of a TIFF that is not compressed; infinity if it is."""
+    if page.compression != 1:
+        return math.inf
+    rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+    return float(rows * -(-math.prod(page.chunks) // rows * page.bitspersample // 8))
 
 
 def _photometric(page: Any, as_mask: bool) -> tuple[tuple[str, ...], Optional[int]]:

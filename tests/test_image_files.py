@@ -540,3 +540,34 @@ def test_an_image_is_displayed_in_gray_or_color_around_its_mean(channels):
     picture = displayable(scores)
     assert picture.dtype == np.uint8 and picture.shape == (8, 5, 3)
     np.testing.assert_allclose(picture, 255 * np.clip(0.5 + expected / 5, 0, 1), atol=1)
+
+
+@pytest.mark.parametrize(
+    "lost, words",
+    [
+        ("BitsPerSample", "longer than its size and pixel type allow"),  # 1 bit is what a TIFF has without it
+        ("SamplesPerPixel", "longer than its size and pixel type allow"),
+        ("StripByteCounts", "no table of the lengths"),
+        ("StripOffsets", "cannot read"),
+    ],
+)
+def test_a_tiff_that_has_lost_a_tag_is_refused(tmp_path, lost, words):
+    image = make_pair(0, (40, 30, 3), "uint8")[0]
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", rowsperstrip=10)
+    read_image(tmp_path / "a.tif")
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place = file.pages[0].tags[lost].offset
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[place : place + 2] = (60000).to_bytes(2, "little")  # a code that means nothing
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_image(tmp_path / "a.tif")
+
+
+def test_strips_in_the_header_of_a_tiff_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", make_pair(0)[0][..., 0], rowsperstrip=16, compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+        tag = file.pages[0].tags["StripOffsets"]
+        tag.overwrite([0, *tag.value[1:]])
+    with pytest.raises(InputError, match="lie in its header"):
+        read_image(tmp_path / "a.tif")
