@@ -66,7 +66,7 @@ def test_ignored_pixels_have_no_part_in_loss_gradient_and_counts():
     options = {"label_smoothing": 0.1, "class_weights": [0.5, 1, 4]}
     expected = cross_entropy(logits, masks, [0.5, 1, 4], 0.1) * ~ignored
     for dtype in (np.uint8, np.int32):
-        encoded = np.where(ignored, np.iinfo(dtype).max, masks).astype(dtype)
+        encoded = np.where(ignored, np.iinfo(dtype).max, masks.astype(dtype))
         variable = tf.Variable(logits.astype(np.float32))
         with tf.GradientTape() as tape:
             loss = unet_model.per_pixel_loss(tf.constant(encoded), variable, **options)
