@@ -1,6 +1,7 @@
 """Pixels that count nowhere, from the files to the masks: those without a class, and those without data."""
 
 import csv
+import itertools
 import re
 
 import numpy as np
@@ -328,21 +329,31 @@ def trained(tmp_path_factory):
     assert done.returncode == 0, done.stdout
     with Database(paths[1]) as database:
         names = database.metadata.names
-    return folder, sum(counted[name] for name in names)
+    return folder, paths, sum(counted[name] for name in names)
 
 
-def test_scores_are_of_the_counted_pixels(trained):
-    folder, counted = trained
+def test_scores_and_loss_are_of_the_counted_pixels(trained):
+    folder, [train, test], counted = trained
     with open(folder / "out" / "confusion.csv", newline="") as file:
         rows = list(csv.reader(file))[1:]
     assert sum(int(cell) for row in rows for cell in row[2:]) == counted
     with open(folder / "out" / "metrics.csv", newline="") as file:
         [row] = csv.DictReader(file)
-    assert 0 < float(row["train_loss"]) < 3 and 0 < float(row["test_loss"]) < 3
+    assert 0 < float(row["train_loss"]) < 3
+    with Database(train) as database:
+        weights = database.metadata.pixel_counts.sum() / 2 / database.metadata.pixel_counts
+    predict = tf.saved_model.load(folder / "out" / "saved_model").signatures["serving_default"]
+    losses = []
+    with ImageReader(test, shuffle=False, batch_size=1) as reader:
+        for batch in itertools.islice(reader.generator(), reader.get_image_count()):
+            softmax = predict(tf.constant(batch.images))["softmax"].numpy().astype(np.float64)
+            for class_id in (0, 1):
+                losses.append(-np.log(softmax[batch.masks == class_id, class_id]) * weights[class_id])
+    assert float(row["test_loss"]) == pytest.approx(np.concatenate(losses).mean(), rel=1e-4)
 
 
 def test_inference_takes_the_value_of_no_data_from_its_model_or_its_options(trained, tmp_path):
-    folder, _ = trained
+    folder, _, _ = trained
     images = tmp_path / "images"
     images.mkdir()
     image = make_pair(9, (64, 96, 1), "int16")[0]

@@ -724,7 +724,9 @@ def test_want_of_memory_is_told_as_such_in_training_and_in_drawing(kind, message
 def make_checkpoints(folder, rank=0):
     import tensorflow as tf
 
-    trainer = SimpleNamespace(model=SimpleNamespace(weights=[tf.Variable(1.0)]), optimizer=tf.Module(), step=tf.Variable(3))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(weights=[tf.Variable(1.0)]), optimizer=tf.Module(), step=tf.Variable(3)
+    )
     return train_unet.Checkpoints(folder, trainer, {"seed": 0}, train_unet.Cluster(rank, 2))
 
 
