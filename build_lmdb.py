@@ -48,6 +48,7 @@ from cli import (
     number_type,
     positive_int,
     printable,
+    real_number,
     run_script,
     seed_int,
     signals_held,
@@ -211,7 +212,7 @@ def add_content_options(group: Any) -> None:
         "says; they are left out of mean and standard deviation, the network sees 0, and where all channels have no "
         "data the mask is ignored; inference uses the same value"
     )
-    group.add_argument("--image_no_data", metavar="VALUE", type=any_float, help=text)
+    group.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
     text = "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]"
@@ -246,7 +247,6 @@ def mask_format(text: str) -> str:
 
 
 any_int = number_type(int, lambda value: True, "a whole number, such as 255")
-any_float = number_type(float, lambda value: True, "a number, such as -9999")
 open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
 
 
@@ -345,8 +345,6 @@ class LabelMap(NamedTuple):
             classes = self.find(mask)
         if classes.min() == UNNAMED:
             unknown = np.unique(mask[classes == UNNAMED])
-            if self.largest_class == IGNORED:
-                raise Unusable(ProblemKind.NEGATIVE, advise_label_map(unknown.tolist()))
             shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
             raise Unusable(ProblemKind.UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
         return classes
@@ -417,7 +415,8 @@ def run(args: argparse.Namespace) -> None:
             about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
             about["ignored_id"] = build.ignored_id
             for side, contents, writer in zip(SIDES, filled, writers):
-                writer.finish({**about, "side": side, "value_range": contents.value_range})
+                of_images = {"value_range": contents.value_range, "missing_shares": contents.missing_shares}
+                writer.finish({**about, "side": side, **of_images})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
     describe_databases(targets, bool(args.preview))
 
@@ -670,18 +669,14 @@ def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[
     """Return what the headers of a pair tell; runs in a worker process.
 
     A large image, of which several jobs encode a part each, is measured here: each record contains the statistics of
-    the complete image. If bad files are to be left out, its records are tried as well, because that must be known
-    before the first of them is appended.
+    the complete image.
     """
 
     def work() -> tuple[PairSpec, Optional[ChannelStatistics]]:
         with open_pair(pair, options) as (image, mask):
             spec = check_headers(image, mask, options)
-            jobs = encode_jobs(pair, spec, options)
-            statistics = ChannelStatistics.of_file(image) if len(jobs) > 1 else None
-        for job in jobs if options.skip_bad and statistics is not None else ():
-            encode_records(options, job._replace(statistics=statistics))
-        return spec, statistics
+            is_large = len(encode_jobs(pair, spec, options)) > 1
+            return spec, ChannelStatistics.of_file(image) if is_large else None
 
     return problem_or(work, pair)
 
@@ -794,9 +789,11 @@ class Contents:
     def __init__(self) -> None:
         self._minimum, self._maximum = np.array(np.inf), np.array(-np.inf)
         self._deviations = array.array("f")  # compact, because there may be a million images
+        self._pixels, self._valid = 0, np.zeros((), np.int64)
 
-    def add(self, statistics: ChannelStatistics) -> None:
+    def add(self, statistics: ChannelStatistics, spec: PairSpec) -> None:
         """Take note of an image."""
+        self._pixels, self._valid = self._pixels + spec.height * spec.width, self._valid + statistics.valid
         self._minimum = np.minimum(self._minimum, statistics.minimum)
         self._maximum = np.maximum(self._maximum, statistics.maximum)
         self._deviations.extend(statistics.deviation)
@@ -806,6 +803,12 @@ class Contents:
         """Minimum and maximum of each channel; 0 for one that has no data."""
         limits = np.stack([self._minimum, self._maximum], axis=1)
         return [(low, high) for low, high in np.where(np.isfinite(limits), limits, 0).tolist()]
+
+    @property
+    def missing_shares(self) -> list[float]:
+        """Share of the pixels of each channel that have no data."""
+        shares: list[float] = (1 - self._valid / self._pixels).tolist()
+        return shares
 
     def deviation_floors(self, image_dtype: str) -> list[float]:
         """Return the least deviation by which each channel is divided.
@@ -891,7 +894,7 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
         raise Unusable(
             ProblemKind.RESERVED,
             f"{path}: found {reserved}, which stands for ignored pixels in masks of {options.mask_dtype}; set "
-            f"--ignore_value {reserved} if that is what it means, or give it a class with --label_map",
+            f"--ignore_value {reserved} if that is what it means, or say with --label_map what each value means",
         )
     result = ids.astype(options.mask_dtype)
     if options.label_map is not None and options.label_map.ignores:
@@ -902,6 +905,12 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
 def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Problem]:
     """Return the records of a job, or why its pair cannot be used; runs in a worker process."""
     return problem_or(lambda: encode_records(options, job), job.pair)
+
+
+def find_problem(options: Options, job: EncodeJob) -> Optional[Problem]:
+    """Return why the pair of a job cannot be used, None if it can; runs in a worker process."""
+    encoded = encode_or_problem(options, job)
+    return encoded if isinstance(encoded, Problem) else None
 
 
 class Build:
@@ -934,6 +943,9 @@ class Build:
         self._workers, self._specs, self._measured = workers, specs, measured
         self._options = options._replace(mask_dtype=mask_dtype.name, may_ignore=may_ignore)
         self.image_dtype = next(iter(specs.values())).image_dtype
+        self.problems: list[Problem] = []
+        if options.skip_bad:
+            self._try_large_images()
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
@@ -941,17 +953,24 @@ class Build:
         )
         self._unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, self._unit), 0
-        self.problems: list[Problem] = []
+
+    def _try_large_images(self) -> None:
+        """Leave out the images of several jobs that cannot be used, before a record of them has been appended."""
+        jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in self._measured if pair in self._specs)
+        find = functools.partial(find_problem, self._options)
+        for job, problem in self._workers.run(find, jobs, lambda job: job.pair.image):
+            if problem is not None and self._specs.pop(job.pair, None) is not None:
+                self.problems.append(problem)
+
+    def _jobs(self, pair: Pair) -> Iterator[EncodeJob]:
+        """Yield the jobs for a pair that is usable, with the statistics of its image if that is large."""
+        for job in encode_jobs(pair, self._specs[pair], self._options):
+            yield job._replace(statistics=self._measured.get(pair))
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
         contents, last_pair, uncounted = Contents(), None, 0
-        jobs = (
-            job._replace(statistics=self._measured.get(pair))
-            for pair in pairs
-            if pair in self._specs
-            for job in encode_jobs(pair, self._specs[pair], self._options)
-        )
+        jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
         encode = functools.partial(encode_or_problem, self._options)
         for job, encoded in self._workers.run(encode, jobs, lambda job: job.pair.image, lambda job: job.nbytes):
             if isinstance(encoded, Problem):
@@ -964,7 +983,7 @@ class Build:
                     else:
                         writer.append(record, os.path.basename(job.pair.image))
                 if job.pair != last_pair:  # once an image
-                    contents.add(encoded.statistics)
+                    contents.add(encoded.statistics, self._specs[job.pair])
                     last_pair = job.pair
             self._done += len(job.origins)
             self._progress.update(self._done)
@@ -1171,6 +1190,8 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
     yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
     ranges = [f"{minimum:g} to {maximum:g}" for minimum, maximum in info["value_range"]]
     yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
+    if any(info["missing_shares"]):
+        yield f"  without data in each channel: {', '.join(f'{100 * share:.2f} %' for share in info['missing_shares'])}"
     total = int(metadata.pixel_counts.sum())
     for position, (class_id, pixels) in enumerate(zip(metadata.classes, metadata.pixel_counts)):
         if position == MANY_CLASSES:
@@ -1195,6 +1216,11 @@ def unusual_content(metadata: Metadata) -> Iterator[str]:
         )
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
+    if metadata.info["side"] == "train":
+        if metadata.info["image_no_data"] is not None and not any(metadata.info["missing_shares"]):
+            yield f"no pixel has the value of --image_no_data, {metadata.info['image_no_data']:g}: is it the right one?"
+        if "ignore" in (metadata.info["label_map"] or "") and not metadata.info["ignored_pixels"]:
+            yield f"no pixel is ignored by --label_map {metadata.info['label_map']}: are these the right values?"
     spread = np.ptp(metadata.info["value_range"], axis=1)  # of each channel
     constant, others = np.flatnonzero(spread == 0), np.flatnonzero(spread)
     if len(constant) and len(others):

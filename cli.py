@@ -162,6 +162,7 @@ def number_type(
 
 positive_int = number_type(int, lambda value: value >= 1, "a whole number of at least 1")
 positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
+real_number = number_type(float, lambda value: not math.isnan(value), "a number, such as -9999")
 flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
 seed_int = number_type(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 

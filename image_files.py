@@ -50,6 +50,9 @@ MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overfl
 MEAN_TOLERANCE = 1e-6  # of a normalized channel's mean
 DISPLAYED_DEVIATIONS = 2.5  # on each side of the mean, from black to white
 
+# tifffile says of the most usual float32 value of GDAL's tag that it cannot be cast; it is read here.
+logging.getLogger("tifffile").addFilter(lambda record: "GDAL_NODATA" not in record.getMessage())
+
 Window = tuple[slice, slice]  # rows and columns of an image
 
 # ---------------------------------------------------------------------------------------------- files and folders
@@ -184,7 +187,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     ) -> None:
         self.path = Path(filepath)
         self.lossy, self.orientation = "", Orientation()
-        self._declared_no_data: Optional[float] = None
+        self._declared_no_data: Optional[float] = None  # in the file's own terms
         self.notes: tuple[str, ...] = ()
         self.placement: dict[str, Any] = {}
         self._white: Optional[int] = None  # the value of black, if the stored values count from white
@@ -206,22 +209,17 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         declared = self._declared_no_data
         if as_mask and declared is not None:
             self.notes += (f"declare {declared:g} as no data: if it stands for no class, --ignore_value leaves it out",)
-        values = [self._stored_value(value) for value in (declared, no_data) if value is not None and not as_mask]
-        self._no_data_values = [value for value in values if value is not None]
+        elif declared is not None and not math.isnan(declared):
+            effect = "left out" if fitting(declared, self.dtype) is not None else "no value of their type"
+            self.notes += (f"declare {declared:g} as no data: {effect}",)
+        fit = [fitting(value, self.dtype) for value in (declared, no_data) if value is not None and not as_mask]
+        white = self._white or 0
+        self._no_data_values = [float(int(value) ^ white) if white else value for value in fit if value is not None]
         self.no_data: Optional[float] = None
         if self.dtype.kind == "f" and not as_mask:
             self.no_data = math.nan
         elif self._no_data_values:
             self.no_data = self._no_data_values.pop(0)
-
-    def _stored_value(self, value: float) -> Optional[float]:
-        """Return the pixel that a value in the file becomes, None if its type has no such pixel."""
-        if self.dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                return None if math.isnan(value) else float(self.dtype.type(value))
-        if self.dtype.kind not in "iu" or not np.iinfo(self.dtype).min <= value <= np.iinfo(self.dtype).max:
-            return None
-        return float(int(value) ^ (self._white or 0)) if value.is_integer() else None
 
     def _unified(self, pixels: np.ndarray) -> np.ndarray:
         """Return pixels of which those without data have the one value for it."""
@@ -280,7 +278,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Yields
         ------
         ndarray, shape (rows, columns, C)
-            Not to be changed.
+            Not to be changed. Pixels without data are `no_data`.
 
         Notes
         -----
@@ -367,7 +365,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self.orientation = Orientation.of(page.tags.valueof(ORIENTATION_TAG, 1))
         self.placement, (more, self._white) = _placement(self._open_file, page), _photometric(page, as_mask)
         self.notes += more
-        self._declare_no_data(page.tags.valueof(NO_DATA_TAG))
+        self._declare_no_data(page)
         layout = AxisLayout.find(series.shape, series.axes, self.path, self._size_as_stored(size), channels)
         _check_segments(series, os.path.getsize(self.path))
         if series.dataoffset is not None:
@@ -376,16 +374,30 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             return _SegmentedTiff(series, layout)
         return _WholeImage(series.asarray, series.dtype, layout)
 
-    def _declare_no_data(self, text: Any) -> None:
-        """Take note of a TIFF's tag for the value of pixels without data."""
-        if text is not None:
-            try:
-                self._declared_no_data = float(text)
-            except (TypeError, ValueError):
-                self.notes += (f"declare {text!r} as no data, which is no number and means nothing here",)
+    def _declare_no_data(self, page: Any) -> None:
+        """Take note of a TIFF's tag for the value of pixels without data, of which strips are that it leaves out."""
+        text = page.tags.valueof(NO_DATA_TAG)
+        if text is None:
+            return
+        try:
+            self._declared_no_data = float(text)
+            value = fitting(self._declared_no_data, page.dtype)
+            page.nodata = math.nan if page.dtype.kind == "f" and value is None else value or 0
+        except (TypeError, ValueError):
+            self.notes += (f"declare {text!r} as no data, which is no number and means nothing here",)
 
     def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
         return size and (size[::-1] if self.orientation.transposed else size)
+
+
+def fitting(value: float, dtype: np.dtype) -> Optional[float]:
+    """Return a value as a pixel of a type has it; None for NaN and for what the type cannot hold."""
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return None if math.isnan(value) else float(dtype.type(value))
+    if dtype.kind in "iu" and value.is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+        return value
+    return None
 
 
 def name_of(code: Any) -> str:
@@ -899,10 +911,10 @@ class ChannelStatistics(NamedTuple):
         progress.close()
         lowest, highest = statistics.minimum.min(), statistics.maximum.max()
         if max(-lowest, highest) > MAX_MAGNITUDE and statistics.valid.any():
-            found = f"{float(lowest)} to {float(highest)}"  # all digits, as they may have to be typed
+            worst = float(lowest if -lowest > MAX_MAGNITUDE else highest)  # with all digits, as it may have to be typed
             raise UnusablePixels(
-                f"expected values of at most {MAX_MAGNITUDE:g} in {image.path}, found {found}; if such pixels have no "
-                "data, set --image_no_data to their value"
+                f"expected values of at most {MAX_MAGNITUDE:g} in {image.path}, found {worst}; if such pixels have no "
+                f"data, set --image_no_data={worst}"
             )
         return statistics
 

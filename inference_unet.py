@@ -41,6 +41,7 @@ from cli import (
     log_settings,
     number_type,
     positive_int,
+    real_number,
     replacing,
     run_script,
     without_patterns,
@@ -123,10 +124,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(parser, "--overwrite", 0, text)
     text = (
-        "value of image pixels without data, besides NaN and what a GDAL no-data tag says; the value that the training "
-        "databases were built with where it is not given"
+        "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
+        "says; the value that the training databases were built with where it is not given"
     )
-    parser.add_argument("--image_no_data", metavar="VALUE", type=any_float, help=text)
+    parser.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = (
         "what masks have where no channel has data; a mask in a TIFF then declares it as its own no-data value; 0 and "
         "no such tag where it is not given"
@@ -139,7 +140,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", metavar="PART/PARTS", type=Shard.parse, help=text)
 
 
-any_float = number_type(float, lambda value: True, "a number, such as -9999")
 class_id = number_type(int, lambda value: 0 <= value < 2**16, "a whole number from 0 to 65535")
 
 
@@ -651,7 +651,7 @@ def read_batches(
     for first in range(0, len(tiles), batch_size):
         part: list[TileInput] = []
         batch = np.empty((min(batch_size, len(tiles) - first), *size, image.shape[2]), np.float32)
-        for tile, place, window in zip(tiles[first:], batch, windows):
+        for tile, place, window in zip(tiles[first : first + batch_size], batch, windows):
             missing = without_data(window, no_data)
             part.append(TileInput(tile, None if missing is None else np.all(missing, axis=2)))
             pixels = reflect_to(window, size)
@@ -965,8 +965,9 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
         row, column = block.row // factor, block.column // factor
         place = slice(row, row + small.shape[0]), slice(column, column + small.shape[1])
         picture[place] = small
-        small_classes = block.classes[::factor, ::factor]
-        classes[place] = np.where(small_classes < model.number_classes, small_classes, 0)  # no outlines of no data
+        classes[place] = block.classes[::factor, ::factor]
+        if block.missing is not None:
+            classes[place][block.missing[::factor, ::factor]] = 0
 
     yield add
     outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)

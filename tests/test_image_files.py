@@ -484,7 +484,7 @@ def test_pixels_that_cannot_be_computed_with_are_refused(tmp_path, value):
     image = make_pair(0, (40, 40, 2), "float32")[0]
     image[7, 8, 1] = value
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig")
-    found = re.escape(str(float(image[7, 8, 1])))
+    found = re.escape(f"--image_no_data={float(image[7, 8, 1])}")
     with ImageFile(tmp_path / "a.tif") as file, pytest.raises(UnusablePixels, match=rf"a\.tif, found .*{found}"):
         ChannelStatistics.of_file(file)
 

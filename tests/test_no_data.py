@@ -449,3 +449,63 @@ def test_a_no_data_tag_that_means_nothing_or_stands_in_a_mask_is_told(tmp_path):
         assert file.no_data is None and "no number" in file.notes[0]
     with ImageFile(tmp_path / "b.tif", as_mask=True) as file:
         assert file.no_data is None and "--ignore_value" in file.notes[0]
+
+
+@pytest.mark.parametrize(
+    "dtype, text, value",
+    [
+        ("float32", "-3.4028234663852886e+38", np.nan),
+        ("float32", "nan", np.nan),
+        ("int16", "-9999.0", -9999),
+        ("uint8", "255", 255),
+        ("uint8", "-9999", None),
+    ],
+)
+@pytest.mark.parametrize("tile", [(32, 32), (64, 64)])
+def test_tiles_that_a_file_leaves_out_have_no_data(tmp_path, dtype, text, value, tile):
+    image = make_pair(0)[0].astype(dtype)[..., 0]
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=tile, compression="zlib", **no_data_tag(text))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+        for name in ("TileOffsets", "TileByteCounts"):
+            tag = file.pages[0].tags[name]
+            tag.overwrite([0, *tag.value[1:]] if tag.count > 1 else 0)
+    with ImageFile(tmp_path / "a.tif") as file:
+        statistics = ChannelStatistics.of_file(file)
+        [pixels] = file.windows([file.extent])
+    missing = pixels[: tile[0], : tile[1]]
+    if value is None:  # as the type has no such pixel
+        assert statistics.valid == 64 * 64 and (missing == 0).all()
+    else:
+        assert statistics.valid == 64 * 64 - missing.size
+        np.testing.assert_array_equal(missing, value)
+
+
+def test_values_of_no_data_that_no_pixel_has_are_told(tmp_path):
+    images, masks = make_folders(tmp_path)
+    for index in range(3):
+        image, mask = make_pair(index)
+        write_tiff(images / f"{index}.tif", image)
+        tifffile.imwrite(masks / f"{index}.tif", mask)
+    done, _ = build(tmp_path, "--image_no_data", 3.5, "--ignore_value", 77)
+    assert done.returncode == 0 and "no pixel has the value of --image_no_data, 3.5" in done.stdout, done.stdout
+    assert "no pixel is ignored by --label_map 77:ignore" in done.stdout
+    done, _ = build(tmp_path, "--image_no_data", "nan")
+    assert done.returncode == 2 and "expected a number, such as -9999, got 'nan'" in done.stdout
+    image[:16] = 0
+    tifffile.imwrite(images / "1.tif", image[..., 0], **no_data_tag("0"))
+    done, _ = build(tmp_path)
+    assert "images: declare 0 as no data: left out" in done.stdout and "without data in each channel: " in done.stdout
+
+
+def test_a_large_image_with_a_reserved_value_leaves_no_tiles(tmp_path):
+    images, masks = make_folders(tmp_path)
+    for index in range(3):
+        image, mask = make_pair(index, (2900, 1300, 1) if index == 1 else (128, 144, 1), "float32")
+        mask[-2:, -2:] = 255 if index == 1 else 1
+        tifffile.imwrite(images / f"{index}.tif", image[..., 0], tile=(256, 256))
+        tifffile.imwrite(masks / f"{index}.tif", mask)
+    done, paths = build(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
+    assert done.returncode == 0 and "1 masks with the value that stands for ignored pixels" in done.stdout, done.stdout
+    for path in paths:
+        with Database(path) as database:
+            assert "1.tif" not in database.metadata.names
