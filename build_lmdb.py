@@ -209,8 +209,8 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--ignore_value", metavar="VALUE", type=any_int, help=text)
     text = (
         "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
-        "says; they are left out of mean and standard deviation, the network sees 0, and where all channels have no "
-        "data the mask is ignored; inference uses the same value"
+        "says; they are left out of mean and standard deviation, the network sees 0, and if no channel of a pixel has "
+        "data its class is ignored; inference uses the same value"
     )
     group.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
@@ -298,7 +298,8 @@ class LabelMap(NamedTuple):
             match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+|ignore)\s*", part)
             if not match:
                 raise argparse.ArgumentTypeError(
-                    f"expected VALUE:CLASS or FIRST-LAST:CLASS, got {part!r}; try 0:0,255:1 or 0:0,1-65535:1"
+                    f"expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore, got {part!r}; try 0:0,255:1 or "
+                    "0:0,1-65535:1"
                 )
             first, last = int(match[1]), int(match[2] or match[1])
             class_id = IGNORED if match[3] == "ignore" else int(match[3])
@@ -333,8 +334,13 @@ class LabelMap(NamedTuple):
 
     @property
     def largest_class(self) -> int:
-        """The largest class; `IGNORED` if the map only says what to ignore, and leaves all else as it is."""
+        """The largest class; `IGNORED` if there is none."""
         return max(class_id for _, _, class_id in self.ranges)
+
+    @property
+    def only_ignores(self) -> bool:
+        """Whether the map only says what to ignore: other values are the classes then that they are."""
+        return self.largest_class == IGNORED
 
     def apply(self, mask: np.ndarray) -> np.ndarray:
         """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse values that have none."""
@@ -354,7 +360,7 @@ class LabelMap(NamedTuple):
         firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
         position = np.searchsorted(firsts, values, side="right") - 1
         inside = (position >= 0) & (values <= lasts[position])
-        others = np.where(values >= 0, values, UNNAMED) if self.largest_class == IGNORED else UNNAMED
+        others = np.where(values >= 0, values, UNNAMED) if self.only_ignores else UNNAMED
         return np.where(inside, classes[position], others).astype(np.int32)
 
 
@@ -753,7 +759,7 @@ def describe_mask_fault(mask: ImageFile, options: Options) -> str:
     found = f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}"
     if mask.dtype.kind not in "iu":
         return f"{found}; save class ids as whole numbers"
-    if options.label_map is None or options.label_map.largest_class == IGNORED:
+    if options.label_map is None or options.label_map.only_ignores:
         return f"{found}; convert it, or map its values with --label_map, such as 0:0,1-4294967295:1"
     return ""
 
@@ -935,7 +941,7 @@ class Build:
     ) -> None:
         label_map = options.label_map
         may_ignore = label_map is not None and label_map.ignores or any(each.may_lack_data for each in specs.values())
-        if label_map is not None and label_map.largest_class != IGNORED:
+        if label_map is not None and not label_map.only_ignores:
             mask_dtype = smallest_mask_type(label_map.largest_class + may_ignore)
         else:
             mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})

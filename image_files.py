@@ -208,10 +208,10 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         """Find the values of pixels without data, of which `windows` makes one."""
         declared = self._declared_no_data
         if as_mask and declared is not None:
-            self.notes += (f"declare {declared:g} as no data: if it stands for no class, --ignore_value leaves it out",)
+            self.notes += (f"{declared:g} is declared as no data; if it is no class, --ignore_value leaves it out",)
         elif declared is not None and not math.isnan(declared):
-            effect = "left out" if fitting(declared, self.dtype) is not None else "no value of their type"
-            self.notes += (f"declare {declared:g} as no data: {effect}",)
+            effect = "left out" if fitting(declared, self.dtype) is not None else "is no value of their type"
+            self.notes += (f"{declared:g} is declared as no data and {effect}",)
         fit = [fitting(value, self.dtype) for value in (declared, no_data) if value is not None and not as_mask]
         white = self._white or 0
         self._no_data_values = [float(int(value) ^ white) if white else value for value in fit if value is not None]
@@ -384,7 +384,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             value = fitting(self._declared_no_data, page.dtype)
             page.nodata = math.nan if page.dtype.kind == "f" and value is None else value or 0
         except (TypeError, ValueError):
-            self.notes += (f"declare {text!r} as no data, which is no number and means nothing here",)
+            self.notes += (f"{text!r} is declared as no data, which is no number and has no effect",)
 
     def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
         return size and (size[::-1] if self.orientation.transposed else size)
@@ -925,7 +925,7 @@ def normalize(
     deviation: np.ndarray,
     floor: Any = 1.0,
     out: Optional[np.ndarray] = None,
-    no_data: Optional[float] = None,
+    missing: Optional[np.ndarray] = None,
 ) -> np.ndarray:
     """Return the z-scores of pixels: what they differ from the mean, in standard deviations.
 
@@ -942,13 +942,13 @@ def normalize(
         Replaces a smaller deviation: an empty image must not become amplified noise.
     out : ndarray of float32, shape (H, W, C), optional
         Where to put the result.
-    no_data : float, optional
-        Value of pixels without data, as in `ImageFile`.
+    missing : ndarray of bool, shape (H, W, C), optional
+        Pixels without data, from `without_data`.
 
     Returns
     -------
     ndarray of float32, shape (H, W, C)
-        0 where there is no data; otherwise with mean 0 and standard deviation 1 if `pixels` is the complete image.
+        0 for pixels without data; otherwise with mean 0 and standard deviation 1 if `pixels` is the complete image.
 
     Notes
     -----
@@ -966,7 +966,6 @@ def normalize(
         if shows:
             np.subtract(target, values[1], out=target)
         np.multiply(target, values[2], out=target)
-    missing = without_data(pixels, no_data)
     if missing is not None:
         out[missing] = 0
     return out

@@ -232,13 +232,13 @@ class SampleSource:
             image[:], mask[:] = 0, 0
             return
         stored = self._database.record(record)
+        missing = without_data(stored.image, stored.no_data)
         target = image if self._augmentation is None else self._augmenter.buffer
-        normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target, stored.no_data)
+        normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target, missing)
         if self._augmentation is None:
             mask[:] = stored.mask
         else:
             transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
-            missing = without_data(stored.image, stored.no_data)
             augmented, mask[:] = self._augmenter.apply(transformation, target, stored.mask, rng, missing)
             for channel in range(image.shape[2]):  # all at once would skip from channel to channel of each pixel
                 image[..., channel] = augmented[..., channel]

@@ -125,12 +125,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--overwrite", 0, text)
     text = (
         "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
-        "says; the value that the training databases were built with where it is not given"
+        "says; if not given, the value that the training databases were built with"
     )
     parser.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = (
-        "what masks have where no channel has data; a mask in a TIFF then declares it as its own no-data value; 0 and "
-        "no such tag where it is not given"
+        "class in the masks of pixels of which no channel has data; masks in TIFFs then declare it as their own "
+        "no-data value; if not given, such pixels are 0 and no value is declared"
     )
     parser.add_argument("--no_data_class", metavar="CLASS", type=class_id, help=text)
     text = (
@@ -160,9 +160,9 @@ def run(args: argparse.Namespace) -> int:
     if shard.parts > 1:
         logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
     prepare_output_folder(args.output_folder)
-    model = dataclasses.replace(load_model(args.saved_model_filepath), no_data_class=args.no_data_class)
-    if args.image_no_data is not None:
-        model = dataclasses.replace(model, image_no_data=args.image_no_data)
+    model = load_model(args.saved_model_filepath)
+    no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
+    model = dataclasses.replace(model, image_no_data=no_data, no_data_class=args.no_data_class)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
     waiting = [path for path in images if args.overwrite or not targets[path].exist()]
     if len(waiting) < len(images):
@@ -604,29 +604,16 @@ def segment(
                 yield part, batch, model.predict(batch)
 
     with contextlib.closing(prefetch(predictions())) as results:
-        for part, batch, softmax in results:
-            for (tile, missing), window, scores in zip(part, batch, softmax):
+        for part, batch, predicted in results:
+            for (tile, missing), window, scores in zip(part, batch, predicted):
                 rows, columns = clipped(tile.zone, image.shape)
                 kept = relative_slice(rows, tile.window[0]), relative_slice(columns, tile.window[1])
-                yield make_block(rows.start, columns.start, window[kept], scores[kept], missing, kept, model)
-
-
-def make_block(
-    row: int,
-    column: int,
-    image: np.ndarray,
-    softmax: np.ndarray,
-    missing: Optional[np.ndarray],
-    kept: Window,
-    model: Model,
-) -> Block:
-    """Return the result for the part of a tile that is `kept`; `missing` tells where the tile has no data at all."""
-    classes = most_probable(softmax, model.mask_dtype)
-    missing = None if missing is None else missing[kept]
-    if missing is None or not missing.any():
-        return Block(row, column, image, softmax, classes, None)
-    classes[missing] = model.no_data_class or 0
-    return Block(row, column, image, np.where(missing[..., None], np.float32(np.nan), softmax), classes, missing)
+                softmax, classes = scores[kept], most_probable(scores[kept], model.mask_dtype)
+                if missing is not None:
+                    missing = missing[kept]
+                    classes[missing] = model.no_data_class or 0
+                    softmax = np.where(missing[..., None], np.float32(np.nan), softmax)
+                yield Block(rows.start, columns.start, window[kept], softmax, classes, missing)
 
 
 def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -652,10 +639,10 @@ def read_batches(
         part: list[TileInput] = []
         batch = np.empty((min(batch_size, len(tiles) - first), *size, image.shape[2]), np.float32)
         for tile, place, window in zip(tiles[first : first + batch_size], batch, windows):
-            missing = without_data(window, no_data)
-            part.append(TileInput(tile, None if missing is None else np.all(missing, axis=2)))
             pixels = reflect_to(window, size)
-            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place, no_data)
+            missing = without_data(pixels, no_data)
+            part.append(TileInput(tile, None if missing is None else np.all(missing, axis=2)))
+            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place, missing)
         yield part, batch
 
 

@@ -390,7 +390,7 @@ class DatabaseWriter:
             classes=np.asarray(classes, np.int64),
             pixel_counts=np.asarray([self._pixel_counts[class_id] for class_id in classes], np.int64),
             record_offsets=np.cumsum([0] + [len(indices) for indices in records]).astype(np.int64),
-            class_records=np.concatenate([np.empty(0, np.int32), *records]),
+            class_records=np.concatenate(records),
             joined_names=bytes(self._joined_names),
             record_image=origins[:, 0].copy(),
             record_row=origins[:, 1].copy(),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli import replacing
-from image_files import displayable, normalize
-from lmdb_utils import Database
+from image_files import displayable, normalize, without_data
+from lmdb_utils import Database, StoredImage
 
 if TYPE_CHECKING:
     from train_unet import RunState
@@ -194,13 +194,13 @@ def read_examples(database: str, deviation_floor: np.ndarray) -> list[tuple[np.n
         count = opened.metadata.count
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
         examples = [opened.record(int(record)) for record in chosen]
-        return [
-            (
-                normalize(each.image, each.mean, each.deviation, deviation_floor, no_data=each.no_data),
-                np.array(each.mask),
-            )
-            for each in examples
-        ]
+        return [(scores_of(each, deviation_floor), np.array(each.mask)) for each in examples]
+
+
+def scores_of(stored: StoredImage, deviation_floor: Any) -> np.ndarray:
+    """Return the z-scores (H, W, C) of a record's image."""
+    missing = without_data(stored.image, stored.no_data)
+    return normalize(stored.image, stored.mean, stored.deviation, deviation_floor, missing=missing)
 
 
 def draw_predictions(examples: list[tuple[np.ndarray, np.ndarray]], model: Any, number_classes: int) -> Any:
@@ -242,13 +242,13 @@ def draw_records(database: Database, output: Path) -> Path:
     for place in axes:
         place.set_axis_off()
     for left, right, index in zip(axes[::2], axes[1::2], chosen):
-        image, mask, mean, deviation, no_data = database.record(index)
+        stored = database.record(index)
         # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
-        left.imshow(displayable(normalize(image, mean, deviation, np.finfo(np.float32).tiny, no_data=no_data)))
+        left.imshow(displayable(scores_of(stored, np.finfo(np.float32).tiny)))
         left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
         # Ranks, so that gaps in the ids take no colors.
-        show_classes(right, np.searchsorted(metadata.classes, mask), len(metadata.classes))
-        found = np.intersect1d(mask, metadata.classes)
+        show_classes(right, np.searchsorted(metadata.classes, stored.mask), len(metadata.classes))
+        found = np.intersect1d(stored.mask, metadata.classes)
         right.set_title(f"classes {', '.join(map(str, found[:6]))}", fontsize=7)
     figure.savefig(output, dpi=100)
     return output

@@ -107,7 +107,7 @@ def test_what_is_to_be_ignored_has_to_be_said_once_and_in_whole_numbers(tmp_path
         (["--ignore_value", "2.5"], "expected a whole number"),
         (["--label_map", "0:0,255:1", "--ignore_value", 255], "--label_map and --ignore_value do not fit together"),
         ([], "3 masks with the value that stands for ignored pixels:"),  # float images may have no data
-        (["--label_map", "0:0,255:void"], "expected VALUE:CLASS"),
+        (["--label_map", "0:0,255:void"], "expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore"),
         (["--ignore_value", 255, "--label_map", "0:0"], ""),
     ):
         done, _ = build(tmp_path, *options)
@@ -225,7 +225,8 @@ def seen_by_inference(path, model):
         for [(tile, missing)], [pixels] in inference_unet.read_batches(image, statistics, tiles, 1, model):
             rows, columns = clipped(tile.window, image.shape)
             seen[rows, columns] = pixels[: rows.stop - rows.start, : columns.stop - columns.start]
-            gone[rows, columns] = False if missing is None else missing
+            if missing is not None:
+                gone[rows, columns] = missing[: rows.stop - rows.start, : columns.stop - columns.start]
     return seen, gone
 
 
@@ -442,7 +443,7 @@ def test_a_no_data_tag_is_a_pixel_of_the_images_type_or_nothing(tmp_path, dtype,
         assert file.no_data == value
 
 
-def test_a_no_data_tag_that_means_nothing_or_stands_in_a_mask_is_told(tmp_path):
+def test_a_no_data_tag_that_means_nothing_or_stands_in_a_mask_is_reported(tmp_path):
     for name, text in (("a", "none"), ("b", "0")):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((20, 20), np.uint8), **no_data_tag(text))
     with ImageFile(tmp_path / "a.tif") as file:
@@ -480,7 +481,7 @@ def test_tiles_that_a_file_leaves_out_have_no_data(tmp_path, dtype, text, value,
         np.testing.assert_array_equal(missing, value)
 
 
-def test_values_of_no_data_that_no_pixel_has_are_told(tmp_path):
+def test_values_of_no_data_that_no_pixel_has_are_reported(tmp_path):
     images, masks = make_folders(tmp_path)
     for index in range(3):
         image, mask = make_pair(index)
@@ -494,7 +495,10 @@ def test_values_of_no_data_that_no_pixel_has_are_told(tmp_path):
     image[:16] = 0
     tifffile.imwrite(images / "1.tif", image[..., 0], **no_data_tag("0"))
     done, _ = build(tmp_path)
-    assert "images: declare 0 as no data: left out" in done.stdout and "without data in each channel: " in done.stdout
+    assert (
+        "images: 0 is declared as no data and left out" in done.stdout
+        and "without data in each channel: " in done.stdout
+    )
 
 
 def test_a_large_image_with_a_reserved_value_leaves_no_tiles(tmp_path):
