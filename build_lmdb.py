@@ -1066,11 +1066,11 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         """Have tasks done; without shared memory, if there is too little, their results come through the pipe."""
         executor: Any = self._executor
         memory = self._idle.pop() if self._idle and 0 < nbytes <= CHUNK_BYTES else None
-        if nbytes and memory is None:
-            with contextlib.suppress(OSError):
-                self._memories.append(allocate_shared_memory(max(nbytes, CHUNK_BYTES)))
-                memory = self._memories[-1]
         with signals_held():  # this may start a process
+            if nbytes and memory is None:
+                with contextlib.suppress(OSError):
+                    memory = allocate_shared_memory(max(nbytes, CHUNK_BYTES))
+                    self._memories.append(memory)
             future = executor.submit(do_chunk, function, tasks, memory and memory.name)
         return Chunk(tasks, nbytes, memory, future)
 
@@ -1108,8 +1108,8 @@ class Chunk(NamedTuple):
 
 def free(memory: shared_memory.SharedMemory) -> None:
     """Remove shared memory; does nothing the second time."""
-    memory.close()
-    with contextlib.suppress(FileNotFoundError):
+    with signals_held(), contextlib.suppress(FileNotFoundError):
+        memory.close()
         memory.unlink()
 
 

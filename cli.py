@@ -66,6 +66,16 @@ def run_script(work: Callable[["StopRequest"], Optional[int]]) -> int:
                 return SIGNAL_EXIT_BASE + stop.signal
             logging.error("%s", describe_error(error))
             return EXIT_BAD_INPUT
+        finally:
+            abandon_unread_output()
+
+
+def abandon_unread_output() -> None:
+    """Discard output that cannot be written (a closed pipe, a full disk): Python would complain of it as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe_error(error: BaseException) -> str:
@@ -359,6 +369,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 def signals_held() -> Iterator[None]:
     """Hold back `STOP_SIGNALS` while child processes are started, which inherit that until they let them through.
 
+    Also while shared memory is made or removed: what exists and what is known to exist have to change together.
     Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
     the process that multiprocessing cleans up with would be ended by SIGUSR1.
     """

@@ -20,13 +20,16 @@ import tifffile
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 FILES_BEFORE = pytest.StashKey[set]()
 sys.path.insert(0, str(ROOT))
 # A shell that runs the tests in the background has them ignore Ctrl-C, nohup has them ignore SIGHUP. What they start
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# These hide what happens without them: output that waits to be written, and compiled files that are left behind.
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 def z_score(image, floor=1.0):

@@ -159,7 +159,7 @@ def test_png_and_jpg_images_with_png_masks(tmp_path):
         (("--split_by", "("), "expected a regular expression, got '('"),
         (("--channels", "0,0"), "expected different channels counted from 0, such as 0,1,2, got '0,0'"),
         (("--channels", "red"), "got 'red'"),
-        (("--label_map", "255"), "expected VALUE:CLASS or FIRST-LAST:CLASS, got '255'"),
+        (("--label_map", "255"), "expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore, got '255'"),
         (("--label_map", "0:0,9-5:1"), "expected an ascending range"),
         (("--label_map", "0-5:0,5:1"), "expected each value once, got 5 twice"),
         (("--train_fraction", "80"), "between 0 and 1"),
