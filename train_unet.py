@@ -85,6 +85,7 @@ def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
     weights = weights_of_classes(args, metadata[0])
     Checkpoints.compare(args.output_dir, fixed_settings(args, *metadata))
     stop.is_polled = True
+    sys.dont_write_bytecode = True  # TensorFlow imports temporary files, whose compiled copies would stay behind
     cluster = Cluster.find(os.environ)
     if cluster.is_chief:
         prepare_output_dir(args.output_dir, args.resume)

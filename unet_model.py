@@ -589,9 +589,7 @@ def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict
     new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    # Without AutoGraph, which would leave a compiled file of its own in the temporary folder.
-    save = tf.autograph.experimental.do_not_convert(tf.saved_model.save)
-    save(module, os.fspath(new), signatures={"serving_default": predict})
+    tf.saved_model.save(module, os.fspath(new), signatures={"serving_default": predict})
     (new / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
     if folder.exists():
         folder.rename(old)
