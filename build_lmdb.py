@@ -11,25 +11,30 @@ only the pixels show, such as NaN, comes up then, and is gathered in the same wa
 in order.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while modules are loaded is no traceback
+
 import argparse
 import array
 import collections
-import concurrent.futures
 import contextlib
 import enum
 import functools
 import itertools
 import logging
 import multiprocessing
-import os
 import pickle
+import queue
 import re
-import signal
-import sys
+import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import shared_memory
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
@@ -40,18 +45,23 @@ from cli import (
     InputError,
     Parser,
     Progress,
+    SharedMemory,
+    StopRequest,
     add_flag,
     allocate_shared_memory,
-    configure_logging,
+    attach_shared_memory,
     end_with_parent,
     log_settings,
     number_type,
-    positive_int,
     printable,
+    process_count,
     real_number,
+    replacing,
     run_script,
     seed_int,
     signals_held,
+    some_path,
+    whole_number,
 )
 from image_files import (
     IMAGE_FORMATS,
@@ -67,6 +77,7 @@ from image_files import (
 )
 from lmdb_utils import (
     IMAGE_DTYPES,
+    LARGEST_RECORD,
     MANY_CLASSES,
     MASK_DTYPES,
     RADIUS,
@@ -86,6 +97,8 @@ SIDES = ("train", "test")
 LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
 
 JOB_BYTES = 32 * 2**20  # of records that a process makes in one go, if a file can be read in parts
+LARGEST_TILE = 2**14  # pixels; edge
+MANY_CHANNELS = 2**16
 INDIVISIBLE_FACTOR = 16  # times as many, if each part means to decode the complete file
 WORKER_BYTES = 8 * 2**20  # of files, for which a process is worth its start
 CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each message takes time
@@ -159,11 +172,11 @@ def build_parser() -> argparse.ArgumentParser:
 def add_database_options(group: Any) -> None:
     """Add what the specification lists, in its order."""
     text = "filepath to the folder containing the images"
-    group.add_argument("--image_folder", type=Path, default="data/images/", help=text)
+    group.add_argument("--image_folder", type=some_path, default="data/images/", help=text)
     text = "filepath to the folder containing the masks, with the names of their images"
-    group.add_argument("--mask_folder", type=Path, default="data/masks/", help=text)
+    group.add_argument("--mask_folder", type=some_path, default="data/masks/", help=text)
     text = "filepath to the folder where the outputs will be placed"
-    group.add_argument("--output_folder", type=Path, default="data/", help=text)
+    group.add_argument("--output_folder", type=some_path, default="data/", help=text)
     text = "name of the dataset to be used in creating the lmdb files: train-NAME.lmdb and test-NAME.lmdb"
     group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
     text = "what fraction of the images to use for training (0.0, 1.0); the others tell how well it does on new ones"
@@ -225,10 +238,10 @@ def add_work_options(group: Any) -> None:
         "number of processes that read, check and encode; as many as there are cores where it is not given, fewer for "
         "little work; the result is the same for any number"
     )
-    group.add_argument("--num_workers", type=positive_int, help=text)
+    group.add_argument("--num_workers", type=process_count, help=text)
     add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks beside the database [0, 1]")
     text = "print what is in a database, and build nothing"
-    group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=Path, help=text)
+    group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=some_path, help=text)
 
 
 def file_stem(text: str) -> str:
@@ -246,13 +259,13 @@ def mask_format(text: str) -> str:
     return name
 
 
-any_int = number_type(int, lambda value: True, "a whole number, such as 255")
+any_int = whole_number(-(2**63), 2**63 - 1)
 open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
 
 
 def tile_size(text: str) -> int:
     """Return `text` as a tile size; the ``type`` of ``--tile_size``."""
-    value = positive_int(text)
+    value = whole_number(1, LARGEST_TILE)(text)
     if value % SIZE_FACTOR:
         below = max(value // SIZE_FACTOR, 1) * SIZE_FACTOR
         raise argparse.ArgumentTypeError(
@@ -279,7 +292,7 @@ def channel_list(text: str) -> tuple[int, ...]:
         channels = tuple(int(part) for part in text.split(","))
     except ValueError:
         channels = (-1,)
-    if min(channels) < 0 or len(set(channels)) < len(channels):
+    if min(channels) < 0 or max(channels) >= MANY_CHANNELS or len(set(channels)) < len(channels):
         raise argparse.ArgumentTypeError(f"expected different channels counted from 0, such as 0,1,2, got {text!r}")
     return channels
 
@@ -301,7 +314,7 @@ class LabelMap(NamedTuple):
                     f"expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore, got {part!r}; try 0:0,255:1 or "
                     "0:0,1-65535:1"
                 )
-            first, last = int(match[1]), int(match[2] or match[1])
+            first, last = any_int(match[1]), any_int(match[2] or match[1])
             class_id = IGNORED if match[3] == "ignore" else int(match[3])
             if last < first or class_id >= ignored_id(np.int32):
                 raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
@@ -381,14 +394,13 @@ def smallest_mask_type(class_id: int) -> np.dtype:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
-    args = build_parser().parse_args(argv)
-    configure_logging()
-    return run_script(lambda stop: run(args))
+    return run_script(build_parser, run, argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, stop: StopRequest) -> None:
     """Build both databases, or describe one."""
     if args.describe is not None:
+        Database.probe(args.describe)
         describe_databases([args.describe], bool(args.preview))
         return
     log_settings(args)
@@ -487,7 +499,8 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     rows = [("file", "problem", "details"), *((each.path, each.kind.value, each.message) for each in problems)]
-    path.write_text("".join("\t".join(map(printable, row)) + "\n" for row in rows), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("".join("\t".join(map(printable, row)) + "\n" for row in rows), encoding="utf-8")
     logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
 
 
@@ -725,6 +738,11 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
             image.select_channels(options.channels)
         except InputError as error:
             raise Unusable(ProblemKind.BAD_IMAGE, str(error)) from None
+    if options.tile_size is None and record_bytes(image.shape, image.dtype, np.int32) > LARGEST_RECORD:
+        raise Unusable(
+            ProblemKind.BAD_IMAGE,
+            f"{image.path} is larger than the 4 GiB that a record of a database can have; set --use_tiling 1",
+        )
     dtypes = image.dtype.name, mask.dtype.name
     notes = *(f"images: {note}" for note in image.notes), *(f"masks: {note}" for note in mask.notes)
     divisible, may_lack_data = image.divisible and mask.divisible, image.no_data is not None
@@ -1011,15 +1029,31 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     def __init__(self, count: int) -> None:
         self._max_chunks = PREFETCHED_CHUNKS * count
-        self._executor: Optional[concurrent.futures.ProcessPoolExecutor] = None
-        if count > 1:
-            # Spawned: what a process inherits by a fork, such as an open database, is not its own.
-            context = multiprocessing.get_context("spawn")
-            with signals_held():  # this starts a process that cleans up
-                self._executor = concurrent.futures.ProcessPoolExecutor(count, context, start_worker)
+        self._processes: list[Any] = []
+        self._connections: list[Any] = []
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # connections of processes that have nothing to do
+        self._threads = ThreadPoolExecutor(count)  # each waits for a process
         self._pending: collections.deque[Chunk] = collections.deque()
-        self._memories: list[shared_memory.SharedMemory] = []  # all that there are, whenever an interruption comes
-        self._idle: list[shared_memory.SharedMemory] = []  # those of chunks that are finished
+        self._memories: list[SharedMemory] = []
+        self._idle: list[SharedMemory] = []  # those of chunks that are finished
+        try:
+            for _ in range(count if count > 1 else 0):
+                self._start_process()
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+
+    def _start_process(self) -> None:
+        """Start a process: spawned, since what one inherits by a fork, such as an open database, is not its own."""
+        context = multiprocessing.get_context("spawn")
+        connection, other = context.Pipe()
+        process = context.Process(target=serve, args=(other,), daemon=True)
+        with signals_held():
+            process.start()
+        other.close()  # so that the end of the process is the end of what comes from it
+        self._processes.append(process)
+        self._connections.append(connection)
+        self._free.put(connection)
 
     def run(
         self,
@@ -1044,7 +1078,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         InputError
             If a process dies.
         """
-        if self._executor is None:
+        if not self._processes:
             yield from ((task, function(task)) for task in tasks)
             return
         pending, chunk_tasks = self._pending, []
@@ -1055,7 +1089,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                     yield from self._finish_first()
             while pending:
                 yield from self._finish_first()
-        except BrokenProcessPool:
+        except WorkerDied:
             unfinished = pending[0].tasks if pending else chunk_tasks
             raise InputError(
                 f"a process that reads images died, with {name(unfinished[0])} or one of the next files: too little "
@@ -1064,15 +1098,29 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     def _submit(self, function: Callable[[Any], Any], tasks: list[Any], nbytes: int) -> "Chunk":
         """Have tasks done; without shared memory, if there is too little, their results come through the pipe."""
-        executor: Any = self._executor
-        memory = self._idle.pop() if self._idle and 0 < nbytes <= CHUNK_BYTES else None
-        with signals_held():  # this may start a process
-            if nbytes and memory is None:
-                with contextlib.suppress(OSError):
-                    memory = allocate_shared_memory(max(nbytes, CHUNK_BYTES))
-                    self._memories.append(memory)
-            future = executor.submit(do_chunk, function, tasks, memory and memory.name)
-        return Chunk(tasks, nbytes, memory, future)
+        is_kept = nbytes <= CHUNK_BYTES
+        memory = self._idle.pop() if self._idle and 0 < nbytes and is_kept else None
+        if nbytes and memory is None:
+            with contextlib.suppress(OSError):
+                memory = allocate_shared_memory(max(nbytes, CHUNK_BYTES))
+                self._memories.append(memory)
+        message = function, tasks, memory and memory.name, is_kept
+        return Chunk(tasks, nbytes, memory, self._threads.submit(self._have_done, message))
+
+    def _have_done(self, message: tuple[Any, ...]) -> tuple[bytes, list[int]]:
+        """Send tasks to a process and wait for its answer; runs in a thread."""
+        connection = self._free.get()
+        try:
+            connection.send(message)
+            answer, trace = connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerDied from error
+        finally:
+            self._free.put(connection)
+        if trace is not None:
+            raise answer from RuntimeError(trace)
+        result: tuple[bytes, list[int]] = answer
+        return result
 
     def _finish_first(self) -> Iterator[tuple[Any, Any]]:
         """Wait for the first chunk and yield its tasks with their results."""
@@ -1083,18 +1131,25 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         if memory is not None and chunk.nbytes <= CHUNK_BYTES:
             self._idle.append(memory)
         elif memory is not None:
-            free(memory)
+            memory.close()
             self._memories.remove(memory)
         yield from zip(chunk.tasks, pickle.loads(content, buffers=arrays))
 
-    def __exit__(self, *exception: object) -> None:
-        """Stop the processes; what has not begun is not done any more."""
-        try:
-            if self._executor is not None:
-                self._executor.shutdown(cancel_futures=True)
-        finally:  # a Ctrl-C may come while it waits
-            for memory in self._memories:
-                free(memory)
+    def __exit__(self, kind: Optional[type] = None, *exception: object) -> None:
+        """End the processes; after an exception, what they are doing is of no use any more."""
+        for process in self._processes if kind is not None else ():
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join()
+        for memory in self._memories:
+            memory.close()
+
+
+class WorkerDied(Exception):
+    """A process has ended before its work was done."""
 
 
 class Chunk(NamedTuple):
@@ -1102,15 +1157,8 @@ class Chunk(NamedTuple):
 
     tasks: list[Any]
     nbytes: int
-    memory: Optional[shared_memory.SharedMemory]
-    future: "concurrent.futures.Future[tuple[bytes, list[int]]]"
-
-
-def free(memory: shared_memory.SharedMemory) -> None:
-    """Remove shared memory; does nothing the second time."""
-    with signals_held(), contextlib.suppress(FileNotFoundError):
-        memory.close()
-        memory.unlink()
+    memory: Optional[SharedMemory]
+    future: "Future[tuple[bytes, list[int]]]"
 
 
 def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
@@ -1125,8 +1173,29 @@ def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[
         yield chunk
 
 
-def do_chunk(function: Callable[[Any], Any], tasks: list[Any], memory_name: Optional[str]) -> tuple[bytes, list[int]]:
-    """Do tasks in a worker process.
+def serve(connection: Any) -> None:
+    """Do the tasks that come through a connection; the main function of a worker process.
+
+    It leaves Ctrl-C to the main process, and ends with it, however that ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back while it was started
+    end_with_parent()
+    with contextlib.suppress(EOFError):
+        while True:
+            message = connection.recv()
+            try:
+                answer: Any = do_chunk(*message)
+                trace = None
+            except Exception as error:
+                answer, trace = error, traceback.format_exc()
+            connection.send((answer, trace))
+
+
+def do_chunk(
+    function: Callable[[Any], Any], tasks: list[Any], memory_name: Optional[str], is_kept: bool
+) -> tuple[bytes, list[int]]:
+    """Do tasks in a worker process, and put the arrays of their results into memory that may be used again.
 
     Returns
     -------
@@ -1140,27 +1209,17 @@ def do_chunk(function: Callable[[Any], Any], tasks: list[Any], memory_name: Opti
     content = pickle.dumps(results, 5, buffer_callback=buffers.append)
     arrays = [buffer.raw() for buffer in buffers]
     ends = list(itertools.accumulate((array.nbytes for array in arrays), initial=0))
-    memory: Any = memory_name and attached_memory(memory_name)
+    memory: Any = memory_name and (kept_memory if is_kept else attach_shared_memory)(memory_name)
     if memory is None or ends[-1] > memory.size:
         return pickle.dumps(results, 5), []
     for each, start, end in zip(arrays, ends, ends[1:]):
         memory.buf[start:end] = each
-    if memory.size > CHUNK_BYTES:  # the main process does not use it again
+    if not is_kept:
         memory.close()
     return content, ends
 
 
-@functools.lru_cache
-def attached_memory(name: str) -> Any:
-    """Return shared memory of the main process."""
-    return shared_memory.SharedMemory(name)
-
-
-def start_worker() -> None:
-    """Have a process leave Ctrl-C to the main process, and end with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back while it was started
-    end_with_parent()
+kept_memory = functools.lru_cache(attach_shared_memory)
 
 
 # ---------------------------------------------------------------------------------------------- looking at a database

@@ -1,28 +1,37 @@
 """How a script meets its user and its operating system; standard library only.
 
-Owns the exception for bad input, exit codes, the parser and its checked option types, logging, progress lines, output
-files that appear only when they are complete, signals, and what processes share: memory, GPUs of a node, and their end.
+Owns the guard around a script's work, the exception for bad input, causes of errors, exit codes, the parser and its
+checked option types, logging, progress lines, output that appears only when it is complete, who works on what in a
+folder, signals, and what processes share: memory, GPUs of a node, and their end.
 """
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
+import fcntl
 import hashlib
 import io
+import json
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
 
@@ -38,6 +47,35 @@ NO_DISK_SPACE = re.compile("No space left|quota exceeded|file too large", re.IGN
 NO_MEMORY = re.compile("out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED|failed to allocate", re.IGNORECASE)
 CLEAR_LINE = "\r\x1b[K"  # of a terminal
 SHORT_NAME_BYTES, SHORT_NAME_CHARACTERS = 200, 40  # of a file name that is left as it is, of one that is cut
+TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)
+REPLACED_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}\.old", re.DOTALL)  # of a folder that is about to be replaced
+LOCK_FILE = ".lock"
+MANY_PROCESSES = 1024
+OWN_FILE_BYTES = 64 * 2**20  # of a JSON or CSV file that the suite wrote itself, at most
+
+# What to do about an error of the operating system.
+ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "your quota is used up: delete files, ask for more, or choose another folder",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another file system",
+    errno.EACCES: "ask the owner for permission, or choose another path",
+    errno.EPERM: "ask the owner for permission, or choose another path",
+    errno.EROFS: "choose a folder on another file system",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the computer has too many files open: end other programs, or ask its administrator",
+    errno.ENAMETOOLONG: "choose shorter names",
+    errno.ENOMEM: "ask the batch system for more memory, end other programs, or use fewer processes",
+    errno.EAGAIN: "use fewer processes, or raise their limit (ulimit -u)",
+    errno.EIO: "the disk or the connection to it fails: try again later, or ask the administrator",
+    errno.ESTALE: "the connection to the disk was lost: try again",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EEXIST: "move it away, or choose another path",
+    errno.ELOOP: "a link leads to itself: check the path",
+}
+# What a file system answers if it cannot do what was asked for at all.
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENOLCK, errno.EBADF}
 
 PathLike = Union[str, "os.PathLike[str]"]
 Number = TypeVar("Number", int, float)
@@ -48,8 +86,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
 
 
-def run_script(work: Callable[["StopRequest"], Optional[int]]) -> int:
-    """Call `work` and turn its end into an exit code; bad input becomes one line instead of a traceback.
+def run_script(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    work: Callable[[argparse.Namespace, "StopRequest"], Optional[int]],
+    argv: Optional[Sequence[str]],
+) -> int:
+    """Parse the command line and do the work; turn its end into an exit code, bad input into one line.
 
     Returns
     -------
@@ -57,10 +99,12 @@ def run_script(work: Callable[["StopRequest"], Optional[int]]) -> int:
         What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, and 128 + its number after a signal that
         asks to stop, such as Ctrl-C.
     """
+    open_standard_streams()
     with StopRequest() as stop:
         try:
-            return work(stop) or 0
-        except (InputError, OSError, KeyboardInterrupt) as error:
+            configure_logging()
+            return work(build_parser().parse_args(argv), stop) or 0
+        except (InputError, OSError, MemoryError, KeyboardInterrupt) as error:
             if stop.signal is not None:  # all else is a consequence: signals reach child processes as well
                 logging.error("interrupted; nothing half-written was left behind")
                 return SIGNAL_EXIT_BASE + stop.signal
@@ -68,6 +112,20 @@ def run_script(work: Callable[["StopRequest"], Optional[int]]) -> int:
             return EXIT_BAD_INPUT
         finally:
             abandon_unread_output()
+
+
+def open_standard_streams() -> None:
+    """Connect the standard streams that this process was started without to the null device.
+
+    Otherwise the next file that is opened, such as a database, would be what libraries print to.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def abandon_unread_output() -> None:
@@ -80,15 +138,62 @@ def abandon_unread_output() -> None:
 
 def describe_error(error: BaseException) -> str:
     """Return one line for the user about an error."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot use {error.filename}: {error.strerror}; check path and disk"
-    return str(error)
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
+        return f"cannot use {os.fsdecode(error.filename)}: {cause_of(error)}"
+    return cause_of(error)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what an error is, by its number if it has one, and what to do about it; one line.
+
+    LMDB and TensorFlow have exceptions of their own, of which only the text says what the operating system answered.
+    """
+    number, text = number_of(error), str(error).strip()
+    if number in ADVICE:
+        return f"{os.strerror(number)}; {ADVICE[number]}"
+    if number is not None:
+        return os.strerror(number)
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def number_of(error: BaseException) -> Optional[int]:
+    """Return the number of an error of the operating system, None if it is none."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError):
+        return error.errno
+    return next((number for number in ADVICE if os.strerror(number) in str(error)), None)
+
+
+def survive(work: Callable[[], None], otherwise: str) -> None:
+    """Do something first in a process of its own, because LMDB may crash on a damaged file; needs a single thread.
+
+    Raises
+    ------
+    InputError
+        With the text `otherwise`, if the process is killed by a signal. An exception is left for the caller to meet.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of the thread for signals, whose locks the child does not use
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where LMDB says of which assertion it died
+            work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise InputError(otherwise)
 
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send the program's own log to standard output; `main` functions call it, nothing else does."""
     logging.raiseExceptions = False  # the work continues if its log cannot be written: a full disk, a closed pipe
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
+    shield_keras()
     for name in ("absl", "matplotlib", "tensorflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # A log line takes the place of the progress line that may stand in a terminal.
@@ -98,6 +203,12 @@ def configure_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(LogFormatter(start))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def shield_keras() -> None:
+    """Have Keras as TensorFlow brings it, however other projects have configured it; before TensorFlow is imported."""
+    os.environ.update(KERAS_BACKEND="tensorflow", KERAS_HOME=os.devnull)  # where no keras.json is
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)
 
 
 class LogFormatter(logging.Formatter):
@@ -170,16 +281,28 @@ def number_type(
     return parse
 
 
-positive_int = number_type(int, lambda value: value >= 1, "a whole number of at least 1")
+def whole_number(low: int, high: int) -> NumberType[int]:
+    """Return the ``type`` of options that take a whole number within bounds, both included."""
+    return number_type(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
+
+
+process_count = whole_number(1, MANY_PROCESSES)
 positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
 real_number = number_type(float, lambda value: not math.isnan(value), "a number, such as -9999")
 flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
-seed_int = number_type(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+seed_int = whole_number(0, 2**32 - 1)
+
+
+def some_path(text: str) -> Path:
+    """Return `text` as a path, which an empty text is not; the ``type`` of command-line options."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got nothing; is a variable of your script empty?")
+    return Path(text)
 
 
 def existing_folder(text: str) -> Path:
     """Return `text` as the path of a folder that exists; the ``type`` of command-line options."""
-    path = Path(text)
+    path = some_path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}; check the path")
     return path
@@ -259,13 +382,179 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Whoever opens `target` finds the old file or the new one, and either of them complete, also after a power failure.
     """
-    temporary = target.with_name(f".{shortened(target.stem)}.part{target.suffix}")
-    try:
+    with replacing_together([target]) as (temporary,):
         yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
+    """Do as `replacing` for several files, of which either all are replaced or none."""
+    temporaries = [temporary_name(target) for target in targets]
+    done: list[tuple[Path, Path, bool]] = []
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            flush_to_disk(temporary)
+        for temporary, target in list(zip(temporaries, targets))[:-1]:
+            existed = os.path.lexists(target)
+            (exchange if existed else os.rename)(temporary, target)
+            done.append((temporary, target, existed))
+        os.replace(temporaries[-1], targets[-1])
+        done.clear()  # this was the last step, which nothing takes back
+        flush_to_disk(targets[0].parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary, target, existed in done:
+            if existed:
+                exchange(temporary, target)
+            else:
+                remove(target)
+        for temporary in temporaries:
+            remove(temporary)
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target` that takes its place if the block ends well, or else goes; as `replacing`."""
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            flush_to_disk(path)
+        if os.path.lexists(target):
+            exchange(temporary, target)
+        else:
+            os.rename(temporary, target)
+        flush_to_disk(target.parent)
+    finally:
+        remove(temporary)
+
+
+def exchange(new: Path, target: Path) -> None:
+    """Have two folders change their names; at once, if the operating system and the file system can do that.
+
+    Otherwise `target` is missing for a moment; if the process is killed then, `Claims` brings it back.
+    """
+    here, at_once = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        if not rename(here, os.fsencode(new), here, os.fsencode(target), at_once):
+            return
+        number = ctypes.get_errno()
+        if number not in NOT_SUPPORTED:
+            raise OSError(number, os.strerror(number), os.fspath(target))
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    os.rename(old, new)
+
+
+def temporary_name(target: Path) -> Path:
+    """Return a name beside `target` that nobody else has, and that `Claims` knows as one of its kind."""
+    return target.with_name(f".{shortened(target.stem)}.{secrets.token_hex(4)}.part{target.suffix}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder, and bring back what they were about to replace."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            replaced = REPLACED_NAME.fullmatch(path.name)
+            if replaced and not os.path.lexists(folder / replaced[1]):
+                os.rename(path, folder / replaced[1])
+            elif replaced or TEMPORARY_NAME.fullmatch(path.name):
+                remove(path)
+
+
+class Claims(contextlib.AbstractContextManager["Claims"]):
+    """Which process works on what in a folder, so that no two do the same; a context manager.
+
+    A claim is the lock of a byte of a file in the folder. It ends with its process, however that ends, and holds on all
+    nodes of a network file system. A process that finds itself alone removes what killed ones left there. On a file
+    system without locks all claims succeed.
+
+    Parameters
+    ----------
+    folder : path
+        Must exist.
+    below : sequence of str
+        Folders in it that may contain leftovers, too.
+    """
+
+    def __init__(self, folder: Path, below: Sequence[str] = ()) -> None:
+        self._path, self._folders = folder / LOCK_FILE, [folder, *(folder / name for name in below)]
+        self._works = True
+
+    def __enter__(self) -> "Claims":
+        """Join those who work in the folder."""
+        while True:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            is_alone = self._lock(0, 0) and self._works
+            if self._works and not is_alone:  # somebody else may be looking whether it is alone, for a moment
+                fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
+            if not self._works or self._is_current():
+                break
+            os.close(self._descriptor)
+        if is_alone:
+            for folder in self._folders:
+                remove_leftovers(folder)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 0, 1)
+        return self
+
+    def _is_current(self) -> bool:
+        """Whether the file that was opened is there still; the last one who leaves removes it."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _lock(self, start: int, length: int) -> bool:
+        """Lock bytes of the file, 0 for all that follow; return whether nobody else has any of them."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            if self._works:
+                logging.info("no locks in %s: do not start a second run there", self._path.parent)
+            self._works = False
+        return True
+
+    def claim(self, name: str) -> bool:
+        """Take a piece of work; return whether no other process has taken it."""
+        return not self._works or self._lock(self._byte_of(name), 1)
+
+    def release(self, name: str) -> None:
+        """Give a piece of work back."""
+        if self._works:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._byte_of(name))
+
+    @staticmethod
+    def _byte_of(name: str) -> int:
+        """Return the byte that stands for a name; 0 stands for being there."""
+        return 1 + int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "big")
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave; the last one takes the file along."""
+        with contextlib.suppress(OSError):
+            if not self._works or self._lock(0, 0):
+                self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
 
 
 def shortened(stem: str) -> str:
@@ -286,12 +575,93 @@ def without_patterns(folder: PathLike) -> Iterator[str]:
 
 
 def flush_to_disk(path: PathLike) -> None:
-    """Wait until a file, or what was renamed in a folder, is on the disk."""
+    """Wait until a file, or what was renamed in a folder, is on the disk, unless its file system cannot say."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
+
+
+def read_own_file(path: Path) -> str:
+    """Return the text of a file that the suite wrote, and that somebody may have changed since.
+
+    Raises
+    ------
+    InputError
+        If it is no regular file, larger than any of ours, or not in UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep it waiting
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > OWN_FILE_BYTES:
+            raise InputError(f"{path} is not a file of this suite; move it away")
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is no text in UTF-8 ({error}); move it away") from error
+
+
+Check = Callable[[Any], bool]
+
+
+def whole(low: float = -math.inf, high: float = math.inf) -> Check:
+    """Return a check for whole numbers within bounds, both included."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def real(low: float = -math.inf) -> Check:
+    """Return a check for numbers of at least a bound, infinity included."""
+    return lambda value: type(value) in (int, float) and value >= low
+
+
+def text(value: Any) -> bool:
+    """Whether a value is a text."""
+    return isinstance(value, str)
+
+
+def optional(check: Check) -> Check:
+    """Return a check for values that may be None."""
+    return lambda value: value is None or check(value)
+
+
+def list_of(check: Check, length: Optional[int] = None) -> Check:
+    """Return a check for lists (of some length) of values that pass another check."""
+
+    def is_such_a_list(value: Any) -> bool:
+        return isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+
+    return is_such_a_list
+
+
+def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], where: PathLike) -> None:
+    """Refuse values from a file that the suite wrote, if one is missing or not of the kind that the suite writes.
+
+    Raises
+    ------
+    InputError
+        Names the first such value, and the file, which is `where`.
+    """
+    for name, check in checks.items():
+        if name not in values or not check(values[name]):
+            found = repr(values[name])[:60] if name in values else "nothing"
+            raise InputError(f"{os.fspath(where)}: {name} cannot be {found}; was the file changed by hand?")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that the suite wrote; errors as those of `read_own_file`."""
+    try:
+        values = json.loads(read_own_file(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no JSON ({cause_of(error)}); move it away") from error
+    if not isinstance(values, dict):
+        raise InputError(f"expected a JSON object in {path}, found {type(values).__name__}; move it away")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------- signals
@@ -369,7 +739,6 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 def signals_held() -> Iterator[None]:
     """Hold back `STOP_SIGNALS` while child processes are started, which inherit that until they let them through.
 
-    Also while shared memory is made or removed: what exists and what is known to exist have to change together.
     Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
     the process that multiprocessing cleans up with would be ended by SIGUSR1.
     """
@@ -385,10 +754,27 @@ def signals_held() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- processes
 
 
+def slurm_number(environment: Mapping[str, str], name: str, default: Optional[int] = None) -> int:
+    """Return the number in a variable that Slurm sets.
+
+    Raises
+    ------
+    InputError
+        If it is not there, unless there is a `default`, or no number.
+    """
+    text = environment.get(name, "" if default is None else str(default))
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise InputError(
+            f"expected a number from Slurm in the variable {name}, found {text!r}; was the environment of a job copied "
+            "in part? Start this with srun, or unset the variables whose names begin with SLURM_"
+        )
+    return int(text)
+
+
 def tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
     """Return how many tasks of this ``srun`` each of its nodes has."""
     counts: list[int] = []  # from such as "2(x3),1"
-    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(repeated or 1)
     return counts
 
@@ -403,10 +789,11 @@ def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) 
     InputError
         If there are fewer GPUs than tasks, and these must not share one.
     """
-    is_bound = visible < int(environment.get("SLURM_GPUS_ON_NODE", visible))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or is_bound or not visible:
+    is_bound = visible < slurm_number(environment, "SLURM_GPUS_ON_NODE", visible)
+    if slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or is_bound or not visible:
         return range(visible)
-    tasks, task = tasks_of_nodes(environment)[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
+    node, task = slurm_number(environment, "SLURM_NODEID"), slurm_number(environment, "SLURM_LOCALID")
+    tasks = dict(enumerate(tasks_of_nodes(environment))).get(node, task + 1)
     if visible < tasks and not may_share:
         raise InputError(
             f"expected a GPU for each of the {tasks} tasks on this node, found {visible}; lower --ntasks-per-node"
@@ -434,7 +821,37 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
+class SharedMemory:
+    """Memory that processes share: a file without a name, which goes with the last of them, however they end.
+
+    Parameters
+    ----------
+    file : file
+        Of which all bytes are shared.
+
+    Attributes
+    ----------
+    name : str
+        Where other processes of the user find it, as long as this one has it open; see `attach_shared_memory`.
+    size : int
+        In bytes.
+    buf : mmap
+        The bytes.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
+        self.name = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        self.buf = mmap.mmap(file.fileno(), self.size)
+
+    def close(self) -> None:
+        """Give it up; does nothing the second time."""
+        self._file.close()
+        with contextlib.suppress(BufferError):  # an array still looks at it: it goes with that
+            self.buf.close()
+
+
+def allocate_shared_memory(size: int) -> SharedMemory:
     """Create shared memory of `size` bytes and reserve every page of it.
 
     Without the reservation a file system that is too small would answer later, with a bus error.
@@ -447,23 +864,18 @@ def allocate_shared_memory(size: int) -> shared_memory.SharedMemory:
     # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
     if size > free_shared_memory():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
-    name = f"psm_{secrets.token_hex(8)}"
-    path = f"{SHARED_MEMORY_FOLDER}/{name}"
-    # The process that cleans up knows of it before it exists, so that whoever is killed at any moment leaves nothing.
-    resource_tracker.register(f"/{name}", "shared_memory")
+    file = tempfile.TemporaryFile(dir=SHARED_MEMORY_FOLDER, buffering=0)
     try:
-        memory = shared_memory.SharedMemory(name, create=True, size=size)
-        if os.path.exists(path):  # Linux; elsewhere there is no file to reserve
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, size)
+        return SharedMemory(file)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        # SharedMemory may have crossed it off already, and what is not on the list cannot be.
-        resource_tracker.register(f"/{name}", "shared_memory")
-        resource_tracker.unregister(f"/{name}", "shared_memory")
+        file.close()
         raise
-    return memory
+
+
+def attach_shared_memory(name: str) -> SharedMemory:
+    """Return the shared memory that another process has created."""
+    return SharedMemory(open(name, "r+b", buffering=0))
 
 
 def free_shared_memory() -> float:

@@ -20,8 +20,8 @@ import traceback
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing import connection, shared_memory
-from typing import Any, NamedTuple, Optional
+from multiprocessing import connection
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -31,7 +31,10 @@ from cli import (
     STOP_SIGNALS,
     InputError,
     PathLike,
+    SharedMemory,
     allocate_shared_memory,
+    attach_shared_memory,
+    cause_of,
     end_with_parent,
     free_shared_memory,
     signals_held,
@@ -46,6 +49,8 @@ ALIGNMENT = 64  # bytes; TensorFlow takes over arrays aligned like this without 
 STARVED_BELOW, CAUGHT_UP_ABOVE = 0.1, 0.5  # fractions of the queue
 POLL_SECONDS = 0.5  # how often every wait looks whether it is time to stop
 STOP_SECONDS = 5.0  # what a worker gets to finish the image in hand before it is killed
+
+CRASHES = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE)  # of LMDB on a file that is not what it was
 
 READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -158,6 +163,29 @@ class MemoryRecycler:
         return block
 
 
+class Tokens:
+    """A counter that two processes share, one of which adds to it and the other takes from it.
+
+    Its units are messages in a pipe: unlike a semaphore it has no name that would outlive its processes.
+    """
+
+    def __init__(self, context: Any, count: int) -> None:
+        self._receiver, self._sender = context.Pipe(duplex=False)
+        for _ in range(count):
+            self.add()
+
+    def add(self) -> None:
+        """Add one."""
+        self._sender.send_bytes(b"")
+
+    def take(self, timeout: float) -> bool:
+        """Take one, for which it may wait some seconds; return whether there was one."""
+        if not self._receiver.poll(timeout):
+            return False
+        self._receiver.recv_bytes()
+        return True
+
+
 # ---------------------------------------------------------------------------------------------- the sample stream
 
 
@@ -205,7 +233,7 @@ class SampleSource:
         self, database: Database, stream: Stream, deviation_floor: np.ndarray, augmentation: Optional[dict[str, Any]]
     ) -> None:
         self._database, self._stream, self._augmentation = database, stream, augmentation
-        self._deviation_floor = deviation_floor
+        self._deviation_floor, self._largest_class = deviation_floor, int(database.metadata.classes[-1])
         if augmentation is not None:
             metadata = database.metadata
             self._augmenter = augment.Augmenter(metadata.image_shape, metadata.info["mask_dtype"])
@@ -232,6 +260,7 @@ class SampleSource:
             image[:], mask[:] = 0, 0
             return
         stored = self._database.record(record)
+        self._check_classes(stored.mask)
         missing = without_data(stored.image, stored.no_data)
         target = image if self._augmentation is None else self._augmenter.buffer
         normalize(stored.image, stored.mean, stored.deviation, self._deviation_floor, target, missing)
@@ -246,13 +275,24 @@ class SampleSource:
         if ignored is not None and ignored < ignored_id(mask.dtype):  # a narrower type cuts it to its own largest value
             mask[mask == ignored] = ignored_id(mask.dtype)
 
+    def _check_classes(self, mask: np.ndarray) -> None:
+        """Refuse class ids that the metadata does not list, which the network may have no output for."""
+        if mask.min() >= 0 and mask.max() <= self._largest_class:
+            return
+        known = mask[mask != self._database.metadata.ignored_id]
+        if len(known) and (known.min() < 0 or known.max() > self._largest_class):
+            raise InputError(
+                f"found a class id outside 0 to {self._largest_class}, unlike what the database says of itself; it is "
+                "damaged, build it again"
+            )
+
 
 # ---------------------------------------------------------------------------------------------- the worker process
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """All that a worker process gets: plain values, the name of the shared memory, and its semaphores."""
+    """All that a worker process gets: plain values, the name of the shared memory, and what it counts with."""
 
     worker: int
     database: str
@@ -261,8 +301,8 @@ class WorkerTask:
     augmentation: Optional[dict[str, Any]]
     layout: RingLayout
     memory_name: str
-    free: Any  # one semaphore for each of the worker's slots
-    filled: Any  # counts the worker's finished batches
+    free: Tokens  # counts the worker's slots that may be filled
+    filled: Tokens  # counts the worker's finished batches
     failures: Any  # write end of a pipe
 
 
@@ -274,11 +314,11 @@ def run_worker(task: WorkerTask) -> None:
     end_with_parent()
     record: Optional[int] = None
     try:
-        memory = shared_memory.SharedMemory(task.memory_name)
+        memory = attach_shared_memory(task.memory_name)
         with Database(task.database) as database:
             source = SampleSource(database, task.stream, task.deviation_floor, task.augmentation)
             round_index = 0
-            while _wait_for_slot(task, memory, round_index):
+            while _wait_for_slot(task, memory):
                 batch = task.layout.batch(memory.buf, task.layout.slot_offset(task.worker, round_index))
                 samples = task.stream.samples(round_index * task.layout.num_workers + task.worker)
                 for index, sample in enumerate(samples):
@@ -287,20 +327,22 @@ def run_worker(task: WorkerTask) -> None:
                     source.place(record, rng, batch, index)
                 round_index += 1
                 task.layout.counters(memory.buf)[1 + task.worker] = round_index
-                task.filled.release()
+                task.filled.add()
     except BaseException as error:
         where = "start-up" if record is None else database.metadata.describe_record(record)
-        task.failures.send((where, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        is_input = isinstance(error, (InputError, OSError, MemoryError))
+        reason = cause_of(error) if is_input else f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        with contextlib.suppress(OSError):  # the main process may have ended
+            task.failures.send((where, reason, is_input))
         os._exit(1)  # the message is out; a tidy exit could hang on what has just failed
     os._exit(0)  # nothing to tidy up: the parent owns the shared memory, and views of it would make close() fail
 
 
-def _wait_for_slot(task: WorkerTask, memory: shared_memory.SharedMemory, round_index: int) -> bool:
-    """Wait until the slot of this round may be overwritten; False when it is time to stop."""
+def _wait_for_slot(task: WorkerTask, memory: SharedMemory) -> bool:
+    """Wait until the next slot may be overwritten; False when it is time to stop."""
     counters = task.layout.counters(memory.buf)
-    free = task.free[round_index % task.layout.slots_per_worker]
     while not counters[0]:
-        if free.acquire(timeout=POLL_SECONDS):
+        if task.free.take(POLL_SECONDS):
             return not counters[0]
     return False
 
@@ -399,13 +441,13 @@ class ImageReader:
 
     def _forget_workers(self) -> None:
         """Set what belongs to one start of the workers to what it is without any."""
-        self._memory: Optional[shared_memory.SharedMemory] = None
+        self._memory: Optional[SharedMemory] = None
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
-        self._free: list[list[Any]] = []  # of each worker and slot: whether the worker may fill it
-        self._filled: list[Any] = []  # of each worker: how many batches wait
+        self._free: list[Tokens] = []  # of each worker: how many slots it may fill
+        self._filled: list[Tokens] = []  # of each worker: how many batches wait
         self._watcher: Optional[threading.Thread] = None
-        self._failure: Optional[ReaderError] = None
+        self._failure: Union[ReaderError, InputError, None] = None
         self._taken = 0
         self._starving = False
 
@@ -440,8 +482,8 @@ class ImageReader:
 
     def _start_worker(self, worker: int, memory_name: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._free.append([context.Semaphore(1) for _ in range(self._layout.slots_per_worker)])
-        self._filled.append(context.Semaphore(0))
+        self._free.append(Tokens(context, self._layout.slots_per_worker))
+        self._filled.append(Tokens(context, 0))
         receiver, sender = context.Pipe(duplex=False)
         self._pipes.append(receiver)
         task = WorkerTask(
@@ -462,14 +504,15 @@ class ImageReader:
         self._processes.append(process)
 
     def shutdown(self) -> None:
-        """Stop the workers and remove the shared memory; does nothing where nothing runs."""
+        """Stop the workers and give up the shared memory; does nothing where nothing runs."""
         self._stopping.set()
         if self._memory is None:
             return
         atexit.unregister(self.shutdown)
         self._layout.counters(self._memory.buf)[0] = 1
-        for semaphore in (semaphore for slots in self._free for semaphore in slots):
-            semaphore.release()  # wakes the workers that wait for a slot
+        for tokens in self._free:
+            with contextlib.suppress(OSError):  # the worker has ended
+                tokens.add()  # wakes a worker that waits for a slot
         for process in self._processes:
             process.join(STOP_SECONDS)
             if process.is_alive():
@@ -485,8 +528,6 @@ class ImageReader:
             self._processes, self._pipes, self._free, self._filled = [], [], [], []
             memory, self._memory = self._memory, None
             memory.close()
-        with contextlib.suppress(FileNotFoundError):  # a login manager may have cleared /dev/shm at the user's logout
-            memory.unlink()
 
     def __enter__(self) -> "ImageReader":
         """Start the workers."""
@@ -506,13 +547,14 @@ class ImageReader:
                 worker = [process.sentinel for process in self._processes].index(sentinel)
                 process = self._processes[worker]
                 process.join()
-                self._failure = ReaderError(describe_failure(process, self._pipes[worker]))
-                for line in str(self._failure).splitlines():
-                    logging.error("%s", line)
+                self._failure = failure_of(process, self._pipes[worker], self._database)
+                if isinstance(self._failure, ReaderError):  # the other goes to the user as any bad input does
+                    for line in str(self._failure).splitlines():
+                        logging.error("%s", line)
                 return
 
     def raise_failure(self) -> None:
-        """Raise the `ReaderError` of a worker that failed, if there is one."""
+        """Raise the error of a worker that failed, if there is one: an `InputError` if the database is to blame."""
         if self._failure is not None:
             raise self._failure
 
@@ -576,7 +618,11 @@ class ImageReader:
         self._report_starvation()
         while not self._stopping.is_set() and self._memory is not None:
             self.raise_failure()
-            if self._filled[worker].acquire(timeout=POLL_SECONDS):
+            with self._taking:
+                if self._stopping.is_set():
+                    return None
+                filled = self._filled[worker]
+            if filled.take(POLL_SECONDS):
                 with self._taking:
                     if self._stopping.is_set():
                         return None
@@ -584,7 +630,7 @@ class ImageReader:
                     memory = self._recycler.new_block()
                     np.copyto(memory, np.ndarray(memory.shape, np.uint8, self._memory.buf, start))
                     self._taken += 1
-                    self._free[worker][round_index % self._layout.slots_per_worker].release()
+                    self._free[worker].add()
                 return self._layout.batch(memory, 0)
         return None
 
@@ -671,17 +717,22 @@ def check_classes(metadata: Metadata, number_classes: int, database: str) -> Non
         )
 
 
-def describe_failure(process: Any, pipe: Any) -> str:
-    """Return in words how a worker ended: what it told through its pipe, or else its exit code."""
+def failure_of(process: Any, pipe: Any, database: str) -> Union[ReaderError, InputError]:
+    """Return how a worker ended: what it said through its pipe, or else what its exit code means."""
     who = f"{process.name} (process {process.pid})"
     with contextlib.suppress(EOFError, OSError):
         if pipe.poll():
-            where, error, trace = pipe.recv()
-            return f"{who} failed at {where}: {error}\n{trace}"
+            where, reason, is_input = pipe.recv()
+            return (InputError if is_input else ReaderError)(f"{who} failed at {where}: {reason}")
     how = f"exit code {process.exitcode}"
     if process.exitcode is not None and process.exitcode < 0:
         how = f"killed by {signal.Signals(-process.exitcode).name}, {how}"
-    return f"{who} died without a word ({how}); was it killed by hand, by Slurm or for want of memory?"
+        if -process.exitcode in CRASHES:
+            return InputError(
+                f"{who} crashed ({how}) as it read {database}: the file is damaged, or was cut short or overwritten "
+                "meanwhile; copy or build it again"
+            )
+    return ReaderError(f"{who} died without a word ({how}); was it killed by hand, by Slurm or for want of memory?")
 
 
 @contextlib.contextmanager

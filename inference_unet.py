@@ -8,15 +8,21 @@ J. Res. NIST 126:126009): each tile carries a halo of the network's radius, of w
 imported inside functions, so that ``-h`` answers at once.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while modules are loaded is no traceback
+
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
-import os
 import queue
+import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -29,21 +35,32 @@ import numpy as np
 
 from cli import (
     EXIT_BAD_INPUT,
+    Check,
+    Claims,
     InputError,
     Parser,
     Progress,
+    StopRequest,
     add_flag,
-    configure_logging,
+    cause_of,
+    check_values,
     existing_folder,
     free_host_memory,
     gpus_of_task,
     is_out_of_memory,
+    list_of,
     log_settings,
-    number_type,
-    positive_int,
+    optional,
+    read_json,
+    real,
     real_number,
     replacing,
     run_script,
+    slurm_number,
+    some_path,
+    text,
+    whole,
+    whole_number,
     without_patterns,
 )
 from image_files import (
@@ -60,13 +77,14 @@ from image_files import (
     reflect_to,
     without_data,
 )
-from lmdb_utils import RADIUS, SIZE_FACTOR, count_classes
+from lmdb_utils import MODEL_METADATA_FILE, RADIUS, SIZE_FACTOR, count_classes
 
 Item = TypeVar("Item")
 
 TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
+SUBFOLDERS = ("probabilities", "overlays")  # of the output folder
 OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
 
 # Of the classes 1, 2, ...: colors that people with any color vision tell apart (Okabe and Ito, 2008).
@@ -81,6 +99,9 @@ MEMORY_SHARE = 0.5  # of what is free, for the network's activations
 FEATURE_COPIES = 6  # float32 values that the network holds of each pixel and feature; measured for 2 to 64 features
 BATCHES_HELD = 3  # inputs and outputs of the network: one that is read, one in the network, one that is written
 PAPER_FEATURES = 64  # of a model that does not tell its own
+LARGEST_TILE = 2**14  # pixels; edge
+LARGEST_RADIUS = 2**12  # pixels; of any network that this could be asked to run
+LOAD_ATTEMPTS = 10  # if a training replaces the model meanwhile
 LARGE_SCALE = 1000  # times the range of the training images, beyond which the units must differ
 
 
@@ -96,11 +117,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what the specification lists: the model, the images, and where masks go."""
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
     text = "SavedModel filepath to the model to use: the folder saved_model of a training run (Required)"
-    parser.add_argument("--saved_model_filepath", **required, help=text)
+    parser.add_argument("--saved_model_filepath", type=some_path, **required, help=text)
     text = "filepath to the folder containing the images to inference (Required)"
     parser.add_argument("--image_folder", type=existing_folder, **required, help=text)
     text = "filepath to the folder where the masks will be placed, under the names of their images (Required)"
-    parser.add_argument("--output_folder", type=Path, **required, help=text)
+    parser.add_argument("--output_folder", type=some_path, **required, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
 
@@ -113,7 +134,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels; should "
         "memory run out all the same, they are halved"
     )
-    parser.add_argument("--tile_size", type=positive_int, help=text)
+    parser.add_argument("--tile_size", type=whole_number(1, LARGEST_TILE), help=text)
     text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in"
     add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
     text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in"
@@ -140,25 +161,26 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", metavar="PART/PARTS", type=Shard.parse, help=text)
 
 
-class_id = number_type(int, lambda value: 0 <= value < 2**16, "a whole number from 0 to 65535")
+class_id = whole_number(0, 2**16 - 1)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
-    args = build_parser().parse_args(argv)
-    configure_logging()
-    return run_script(lambda stop: run(args))
+    return run_script(build_parser, run, argv)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Segment all images; a bad one is reported and the others go on."""
+def run(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Segment all images; a bad one is reported and does not keep the others from being segmented."""
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
-        logging.info("part %d of %d: %d images", shard.part, shard.parts, len(images))
+        logging.info(
+            "part %d of %d: %d of %d images%s", shard.part, shard.parts, len(images), len(targets),
+            "" if args.shard else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 does all",
+        )  # fmt: skip
     prepare_output_folder(args.output_folder)
     model = load_model(args.saved_model_filepath)
     no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
@@ -167,26 +189,36 @@ def run(args: argparse.Namespace) -> int:
     waiting = [path for path in images if args.overwrite or not targets[path].exist()]
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
-    failed = []
-    for number, path in enumerate(waiting, 1):
-        start = time.monotonic()
-        try:
-            shape, contents = segment_file(path, targets[path], model, sizer)
-        except InputError as error:
-            failed.append(path.name)
-            logging.error("%s", error)
-            continue
-        size, seconds = " x ".join(map(str, shape)), time.monotonic() - start
-        logging.info(
-            "%d/%d %s: %s, %.1f s, %s",
-            number, len(waiting), targets[path].mask.name, size, seconds, contents,
-        )  # fmt: skip
-    logging.info(
-        "%d of %d images done; the masks are in %s", len(images) - len(failed), len(images), args.output_folder
-    )
+    failed, others = [], 0
+    with Claims(args.output_folder, SUBFOLDERS) as claims:
+        for number, path in enumerate(waiting, 1):
+            try:
+                with own_work(targets[path], claims, bool(args.overwrite)) as is_mine:
+                    if is_mine:
+                        logging.info("%d/%d %s", number, len(waiting), segment_file(path, targets[path], model, sizer))
+                    others += not is_mine
+            except InputError as error:
+                failed.append(path.name)
+                logging.error("%s", error)
+    if others:
+        logging.info("%d images were left to another process, which writes into the same folder", others)
+    done = len(images) - len(failed) - others
+    logging.info("%d of %d images done; the masks are in %s", done, len(images), args.output_folder)
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
+
+
+@contextlib.contextmanager
+def own_work(targets: "Targets", claims: Claims, overwrite: bool) -> Iterator[bool]:
+    """Yield whether this process is to make some files, which no other one makes in this block."""
+    is_claimed, seen = claims.claim(targets.mask.name), targets.exist()
+    try:
+        # Another process may have made them since the images were listed.
+        yield is_claimed and (overwrite or not seen)
+    finally:
+        if is_claimed:
+            claims.release(targets.mask.name)
 
 
 # ---------------------------------------------------------------------------------------------- many processes
@@ -202,7 +234,7 @@ class Shard(NamedTuple):
     def parse(cls, text: str) -> "Shard":
         """Return ``"2/8"`` as a shard; the ``type`` of a command-line option."""
         part, _, parts = text.partition("/")
-        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not 1 <= int(part) <= int(parts):
             raise argparse.ArgumentTypeError(f"expected a part and the number of parts, such as 2/8, got {text!r}")
         return cls(int(part), int(parts))
 
@@ -217,12 +249,24 @@ def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
     """
     index, count = 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
-        first, step = int(environment["SLURM_ARRAY_TASK_MIN"]), int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        count = (int(environment["SLURM_ARRAY_TASK_MAX"]) - first) // step + 1
-        index = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+        element, first, last, count = (
+            slurm_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")
+        )
+        step = max((last - first) // max(count - 1, 1), 1)
+        index = (element - first) // step
+        if first + index * step != element or first + (count - 1) * step != last or not 0 <= index < count:
+            raise InputError(
+                f"expected a job array with elements at equal distances, such as --array=0-7, found {count} from "
+                f"{first} to {last}, of which each should do its share of the images; submit it so, for finished masks "
+                "are skipped, or set --shard: 1/1 does all images, 3/8 the third part of eight"
+            )
+    tasks = slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1:
-        index, count = index * tasks + int(environment["SLURM_PROCID"]), count * tasks
+        index, count = index * tasks + slurm_number(environment, "SLURM_PROCID"), count * tasks
+    if not 0 <= index < count:
+        raise InputError(
+            f"expected a task of this srun, 0 to {count - 1}, found {index}; set --shard 1/1 for one process"
+        )
     return Shard(index + 1, count)
 
 
@@ -266,9 +310,23 @@ class Model:
         return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
 
 
-def load_model(filepath: str) -> Model:
-    """Load a SavedModel with a ``serving_default`` signature; refuse everything else."""
-    folder = Path(filepath)
+def load_model(folder: Path) -> Model:
+    """Load a SavedModel with a ``serving_default`` signature; refuse everything else.
+
+    A training may replace it meanwhile: then the new one is loaded.
+    """
+    for _ in range(LOAD_ATTEMPTS - 1):
+        before = os.stat(folder) if folder.exists() else None
+        try:
+            return load_model_once(folder)
+        except InputError:
+            if before is None or not folder.exists() or os.path.samestat(before, os.stat(folder)):
+                raise
+    return load_model_once(folder)
+
+
+def load_model_once(folder: Path) -> Model:
+    """Load a SavedModel that nobody replaces meanwhile."""
     if not (folder / "saved_model.pb").is_file():
         found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
@@ -278,26 +336,28 @@ def load_model(filepath: str) -> Model:
         )
     import tensorflow as tf
 
-    from unet_model import METADATA_FILE
-
     gpu = own_gpu()
     if gpu is not None:
         tf.config.set_visible_devices([gpu], "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
-    try:
-        with without_patterns(folder) as path:
+    with without_patterns(folder) as path:
+        metadata = read_model_metadata(folder, Path(path) / MODEL_METADATA_FILE)
+        try:
             loaded = tf.saved_model.load(path)
-    except (OSError, ValueError, KeyError, IndexError, tf.errors.OpError) as error:
-        raise InputError(f"{folder} is no SavedModel that can be loaded: {error}; is it damaged?") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
+            raise InputError(
+                f"{folder} is no SavedModel that can be loaded: {cause_of(error)}; copy or export it again"
+            ) from error
     if "serving_default" not in loaded.signatures:
         raise InputError(
             f"expected a SavedModel with the signature serving_default in {folder}, found "
             f"{sorted(loaded.signatures) or 'none'}; train one with train_unet.py"
         )
     network = Network(folder, loaded)
-    metadata_file = folder / METADATA_FILE
-    metadata = json.loads(metadata_file.read_text()) if metadata_file.exists() else {}
+    check_lengths(metadata, network.channels, folder)
     return Model(
         network.predict,
         network.channels,
@@ -311,6 +371,42 @@ def load_model(filepath: str) -> Model:
         metadata.get("image_dtype"),
         metadata.get("image_no_data"),
     )
+
+
+def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
+    """Return what a SavedModel says of itself; nothing if it is not of this suite.
+
+    Raises
+    ------
+    InputError
+        If it is not what `train_unet.py` writes.
+    """
+    if not file.exists():
+        return {}
+    try:
+        metadata = read_json(file)
+    except InputError as error:
+        raise InputError(str(error).replace(str(file), str(folder / file.name))) from None
+    known: dict[str, Check] = {
+        "radius": whole(RADIUS, LARGEST_RADIUS),
+        "size_factor": lambda value: whole(SIZE_FACTOR, LARGEST_RADIUS)(value) and value % SIZE_FACTOR == 0,
+        "baseline_feature_depth": whole(1, 2**16),
+        "source_channels": optional(list_of(whole(0, 2**16))),
+        "deviation_floor": list_of(real(np.finfo(np.float32).tiny)),
+        "value_range": optional(list_of(list_of(real(), 2))),
+        "image_dtype": optional(text),
+        "image_no_data": optional(lambda value: type(value) in (int, float)),
+    }
+    check_values(metadata, {name: known[name] for name in known if name in metadata}, folder / file.name)
+    return metadata
+
+
+def check_lengths(metadata: Mapping[str, Any], channels: int, folder: Path) -> None:
+    """Refuse metadata of a SavedModel that is not that of its network."""
+    expected = {name: list_of(lambda value: True, channels) for name in ("deviation_floor", "source_channels")}
+    expected["value_range"] = expected["source_channels"]
+    given = {name: check for name, check in expected.items() if metadata.get(name) is not None}
+    check_values(metadata, given, folder / MODEL_METADATA_FILE)
 
 
 class Network:
@@ -510,10 +606,9 @@ class Contents:
         return ", ".join(shares)
 
 
-def segment_file(
-    path: Path, targets: "Targets", model: Model, sizer: TileSizer
-) -> tuple[tuple[int, int, int], Contents]:
-    """Segment an image file into files; return the image's shape (H, W, C) and what its mask contains."""
+def segment_file(path: Path, targets: "Targets", model: Model, sizer: TileSizer) -> str:
+    """Segment an image file into files; return what there is to say about it."""
+    start = time.monotonic()
     with ImageFile(path, channels=model.channels, no_data=model.image_no_data) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
@@ -528,12 +623,14 @@ def segment_file(
             tiles = plan_tiles(image.shape, tile, model)
             batch_size = min(sizer.batch_size(tile), len(tiles))
             try:
-                return image.shape, write_results(image, statistics, tiles, batch_size, targets, model)
+                contents = write_results(image, statistics, tiles, batch_size, targets, model)
+                size, seconds = " x ".join(map(str, image.shape)), time.monotonic() - start
+                return f"{targets.mask.name}: {size}, {seconds:.1f} s, {contents}"
             except TileTooLarge as error:
                 if not sizer.shrink(batch_size * tile[0] * tile[1]):
                     raise InputError(f"{path} needs more memory than there is, even in the smallest tiles") from error
                 logging.warning(
-                    "out of memory with %d tiles of %d x %d at once: going on with at most %d pixels",
+                    "out of memory with %d tiles of %d x %d at once: continuing with at most %d pixels",
                     batch_size, *tile, sizer.pixels,
                 )  # fmt: skip
 
@@ -725,7 +822,7 @@ def prepare_output_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot create --output_folder {folder}: {error.strerror}; choose another folder") from error
+        raise InputError(f"cannot create --output_folder {folder}: {cause_of(error)}") from error
 
 
 def mask_name(image: Path) -> str:
@@ -746,8 +843,8 @@ class Targets(NamedTuple):
         folder, name = args.output_folder, Path(mask_name(image))
         return cls(
             folder / name,
-            folder / "probabilities" / name.with_suffix(".tif") if args.save_probabilities else None,
-            folder / "overlays" / name.with_suffix(".png") if args.save_overlay else None,
+            folder / SUBFOLDERS[0] / name.with_suffix(".tif") if args.save_probabilities else None,
+            folder / SUBFOLDERS[1] / name.with_suffix(".png") if args.save_overlay else None,
         )
 
     def exist(self) -> bool:
@@ -780,7 +877,7 @@ def file_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error}; free some space or choose another folder") from error
+        raise InputError(f"cannot write {target}: {cause_of(error)}") from error
 
 
 @contextlib.contextmanager
@@ -936,7 +1033,7 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
     Large images are brought down by a power of two that the network's grid is a multiple of, so that no pixel of the
     picture belongs to two blocks.
     """
-    from skimage.io import imsave
+    from PIL import Image  # comes with scikit-image
     from skimage.segmentation import find_boundaries
     from skimage.transform import downscale_local_mean
 
@@ -960,7 +1057,7 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
     outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
     picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
     with atomic_output(target) as temporary:
-        imsave(temporary, picture, check_contrast=False)
+        Image.fromarray(picture).save(temporary)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ value of pixels without data (``2 C + 1`` float64), the image as raw row-major `
 
 import array
 import contextlib
-import fcntl
 import glob
 import io
 import json
 import os
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,22 @@ import lmdb
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cli import InputError, PathLike, flush_to_disk
+from cli import (
+    Check,
+    Claims,
+    InputError,
+    PathLike,
+    cause_of,
+    check_values,
+    list_of,
+    number_of,
+    optional,
+    real,
+    replacing_together,
+    survive,
+    text,
+    whole,
+)
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
 FORMAT_VERSION = 2
@@ -39,6 +52,7 @@ HEADER = struct.Struct("<4sHH4s4sIII4x")
 STATISTICS_DTYPE = np.dtype("<f8")
 ALL_DATA = np.inf  # stands for the value of pixels without data in a record that has none
 METADATA_KEY = b"metadata"
+LARGEST_RECORD = 2**32 - 1  # bytes, for LMDB
 
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
 MASK_DTYPES = ("uint8", "uint16", "int32")
@@ -53,8 +67,11 @@ RADIUS = 96  # pixels
 INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
 COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
 
+MODEL_METADATA_FILE = "unet_metadata.json"  # in the folder of a SavedModel: what inference has to know about it
+
 MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 VOID_VALUES = (255, 65535)  # that often mark pixels without a class, as -1 does
+PROBED_RECORDS = 1000  # of a database that is looked at before it is relied on
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
 # ---------------------------------------------------------------------------------------------- records
@@ -104,9 +121,7 @@ def encode_record(
         raise ValueError(f"expected mean and deviation of {image.shape[2]} channels, got {mean} and {deviation}")
     image = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
     mask = np.ascontiguousarray(mask, mask.dtype.newbyteorder("<"))
-    header = HEADER.pack(
-        RECORD_MAGIC, FORMAT_VERSION, 0, image.dtype.str.encode(), mask.dtype.str.encode(), *image.shape
-    )
+    header = HEADER.pack(RECORD_MAGIC, FORMAT_VERSION, 0, type_field(image.dtype), type_field(mask.dtype), *image.shape)
     statistics = np.array([*mean, *deviation, ALL_DATA if no_data is None else no_data], STATISTICS_DTYPE)
     return b"".join((header, statistics.data, image.data, mask.data))
 
@@ -151,22 +166,29 @@ def decode_record(value: Any) -> StoredImage:
     magic, version, _, image_type, mask_type, height, width, channels = HEADER.unpack_from(value)
     if magic != RECORD_MAGIC or version != FORMAT_VERSION:
         raise InputError("a record is not of this suite's format; build the database again")
-    image_dtype, mask_dtype = stored_dtype(image_type), stored_dtype(mask_type)
+    if image_type not in STORED_DTYPES or mask_type not in STORED_DTYPES:
+        raise InputError(f"a record has pixels of type {image_type!r} and {mask_type!r}; build the database again")
+    image_dtype, mask_dtype = STORED_DTYPES[image_type], STORED_DTYPES[mask_type]
     pixels = height * width
     image_offset = HEADER.size + (2 * channels + 1) * STATISTICS_DTYPE.itemsize
     mask_offset = image_offset + pixels * channels * image_dtype.itemsize
     if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
         raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
     statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels + 1, HEADER.size)
+    if not np.isfinite(statistics[:-1]).all():
+        raise InputError("a record has a mean or deviation that is no number; build the database again")
     no_data = None if statistics[-1] == ALL_DATA else float(statistics[-1])
     image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
     mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
     return StoredImage(image, mask, statistics[:channels], statistics[channels:-1], no_data)
 
 
-def stored_dtype(field: bytes) -> np.dtype:
-    """Return the type that a field of the header names."""
-    return np.dtype(field.rstrip(b"\0").decode())
+def type_field(dtype: DTypeLike) -> bytes:
+    """Return how the header names a type."""
+    return np.dtype(dtype).newbyteorder("<").str.encode().ljust(4, b"\0")
+
+
+STORED_DTYPES = {type_field(name): np.dtype(name).newbyteorder("<") for name in {*IMAGE_DTYPES, *MASK_DTYPES}}
 
 
 # ---------------------------------------------------------------------------------------------- metadata
@@ -254,17 +276,115 @@ class Metadata:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, value: bytes) -> "Metadata":
-        """Read what `to_bytes` wrote; raises `InputError` where the version is another one."""
-        with np.load(io.BytesIO(value), allow_pickle=False) as archive:
-            arrays = dict(archive)
-        info = json.loads(arrays.pop("header").tobytes())
-        name, version = info.pop("format"), info.pop("version")
+    def from_bytes(cls, value: bytes, where: PathLike) -> "Metadata":
+        """Read and check what `to_bytes` wrote.
+
+        Raises
+        ------
+        InputError
+            If it is of another version, or damaged; `where` is its file.
+        """
+        try:
+            arrays = read_archive(value)
+            info = json.loads(arrays.pop("header").tobytes())
+            name, version = info.pop("format"), info.pop("version")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+            raise InputError(f"{where} has damaged metadata ({cause_of(error)}); copy or build it again") from error
         if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
             raise InputError(
-                f"expected version {FORMAT_VERSION} of the format {FORMAT_NAME}, found version {version} of {name}"
+                f"{where} cannot be used: expected version {FORMAT_VERSION} of the format {FORMAT_NAME}, found version "
+                f"{version} of {name}; build it again with build_lmdb.py"
             )
-        return cls(info=info, joined_names=arrays.pop("names").tobytes(), **arrays)
+        check_info(info, where)
+        if arrays.keys() != {"names", *METADATA_ARRAYS}:
+            raise InputError(f"{where} has damaged metadata (arrays {', '.join(sorted(arrays))}); build it again")
+        metadata = cls(info=info, joined_names=arrays.pop("names").tobytes(), **arrays)
+        metadata.check_arrays(where)
+        return metadata
+
+    def check_arrays(self, where: PathLike) -> None:
+        """Refuse arrays that do not fit each other, the info, and the names."""
+        classes, records, images = len(self.classes), self.count, self.joined_names.count(b"\0") + 1
+        shapes = {
+            **dict.fromkeys(("classes", "pixel_counts"), (classes,)),
+            "record_offsets": (classes + 1,),
+            "class_records": self.class_records.shape[:1],
+            **dict.fromkeys(("record_image", "record_row", "record_column"), (records,)),
+        }
+        fits = classes > 0 and all(getattr(self, name).shape == shape for name, shape in shapes.items())
+        fits = fits and all(getattr(self, name).dtype == dtype for name, dtype in METADATA_ARRAYS.items())
+        if not (
+            fits
+            and np.all(np.diff(self.classes) > 0)
+            and np.all(self.pixel_counts > 0)
+            and self.record_offsets[0] == 0
+            and np.all(np.diff(self.record_offsets) > 0)
+            and self.record_offsets[-1] == len(self.class_records)
+            and within(self.class_records, records)
+            and within(self.record_image, images)
+        ):
+            raise InputError(f"{where} has damaged metadata (arrays that do not fit each other); build it again")
+
+
+METADATA_ARRAYS = {
+    **dict.fromkeys(("classes", "pixel_counts", "record_offsets"), np.dtype(np.int64)),
+    **dict.fromkeys(("class_records", "record_image", "record_row", "record_column"), np.dtype(np.int32)),
+}
+
+
+def within(indices: np.ndarray, count: int) -> bool:
+    """Whether all are indices of `count` items, and there are some."""
+    return bool(len(indices) and indices.min() >= 0 and indices.max() < count)
+
+
+def read_archive(value: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of an uncompressed npz archive, which take no more memory than it does.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError, zipfile.BadZipFile
+        If it is none.
+    """
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(value)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise ValueError("a compressed or encrypted archive")
+            with archive.open(entry) as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError("an array of another version")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                arrays[entry.filename[: -len(".npy")]] = np.frombuffer(file.read(), dtype).reshape(shape)
+    return arrays
+
+
+def check_info(info: dict[str, Any], where: PathLike) -> None:
+    """Refuse values in the metadata that no build writes."""
+    check_values(info, {"image_shape": list_of(whole(1, 2**31), 3)}, where)
+    channels = info["image_shape"][2]
+    checks: dict[str, Check] = {
+        "count": whole(1, 2**31),
+        "image_dtype": lambda value: value in IMAGE_DTYPES,
+        "mask_dtype": lambda value: value in MASK_DTYPES,
+        "deviation_floor": list_of(real(np.finfo(np.float32).tiny), channels),
+        "ignored_id": optional(whole(0)),
+        "ignored_pixels": whole(0),
+    }
+    of_builds: dict[str, Check] = {  # that a database made by other means may lack
+        "side": text,
+        "dataset_name": text,
+        "seed": whole(0),
+        "train_fraction": real(0),
+        "split_by": optional(text),
+        "tile_size": optional(whole(1)),
+        "label_map": optional(text),
+        "image_no_data": optional(lambda value: type(value) in (int, float)),
+        "channels": optional(list_of(whole(0), channels)),
+        "left_out": whole(0),
+        "value_range": list_of(list_of(real(), 2), channels),
+        "missing_shares": list_of(real(0), channels),
+    }
+    check_values(info, {**checks, **{name: check for name, check in of_builds.items() if name in info}}, where)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -380,8 +500,8 @@ class DatabaseWriter:
             info={
                 "count": len(self),
                 "image_shape": shape,
-                "image_dtype": stored_dtype(image_type).name,
-                "mask_dtype": stored_dtype(mask_type).name,
+                "image_dtype": STORED_DTYPES[image_type].name,
+                "mask_dtype": STORED_DTYPES[mask_type].name,
                 "deviation_floor": [1.0] * shape[2],
                 "ignored_id": None,
                 "ignored_pixels": 0 if ignored is None else self._pixel_counts.get(ignored, 0),
@@ -460,8 +580,8 @@ def advise_label_map(values: Sequence[int]) -> str:
 def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
     """Create databases that appear under their names together, and only if the block ends without an exception.
 
-    They are written in a hidden folder beside the first target, which is removed whatever happens; what a killed build
-    left there is cleared first. An existing target stays readable until the moment it is replaced.
+    They are written beside their targets, under hidden names that are gone whatever happens. An existing target stays
+    readable until the moment it is replaced, and for whoever has it open after that.
 
     Parameters
     ----------
@@ -487,48 +607,18 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with building_folder(paths[0]) as building, contextlib.ExitStack() as stack:
-            writers = [DatabaseWriter(building / path.name) for path in paths]
+        with Claims(folder) as claims, replacing_together(paths) as temporaries, contextlib.ExitStack() as stack:
+            for path in paths:
+                if not claims.claim(path.name):
+                    raise InputError(
+                        f"another build is writing {path}; wait until it has finished, or choose another --dataset_name"
+                    )
+            writers = [DatabaseWriter(temporary) for temporary in temporaries]
             for writer in writers:
                 stack.callback(writer.close)
             yield writers
-            for path in paths:
-                flush_to_disk(building / path.name)
-            for path in paths:
-                os.replace(building / path.name, path)
-            flush_to_disk(folder)
     except (OSError, lmdb.Error) as error:
-        raise InputError(
-            f"cannot write a database in {folder}: {error}; free some space or choose another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def building_folder(target: Path) -> Iterator[Path]:
-    """Create a hidden folder beside `target` that one process has at a time, empty, and remove it afterwards."""
-    folder = target.with_name(f".building-{target.name}")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(lock), os.stat(folder / "lock"))
-    except (BlockingIOError, FileNotFoundError):
-        mine = False  # the other one works, or has just finished and removed the folder
-    except OSError:
-        mine = True  # a file system without locks
-    if not mine:
-        os.close(lock)
-        raise InputError(
-            f"another build is writing {target}; wait until it has finished, or choose another --dataset_name"
-        )
-    try:
-        for rubbish in folder.iterdir():  # of a build that was killed
-            if rubbish.name != "lock":
-                rubbish.unlink()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        raise InputError(f"cannot write a database in {folder}: {cause_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -538,6 +628,16 @@ def databases_in(folder: str) -> str:
     """Return the end of a sentence that names some databases in a folder; empty where there is none."""
     found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.lmdb")))[:4]
     return f"; there is {', '.join(found)}" if found else ""
+
+
+@contextlib.contextmanager
+def lmdb_errors(filepath: PathLike) -> Iterator[None]:
+    """Turn errors of LMDB in reading a database into one line that names the file."""
+    try:
+        yield
+    except lmdb.Error as error:
+        advice = "" if number_of(error) else "; it is no database, or damaged: copy it or build it again"
+        raise InputError(f"cannot read the database {os.fspath(filepath)}: {cause_of(error)}{advice}") from error
 
 
 class Database(contextlib.AbstractContextManager["Database"]):
@@ -576,18 +676,28 @@ class Database(contextlib.AbstractContextManager["Database"]):
                 f"no database {self.filepath}; make one with build_lmdb.py or check the path"
                 f"{databases_in(os.path.dirname(self.filepath))}"
             )
-        try:
+        if not os.path.isfile(self.filepath):
+            raise InputError(f"{self.filepath} is no regular file; a database of this suite is one")
+        with lmdb_errors(self.filepath):
             self._environment = lmdb.open(self.filepath, subdir=False, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise InputError(
-                f"{self.filepath} is not an LMDB database ({error}); build it with build_lmdb.py"
-            ) from error
         try:
-            self._transaction = self._environment.begin(buffers=True)
-            self.metadata = self._read_metadata()
+            with lmdb_errors(self.filepath):
+                self._transaction = self._environment.begin(buffers=True)
+                self.metadata = self._read_metadata()
         except BaseException:
             self._environment.close()
             raise
+
+    @classmethod
+    def probe(cls, filepath: PathLike) -> None:
+        """Open a database in a process of its own first, since LMDB may crash on a damaged one; see `survive`."""
+
+        def read_some() -> None:
+            with cls(filepath) as database:
+                for index in range(0, len(database), max(len(database) // PROBED_RECORDS, 1)):
+                    database.record(index)
+
+        survive(read_some, f"{os.fspath(filepath)} is damaged: LMDB crashes on it; copy or build it again")
 
     def _read_metadata(self) -> Metadata:
         needed = self._environment.info()["last_pgno"] + 1
@@ -599,10 +709,7 @@ class Database(contextlib.AbstractContextManager["Database"]):
         value = self._transaction.get(METADATA_KEY)
         if value is None:
             raise InputError(f"{self.filepath} is an LMDB database, but not one of build_lmdb.py; build it again")
-        try:
-            return Metadata.from_bytes(bytes(value))
-        except (InputError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.filepath} cannot be used: {error}; build it again with build_lmdb.py") from error
+        return Metadata.from_bytes(bytes(value), self.filepath)
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -615,10 +722,19 @@ class Database(contextlib.AbstractContextManager["Database"]):
 
     def record(self, index: int) -> StoredImage:
         """Return all that a record contains as views of the memory map, valid until `close`."""
-        value = self._transaction.get(record_key(index))
+        with lmdb_errors(self.filepath):
+            value = self._transaction.get(record_key(index))
         if value is None:
             raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")
-        return decode_record(value)
+        try:
+            stored = decode_record(value)
+        except InputError as error:
+            raise InputError(f"record {index} of {self.filepath}: {error}") from None
+        info = self.metadata.info
+        found = [*stored.image.shape], stored.image.dtype.name, stored.mask.dtype.name
+        if found != (info["image_shape"], info["image_dtype"], info["mask_dtype"]):
+            raise InputError(f"record {index} of {self.filepath} is not like the others; build the database again")
+        return stored
 
     def close(self) -> None:
         """Close the file; views into it must not be used any more. May be called twice."""

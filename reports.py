@@ -3,7 +3,9 @@
 Nothing here changes what is trained or segmented. TensorFlow and matplotlib are imported inside functions.
 """
 
+import contextlib
 import csv
+import io
 import logging
 import math
 import os
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import replacing
+from cli import InputError, read_own_file, replacing
 from image_files import displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 4  # test images in the picture of predictions
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
+CONFUSION_CLASSES = 16  # in a picture; more take long to draw, and nobody reads them
 
 
 class Report:
@@ -39,14 +42,23 @@ class Report:
         Classes, background included.
     epoch : int
         Test epochs done; what the files contain of later ones, from a run that was killed, is dropped.
+    step : int
+        Training steps done; the same holds for TensorBoard's files.
+
+    Raises
+    ------
+    InputError
+        If a file of an earlier run is not what the suite wrote.
     """
 
     def __init__(
-        self, folder: Path, test_database: str, deviation_floor: np.ndarray, number_classes: int, epoch: int
+        self, folder: Path, test_database: str, deviation_floor: np.ndarray, number_classes: int, epoch: int, step: int
     ) -> None:
         import tensorflow as tf
 
         self._folder, self._classes = folder, range(number_classes)
+        for file in sorted(folder.glob("tensorboard-*/events.out.tfevents.*")):
+            drop_later_events(file, step)
         self._writers = {
             name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
             for name in ("train", "test")
@@ -55,6 +67,7 @@ class Report:
         scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in self._classes]
         head = ["epoch", "step", "learning_rate", "train_loss", "test_loss", "accuracy", "mean_iou"]
         self._begin("metrics.csv", [*head, *scores], epoch)
+        read_metrics(folder / "metrics.csv", self._classes)
         self._begin("test_loss.csv", ["epoch", "test_loss"], epoch)
         predicted = [f"predicted_{class_id}" for class_id in self._classes]
         self._begin("confusion.csv", ["epoch", "true_class", *predicted], epoch)
@@ -86,13 +99,13 @@ class Report:
 
     def conclude(self, reason: str, state: "RunState") -> None:
         """Log how the run ended, the best figures of each class, and where everything lies."""
-        with open(self._folder / "metrics.csv", newline="") as file:
-            best = next(row for row in csv.DictReader(file) if int(row["epoch"]) == state.best_epoch)
+        rows = read_metrics(self._folder / "metrics.csv", self._classes)
+        best = next((row for row in rows if int(row["epoch"]) == state.best_epoch), {})
         logging.info(
             "done: %s; best test loss %.4f, in epoch %d of %d", reason, state.stopping.best_loss, state.best_epoch,
             state.epoch,
         )  # fmt: skip
-        for class_id in self._classes:
+        for class_id in self._classes if best else ():
             iou, dice = best[f"iou_{class_id}"], best[f"dice_{class_id}"]
             logging.info("class %d: %s", class_id, f"IoU {iou}, Dice {dice}" if iou else "absent from the test images")
             if iou and float(iou) == 0:
@@ -143,8 +156,11 @@ class Report:
         """Begin a CSV file, with the rows of earlier epochs where there are some."""
         rows: list[list[str]] = []
         if (self._folder / name).exists():
-            with open(self._folder / name, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdecimal() and int(row[0]) <= epoch]
+            found = csv.reader(read_own_file(self._folder / name).splitlines())
+            try:
+                rows = [row for row in found if row and row[0].isdecimal() and int(row[0]) <= epoch]
+            except (csv.Error, ValueError) as error:
+                raise InputError(f"{self._folder / name} is not what training wrote ({error}); move it away") from error
         with replacing(self._folder / name) as path, open(path, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
@@ -152,6 +168,40 @@ class Report:
         """Append one row to a CSV file; opened and closed each time, so that a killed job has lost nothing."""
         with open(self._folder / name, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def drop_later_events(file: Path, step: int) -> None:
+    """Remove from a file of TensorBoard what comes after a step: a run that was killed will take these steps again.
+
+    The end of the file may be cut short.
+    """
+    import tensorflow as tf
+
+    kept, is_later = [], False
+    with contextlib.suppress(tf.errors.DataLossError):
+        for record in tf.compat.v1.io.tf_record_iterator(os.fspath(file)):
+            if tf.compat.v1.Event.FromString(record).step > step:
+                is_later = True
+            else:
+                kept.append(record)
+    if is_later:
+        with replacing(file) as path, tf.io.TFRecordWriter(os.fspath(path)) as writer:
+            for record in kept:
+                writer.write(record)
+
+
+def read_metrics(path: Path, classes: range) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv; raise `InputError` if they are not what training wrote."""
+    wanted = ["epoch", "step", "train_loss", "test_loss", "accuracy", *(f"dice_{class_id}" for class_id in classes)]
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_own_file(path))))
+        for row in rows:
+            [float(row[name] or "nan") for name in wanted], int(row["epoch"]), int(row["step"])
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not what training wrote ({error}); move it away") from error
+    return rows
 
 
 def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
@@ -250,7 +300,8 @@ def draw_records(database: Database, output: Path) -> Path:
         show_classes(right, np.searchsorted(metadata.classes, stored.mask), len(metadata.classes))
         found = np.intersect1d(stored.mask, metadata.classes)
         right.set_title(f"classes {', '.join(map(str, found[:6]))}", fontsize=7)
-    figure.savefig(output, dpi=100)
+    with replacing(output) as path:
+        figure.savefig(path, dpi=100)
     return output
 
 
@@ -258,8 +309,7 @@ def draw_curves(metrics: Path, classes: range) -> Any:
     """Return a figure of the losses and the scores of each class, from metrics.csv."""
     from matplotlib.figure import Figure
 
-    with open(metrics, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metrics(metrics, classes)
     steps = [int(row["step"]) for row in rows]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, scores = figure.subplots(1, 2)
@@ -275,17 +325,25 @@ def draw_curves(metrics: Path, classes: range) -> Any:
 
 
 def draw_confusion(confusion: np.ndarray) -> Any:
-    """Return a figure of a confusion matrix, as shares of each true class."""
+    """Return a figure of a confusion matrix, as shares of each true class; of at most `CONFUSION_CLASSES` classes."""
     from matplotlib.figure import Figure
 
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    edge = 2 + 0.5 * len(confusion)
+    # Of more classes than can be read, those that differ most from what they should be.
+    wrong = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
+    shown = np.sort(np.argsort(-wrong, kind="stable")[:CONFUSION_CLASSES])
+    edge = 2 + 0.5 * len(shown)
     figure = Figure(figsize=(edge, edge), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for true_class, row in enumerate(shares):
-        for predicted, share in enumerate(row):
-            axes.text(predicted, true_class, f"{share:.1%}", ha="center", va="center", color="gray", size=8)
+    axes.imshow(shares[np.ix_(shown, shown)], cmap="Blues", vmin=0, vmax=1)
+    for row, true_class in enumerate(shown):
+        for column, predicted in enumerate(shown):
+            share = shares[true_class, predicted]
+            axes.text(column, row, f"{share:.1%}", ha="center", va="center", color="gray", size=8)
+    axes.set_xticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown)), shown)
+    if len(shown) < len(confusion):
+        axes.set_title(f"the {len(shown)} of {len(confusion)} classes\nwith most wrong pixels")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     return figure

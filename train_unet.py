@@ -8,6 +8,14 @@ early is resumed if it is started again in the same way. TensorFlow is imported 
 processes import this file again and must not pay for it, and ``-h`` should answer at once.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while modules are loaded is no traceback
+
 import argparse
 import atexit
 import contextlib
@@ -16,12 +24,9 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,26 +36,39 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, TypeVar, 
 import numpy as np
 
 from cli import (
+    EXIT_BAD_INPUT,
     EXIT_FAILURE,
     EXIT_STOPPED,
+    LOCK_FILE,
+    Claims,
     InputError,
     LogFormatter,
     Parser,
     Progress,
     StopRequest,
     add_flag,
-    configure_logging,
-    flush_to_disk,
+    cause_of,
+    check_values,
+    describe_error,
     gpus_of_task,
     is_out_of_memory,
     log_settings,
     number_type,
     positive_float,
-    positive_int,
+    process_count,
+    read_json,
+    read_own_file,
+    real,
+    remove,
     replacing,
+    replacing_folder,
     run_script,
     seed_int,
+    slurm_number,
+    some_path,
     tasks_of_nodes,
+    whole,
+    whole_number,
     without_patterns,
 )
 from imagereader import ImageReader, ReaderError, check_classes
@@ -66,6 +84,7 @@ WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
 WARM_UP_STEPS = 1000  # at most
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
+MANY_CLASSES, MANY_FEATURES = 4096, 2**14  # more than any network has that a computer can hold
 ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
 FIRST_PORT, PORTS = 15000, 10000  # for the processes of a Slurm job to talk to each other
 TOO_LITTLE_MEMORY = "the GPU has too little memory: lower --batch_size or build the databases with smaller tiles"
@@ -74,9 +93,7 @@ GPU_DEVICE = "/dev/nvidiactl"  # what the driver of NVIDIA makes if it finds a G
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
-    args = build_parser().parse_args(argv)
-    configure_logging()
-    return run_script(lambda stop: run_job(args, stop))
+    return run_script(build_parser, run_job, argv)
 
 
 def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
@@ -87,20 +104,24 @@ def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
     stop.is_polled = True
     sys.dont_write_bytecode = True  # TensorFlow imports temporary files, whose compiled copies would stay behind
     cluster = Cluster.find(os.environ)
-    if cluster.is_chief:
-        prepare_output_dir(args.output_dir, args.resume)
-    else:
-        logging.getLogger().setLevel(logging.WARNING)  # the chief speaks for all
-    log_settings(args)
-    strategy = make_strategy(cluster, bool(args.deterministic), bool(args.mixed_precision))
-    stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
-    code = EXIT_FAILURE
-    try:
-        code = train(args, cluster, strategy, stop, metadata, weights)
-    except TrainingError as error:
-        logging.error("%s", error)
-    except ReaderError:  # logged in full when it happened
-        logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
+    with contextlib.ExitStack() as stack:
+        if cluster.is_chief:
+            stack.enter_context(own_output_dir(args.output_dir, args.resume))
+        else:
+            logging.getLogger().setLevel(logging.WARNING)  # the chief speaks for all
+        log_settings(args)
+        strategy = make_strategy(cluster, bool(args.deterministic), bool(args.mixed_precision))
+        stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
+        code = EXIT_FAILURE
+        try:
+            code = train(args, cluster, strategy, stop, metadata, weights)
+        except TrainingError as error:
+            logging.error("%s", error)
+        except ReaderError:  # logged in full when it happened
+            logging.error("training stopped, because a reader failed (see above); what was saved before is kept")
+        except (InputError, OSError, MemoryError) as error:
+            logging.error("%s", describe_error(error))
+            code = EXIT_BAD_INPUT
     # Everything is written, and the readers have ended. A tidy exit would wait for up to a minute: TensorFlow joins the
     # thread that tunes an iterator, and sleeps for longer and longer, before it destroys the iterator; and processes
     # that train together wait for each other. So this ends as a forked process of multiprocessing does: what is
@@ -292,8 +313,9 @@ def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
     with saving(f"results in {args.output_dir}"):
         write_settings(args, *metadata, run.trainer.num_replicas)
         report = Report(
-            args.output_dir, args.test_database, metadata[0].deviation_floor, args.number_classes, state.epoch
-        )
+            args.output_dir, args.test_database, metadata[0].deviation_floor, args.number_classes, state.epoch,
+            state.step,
+        )  # fmt: skip
     weights = f"{run.trainer.model.count_params():,}"
     logging.info("network of %s weights, global batch of %d images", weights, run.global_batch)
     if state.step:
@@ -500,42 +522,42 @@ def add_data_options(group: Any) -> None:
     for side in ("train", "test"):
         metavar = f"{side.upper()}_DATABASE_FILEPATH"
         text = f"lmdb database to use for {side}ing, from build_lmdb.py (Required)"
-        group.add_argument(f"--{side}_database", metavar=metavar, **required, help=text)
+        group.add_argument(f"--{side}_database", metavar=metavar, type=some_path, **required, help=text)
     text = "Folder where outputs will be saved: a new one, or that of a run to go on with (Required)"
-    group.add_argument("--output_dir", metavar="OUTPUT_FOLDER", type=Path, **required, help=text)
+    group.add_argument("--output_dir", metavar="OUTPUT_FOLDER", type=some_path, **required, help=text)
 
 
 def add_training_options(group: Any) -> None:
     """Add what the specification lists besides the data."""
-    group.add_argument("--batch_size", type=positive_int, default=4, help="images in a batch, for each GPU")
+    group.add_argument("--batch_size", type=whole_number(1, 2**16), default=4, help="images in a batch, for each GPU")
     text = "classes being segmented, background (0) included"
-    group.add_argument("--number_classes", type=positive_int, default=2, help=text)
+    group.add_argument("--number_classes", type=whole_number(1, MANY_CLASSES), default=2, help=text)
     text = "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps"
     group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
     text = "number of gradient update steps to take between test epochs: an epoch here, however small the data set"
-    group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)
+    group.add_argument("--test_every_n_steps", type=step_count, default=1000, help=text)
     text = "whether to balance classes [0 = false, 1 = true]: draw each equally often, then an image that holds it"
     add_flag(group, "--balance_classes", 0, text)
     text = "whether to use data augmentation [0 = false, 1 = true]: transform each training image at random"
     add_flag(group, "--use_augmentation", 1, text)
     text = "Perform early stopping when the test loss does not improve (by more than 1e-4) for N test epochs"
-    group.add_argument("--early_stopping", metavar="EARLY_STOPPING_COUNT", type=positive_int, default=10, help=text)
+    group.add_argument("--early_stopping", metavar="EARLY_STOPPING_COUNT", type=step_count, default=10, help=text)
     text = "how many processes to use for disk I/O and augmentation per gpu"
-    group.add_argument("--reader_count", type=positive_int, default=1, help=text)
+    group.add_argument("--reader_count", type=process_count, default=1, help=text)
 
 
 def add_run_options(group: Any) -> None:
     """Add options beyond the specification."""
     text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
-    group.add_argument("--baseline_feature_depth", type=positive_int, default=64, help=text)
+    group.add_argument("--baseline_feature_depth", type=whole_number(1, MANY_FEATURES), default=64, help=text)
     text = "stop after so many test epochs; without it only --early_stopping ends a run"
-    group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
+    group.add_argument("--max_epochs", type=step_count, default=None, help=text)
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
     group.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
     text = "how many processes to use for test images per gpu, which are not augmented and so take little time"
-    group.add_argument("--test_reader_count", type=positive_int, default=1, help=text)
+    group.add_argument("--test_reader_count", type=process_count, default=1, help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
     group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
     text = "factor of each class in the loss, such as 1,5,5; auto lets all classes weigh the same in total"
@@ -556,6 +578,7 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 
 
+step_count = whole_number(1, 10**9)
 share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
 
 
@@ -571,6 +594,7 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
     """Return the metadata of both databases, which must hold images of one kind."""
     found = []
     for filepath in (args.train_database, args.test_database):
+        Database.probe(filepath)
         with Database(filepath) as database:
             found.append(database.metadata)
         check_classes(found[-1], args.number_classes, filepath)
@@ -631,20 +655,40 @@ def weights_of_classes(args: argparse.Namespace, train: Metadata) -> Optional[li
     return weights
 
 
-def prepare_output_dir(folder: Path, resume: str) -> None:
-    """Create the output folder, refuse one that cannot be gone on with, and start the log file in it."""
-    if resume == "never" and folder.exists() and any(folder.iterdir()):
+@contextlib.contextmanager
+def own_output_dir(folder: Path, resume: str) -> Iterator[None]:
+    """Create the output folder and keep it for this run; refuse one that is in use, or that cannot be resumed from.
+
+    The log file in it is begun.
+    """
+    if resume == "never" and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK_FILE}:
         raise InputError(f"expected an empty --output_dir with --resume never, found files in {folder}; choose another")
+    checkpoints = folder / Checkpoints.FOLDER
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(Claims(folder, [Checkpoints.FOLDER])).claim("training"):
+                raise InputError(
+                    f"another training is writing in {folder}; wait until it has ended, or choose another --output_dir"
+                )
+            # The first row is there before the first checkpoint; all rows that no checkpoint knows of are dropped.
+            if not Checkpoints.find(folder) and rows_of_results(folder) > int(checkpoints.exists()):
+                raise InputError(
+                    f"{folder} contains results but no checkpoint to resume from; choose another --output_dir"
+                )
+            checkpoints.mkdir(exist_ok=True)
+            log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write to --output_dir {folder}: {cause_of(error)}") from error
+        log_file.setFormatter(LogFormatter())
+        logging.getLogger().addHandler(log_file)
+        yield
+
+
+def rows_of_results(folder: Path) -> int:
+    """Return how many epochs have a row in metrics.csv."""
     metrics = folder / "metrics.csv"
-    if not Checkpoints.find(folder) and metrics.exists() and len(metrics.read_text().splitlines()) > 1:
-        raise InputError(f"{folder} holds results but no checkpoint to go on from; choose another --output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log_file = logging.FileHandler(folder / "train.log", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}; choose another folder") from error
-    log_file.setFormatter(LogFormatter())
-    logging.getLogger().addHandler(log_file)
+    return len(read_own_file(metrics).splitlines()[1:]) if metrics.exists() else 0
 
 
 def make_strategy(cluster: "Cluster", deterministic: bool = False, mixed_precision: bool = False) -> Any:
@@ -761,19 +805,28 @@ class Cluster(NamedTuple):
     @classmethod
     def find(cls, environment: "os._Environ[str]") -> "Cluster":
         """Return what TF_CONFIG says, which is made from Slurm's variables under an ``srun`` of several tasks."""
-        if "TF_CONFIG" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            task = {"type": "worker", "index": int(environment["SLURM_PROCID"])}
+        if "TF_CONFIG" not in environment and slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+            task = {"type": "worker", "index": slurm_number(environment, "SLURM_PROCID")}
             cluster = {"worker": addresses_from_slurm(environment)}
             environment["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})  # where TensorFlow looks
         if "TF_CONFIG" not in environment:
             return cls()
-        config = json.loads(environment["TF_CONFIG"])
-        return cls(int(config["task"]["index"]), len(config["cluster"]["worker"]))
+        try:
+            config = json.loads(environment["TF_CONFIG"])
+            rank, world_size = int(config["task"]["index"]), len(config["cluster"]["worker"])
+            if not 0 <= rank < world_size:
+                raise ValueError(f"process {rank} of {world_size}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "expected in the variable TF_CONFIG a JSON object with the cluster's workers and this process's task, "
+                f"found {environment['TF_CONFIG'][:200]!r} ({cause_of(error)}); unset it to train alone"
+            ) from error
+        return cls(rank, world_size)
 
 
 def addresses_from_slurm(environment: Mapping[str, str]) -> list[str]:
     """Return HOST:PORT of each task of this ``srun``, by rank; refuse a host without address: TensorFlow would wait."""
-    nodes = environment["SLURM_STEP_NODELIST"]
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
     try:
         hosts = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
@@ -785,7 +838,7 @@ def addresses_from_slurm(environment: Mapping[str, str]) -> list[str]:
             f"cannot find the computers {nodes} of this job: {error}; train on one node instead"
         ) from error
     of_ranks = [host for host, count in zip(hosts, tasks_of_nodes(environment)) for _ in range(count)]
-    port = FIRST_PORT + int(environment.get("SLURM_JOB_ID", 0)) % PORTS
+    port = FIRST_PORT + slurm_number(environment, "SLURM_JOB_ID", 0) % PORTS
     return [f"{host}:{port + rank}" for rank, host in enumerate(of_ranks)]
 
 
@@ -855,9 +908,25 @@ class RunState:
         return is_best
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        """Return the state that `dataclasses.asdict` took apart."""
-        return cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
+    def read(cls, path: Path) -> "RunState":
+        """Return the state in a checkpoint's file, which `dataclasses.asdict` took apart.
+
+        Raises
+        ------
+        InputError
+            If the file does not contain one.
+        """
+        values = read_json(path)
+        numbers = ("step", "samples", "epoch", "epoch_step", "best_epoch")
+        losses = dict.fromkeys(("epoch_loss", "epoch_pixels"), real())
+        check_values(values, {**dict.fromkeys(numbers, whole(0)), **losses}, path)
+        stopping = values.get("stopping")
+        stopping = stopping if isinstance(stopping, dict) else {}
+        losses = dict.fromkeys(("best_loss", "_reference_loss"), real())
+        counts = dict.fromkeys(("patience", "epochs_without_improvement"), whole(0))
+        check_values(stopping, {**losses, **counts}, path)
+        own = {name: values[name] for name in (*numbers, "epoch_loss", "epoch_pixels")}
+        return cls(EarlyStopping(**{name: stopping[name] for name in (*losses, *counts)}), **own)
 
 
 def fingerprint(metadata: Metadata) -> str:
@@ -894,29 +963,34 @@ class Checkpoints:
         All its processes hold the same network, so that the chief alone writes.
     """
 
+    FOLDER = "checkpoint"
+
     def __init__(self, output_dir: Path, trainer: "UNetTrainer", settings: dict[str, Any], cluster: Cluster) -> None:
         import tensorflow as tf
 
-        self._folder, self._settings, self._cluster = output_dir / "checkpoint", settings, cluster
+        self._folder, self._settings, self._cluster = output_dir / self.FOLDER, settings, cluster
         # The weights as a list: the names of a model's layers are not the same in Keras 2 and Keras 3.
         self._objects = tf.train.Checkpoint(
             weights=trainer.model.weights, optimizer=trainer.optimizer, step=trainer.step
         )
         self.saved_at = time.monotonic()
 
-    @staticmethod
-    def find(output_dir: Path) -> list[Path]:
+    @classmethod
+    def find(cls, output_dir: Path) -> list[Path]:
         """Return the folders of the checkpoints in an output folder, the newest first."""
-        found = (path for path in (output_dir / "checkpoint").glob("[0-9]*") if path.is_dir())
-        return sorted(found, reverse=True)
+        found = (output_dir / cls.FOLDER).glob("[0-9]*")
+        numbered = [path for path in found if re.fullmatch("[0-9]{1,18}", path.name) and path.is_dir()]
+        return sorted(numbered, key=lambda path: int(path.name), reverse=True)
 
     @classmethod
     def compare(cls, output_dir: Path, settings: dict[str, Any]) -> None:
         """Refuse to resume a run of other settings; needs no TensorFlow, which takes seconds to load."""
         saved = settings
         for folder in cls.find(output_dir):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: `restore` passes over it as well
-                saved = json.loads((folder / "state.json").read_text())["settings"]
+            with contextlib.suppress(OSError, InputError):  # damaged: `restore` passes over it as well
+                values = read_json(folder / "state.json")
+                check_values(values, {"settings": lambda value: isinstance(value, dict)}, folder / "state.json")
+                saved = values["settings"]
                 break
         for name, value in settings.items():
             if saved.get(name) != value:
@@ -937,35 +1011,26 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def _write(self, state: RunState) -> None:
-        new = self._folder / "incomplete"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
+        before = self.find(self._folder.parent)
+        with replacing_folder(self._folder / f"{int(before[0].name) + 1 if before else 1:06d}") as new:
             self._objects.write(os.fspath(new / "weights"))
             (new / "state.json").write_text(json.dumps({"settings": self._settings, **dataclasses.asdict(state)}))
-            for path in [*new.iterdir(), new]:
-                flush_to_disk(path)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        before = self.find(self._folder.parent)
-        new.rename(self._folder / f"{int(before[0].name) + 1 if before else 1:06d}")
-        flush_to_disk(self._folder)
         for old in before[CHECKPOINTS_KEPT - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
     def restore(self) -> Optional[RunState]:
         """Load the newest checkpoint that can be read and return its state; None if there is no checkpoint at all."""
         found = self.find(self._folder.parent)
         for folder in found:
             try:
-                values = json.loads((folder / "state.json").read_text())
-                del values["settings"]
+                state = RunState.read(folder / "state.json")
                 with without_patterns(folder) as path:
                     self._objects.read(f"{path}/weights").assert_consumed()
-                return RunState.from_dict(values)
+                return state
+            except MemoryError:
+                raise
             except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
-                logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, error)
+                logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, cause_of(error))
         if found:
             raise InputError(f"no checkpoint in {self._folder} can be read; choose another --output_dir")
         return None
@@ -981,9 +1046,8 @@ def saving(what: str) -> Iterator[None]:
     except (OSError, tf.errors.OpError) as error:
         if is_out_of_memory(error):
             raise TrainingError(f"cannot make {what}: {TOO_LITTLE_MEMORY}") from error
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write {what}: {reason}; the checkpoints before are kept. Free some space and start again"
+            f"cannot write {what}: {cause_of(error)}. The checkpoints before are kept: start again to resume"
         ) from error
 
 

@@ -11,15 +11,16 @@ all of them, so that every replica of every process holds the same network at an
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-import tensorflow as tf
+from cli import PathLike, replacing_folder, shield_keras
+from lmdb_utils import MODEL_METADATA_FILE, SIZE_FACTOR
 
-from cli import PathLike
-from lmdb_utils import SIZE_FACTOR
+shield_keras()
+
+import tensorflow as tf  # noqa: E402
 
 LEVELS = SIZE_FACTOR.bit_length() - 1  # poolings
 CONVOLUTIONS_PER_LEVEL = 2
@@ -28,8 +29,6 @@ DROPOUT_LEVELS = 2  # the deepest ones
 # Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
-
-METADATA_FILE = "unet_metadata.json"  # inside the SavedModel's folder
 
 
 def build_unet(
@@ -569,7 +568,7 @@ def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict
     folder : path
         Final folder, such as ``output_dir/saved_model``.
     metadata : dict
-        JSON-compatible; stored as `METADATA_FILE` inside the folder.
+        JSON-compatible; stored as `MODEL_METADATA_FILE` inside the folder.
 
     Notes
     -----
@@ -585,13 +584,6 @@ def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict
     def predict(image: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         return {"softmax": tf.nn.softmax(tf.cast(model(image, training=False), tf.float32))}
 
-    folder = Path(folder)
-    new, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    tf.saved_model.save(module, os.fspath(new), signatures={"serving_default": predict})
-    (new / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(Path(folder)) as new:
+        tf.saved_model.save(module, os.fspath(new), signatures={"serving_default": predict})
+        (new / MODEL_METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")

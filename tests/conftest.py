@@ -69,22 +69,23 @@ def run_script(name, *arguments, timeout=300, python=None):
 
 
 class ScriptServer:
-    """The other end of script_server.py."""
+    """The other end of script_server.py, which gets additional environment variables."""
 
-    def __init__(self):
+    def __init__(self, variables=()):
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("script_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**WITHOUT_GPU, "TF_CPP_MIN_LOG_LEVEL": "1"},  # as the scripts set it before they load TensorFlow
+            # As the scripts set it before they load TensorFlow.
+            env={**WITHOUT_GPU, "TF_CPP_MIN_LOG_LEVEL": "1", **dict(variables)},
         )
 
-    def run(self, command, timeout):
+    def run(self, command, timeout=300, **variables):
         """Run a script with its arguments, and end it when it takes longer than `timeout` seconds."""
         with tempfile.NamedTemporaryFile("r") as output:
-            print(json.dumps([command[0], command[1:], output.name]), file=self._process.stdin, flush=True)
+            print(json.dumps([command[0], command[1:], output.name, variables]), file=self._process.stdin, flush=True)
             end = threading.Timer(timeout, os.kill, (int(self._process.stdout.readline()), signal.SIGKILL))
             end.start()
             try:
@@ -198,13 +199,13 @@ def disk_log(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(os, "replace", logged_rename)
-    monkeypatch.setattr(Path, "rename", logged_rename)
+    monkeypatch.setattr(os, "rename", logged_rename)
     return log
 
 
 def shared_memory_of(pid):
-    """Return the paths of the shared memory that a process has mapped, its readers' batches."""
-    return set(re.findall(r"/dev/shm/psm_\S+", Path(f"/proc/{pid}/maps").read_text()))
+    """Return what shared memory a process has mapped, its readers' batches; none of it has a name."""
+    return set(re.findall(r"/dev/shm/#\d+ \(deleted\)", Path(f"/proc/{pid}/maps").read_text()))
 
 
 LONG_FILES = ("test_slurm.py", "test_interruptions.py")
@@ -230,8 +231,8 @@ IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def leftovers():
-    """Return the files in shared memory that are named as ours are, but for those that other programs have in use."""
-    found = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
+    """Return files in shared memory that Python may have made, but for those that other programs have in use."""
+    found = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "tmp"))}
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     for process in psutil.process_iter() if found else ():
         with contextlib.suppress(OSError):  # it has just ended, or is somebody else's

@@ -1,8 +1,9 @@
 """Runs scripts in processes of their own that have TensorFlow already: forks of this one, which loads it once.
 
 Loading takes a third of the time of a short run. Nothing else differs from a start by hand; no thread of TensorFlow
-runs yet, which a fork would lose. Each line of the input is a request in JSON: script, arguments, and a file for the
-output. The answers are the number of the process, and when it has ended its exit code.
+runs yet, which a fork would lose. Each line of the input is a request in JSON: script, arguments, a file for the
+output, and environment variables to set. The answers are the number of the process, and when it has ended its exit
+code.
 """
 
 import json
@@ -21,7 +22,8 @@ while request := sys.stdin.readline():
 else:
     sys.exit()
 
-script, arguments, output = json.loads(request)
+script, arguments, output, variables = json.loads(request)
+os.environ.update(variables)
 for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY)):
     os.dup2(os.open(path, flags), descriptor)
 os.dup2(1, 2)

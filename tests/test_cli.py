@@ -52,7 +52,8 @@ def test_progress_is_a_log_line_now_and_then_in_a_file():
 
 def test_a_log_that_nobody_reads_on_ends_in_silence():
     script = "import cli as u; u.configure_logging(); log = u.logging.info\n"
-    script += "raise SystemExit(u.run_script(lambda stop: [log('line %d', number) for number in range(10**5)] and 7))"
+    script += "def work(args, stop): return [log('line %d', number) for number in range(10**5)] and 7\n"
+    script += "raise SystemExit(u.run_script(lambda: u.Parser('test', ''), work, []))"
     command = [sys.executable, "-c", script]
     folder = ROOT
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -65,49 +66,56 @@ def test_a_log_that_nobody_reads_on_ends_in_silence():
 @pytest.mark.parametrize(
     "error, told",
     [
-        (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; check path"),
+        (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; choose a"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded; your quota is used up"),
+        (OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN)), "Structure needs cleaning"),
+        (MemoryError(), "Cannot allocate memory; ask the batch system"),
+        (InterruptedError(), "InterruptedError"),
         (FileNotFoundError("no database a.lmdb"), "no database a.lmdb"),
         (InputError("expected 1, found 2"), "expected 1, found 2"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog):
-    def work(stop):
+def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog, monkeypatch):
+    monkeypatch.setattr(cli, "configure_logging", lambda: None)
+
+    def work(args, stop):
         raise error
 
-    assert cli.run_script(work) == 2
+    assert cli.run_script(lambda: cli.Parser("test", ""), work, []) == 2
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith(told)
 
 
-def allocate_shared_memory_with(name, step, script):
-    """Run a script that allocates shared memory "psm_NAME" and defines what becomes of a step of that, `instead`."""
-    lines = f"import mmap, os, secrets, sys; sys.path.insert(0, {str(ROOT)!r}); import cli\n{script}\n"
-    lines += f"secrets.token_hex, {step} = lambda _: {name!r}, instead\n"
-    lines += "try: cli.allocate_shared_memory(5000)\nexcept OSError as error: print(error)"
-    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)  # waits for the tracker too
+def test_shared_memory_has_no_name_and_other_processes_find_it():
+    before = set(os.listdir("/dev/shm"))
+    memory = cli.allocate_shared_memory(5000)
+    assert set(os.listdir("/dev/shm")) <= before and memory.size == 5000
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli\n"
+    script += f"cli.attach_shared_memory({memory.name!r}).buf[4999] = 7"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert memory.buf[4999] == 7
+    memory.close()
+    memory.close()
+    assert not os.path.exists(memory.name)
 
 
-@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap"])
-def test_a_process_that_is_killed_while_it_makes_shared_memory_leaves_none(step):
-    path = f"/dev/shm/psm_{os.getpid()}"
-    script = f"def instead(*_): print(os.path.exists({path!r}), flush=True); os.kill(os.getpid(), 9)"
-    done = allocate_shared_memory_with(str(os.getpid()), step, script)
-    assert (done.stdout, done.returncode) == ("True\n", -9), done.stderr
-    assert not os.path.exists(path)
+@pytest.mark.parametrize("step", ["posix_fallocate", "fstat"])
+def test_shared_memory_that_cannot_be_had_leaves_no_open_file(step, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOMEM, "no memory")
 
-
-@pytest.mark.parametrize("step", ["os.posix_fallocate", "mmap.mmap", "cli.shared_memory._posixshmem.shm_open"])
-def test_shared_memory_that_cannot_be_had_leaves_no_file_and_no_complaint(step):
-    script = "def instead(*_, **options): raise OSError(12, 'no memory')"
-    done = allocate_shared_memory_with(str(os.getpid()), step, script)
-    assert (done.stdout, done.stderr, done.returncode) == ("[Errno 12] no memory\n", "", 0)
-    assert not os.path.exists(f"/dev/shm/psm_{os.getpid()}")
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no memory"):
+        patch.setattr(os, step, fail)
+        cli.allocate_shared_memory(5000)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, disk_log):
     target = tmp_path / "a.png"
     with cli.replacing(target) as temporary:
         temporary.write_text("new")
-    assert disk_log == [("flush", temporary), ("rename", target)] and target.read_text() == "new"
+    assert disk_log == [("flush", temporary), ("rename", target), ("flush", tmp_path)]
+    assert target.read_text() == "new"
 
 
 def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):

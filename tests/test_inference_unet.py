@@ -383,7 +383,7 @@ def test_a_shard_that_is_none_is_refused(gray_model, tmp_path, text):
 
 
 def test_tasks_and_array_elements_share_the_images_without_gap_or_overlap():
-    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_STEP": "4"}
+    array = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "11", "SLURM_ARRAY_TASK_COUNT": "3"}
     found = [
         inference_unet.shard_from_slurm(
             {**array, "SLURM_ARRAY_TASK_ID": str(element), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task)}

@@ -743,8 +743,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, disk_log
     state = train_unet.RunState(train_unet.EarlyStopping(1), step=3)
     make_checkpoints(tmp_path).save(state)
     folder = tmp_path / "checkpoint"
-    written, incomplete = sorted(path.name for path in (folder / "000001").iterdir()), folder / "incomplete"
+    written = sorted(path.name for path in (folder / "000001").iterdir())
     assert "state.json" in written and any(name.startswith("weights") for name in written)
     ours = [(kind, path) for kind, path in disk_log if kind == "flush" or path == folder / "000001"]
-    assert sorted(ours[: len(written)]) == [("flush", incomplete / name) for name in written]
-    assert ours[len(written) :] == [("flush", incomplete), ("rename", folder / "000001"), ("flush", folder)]
+    assert sorted(path.name for _, path in ours[: len(written)]) == written
+    new = ours[0][1].parent
+    assert ours[len(written) :] == [("flush", new), ("rename", folder / "000001"), ("flush", folder)]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from scipy import special
 
 import unet_model
-from lmdb_utils import RADIUS, SIZE_FACTOR
+from lmdb_utils import MODEL_METADATA_FILE, RADIUS, SIZE_FACTOR
 from unet_model import build_unet, confusion_matrix, export_saved_model
 
 
@@ -148,7 +148,7 @@ def test_a_saved_model_loads_with_tensorflow_alone_and_gives_the_models_softmax(
     result = np.load(tmp_path / "result.npy")
     np.testing.assert_allclose(result, tf.nn.softmax(model(image)), atol=1e-6)
     np.testing.assert_allclose(result.sum(-1), 1, atol=1e-5)
-    assert json.loads((folder / unet_model.METADATA_FILE).read_text()) == {"channels": 2}
+    assert json.loads((folder / MODEL_METADATA_FILE).read_text()) == {"channels": 2}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("saved_model")] == ["saved_model"]
 
 
