@@ -105,6 +105,11 @@ def script_server():
     return ScriptServer()
 
 
+def errors_of(output):
+    """Return the lines of a log that report errors; TensorFlow's own are not of it."""
+    return [line for line in output.splitlines() if re.match(r"[-0-9]+ [:,0-9]+ ERROR ", line)]
+
+
 def readme_commands():
     """Return the commands of the README, in order."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -208,7 +213,7 @@ def shared_memory_of(pid):
     return set(re.findall(r"/dev/shm/#\d+ \(deleted\)", Path(f"/proc/{pid}/maps").read_text()))
 
 
-LONG_FILES = ("test_slurm.py", "test_interruptions.py")
+LONG_FILES = ("test_slurm.py", "test_interruptions.py", "test_full_disk.py")
 # With these begun first, two processes come to an end at about the same time.
 FIRST_FILES = (*LONG_FILES, "test_train_unet.py", "test_inference_unet.py", "test_build_lmdb.py", "test_readme.py")
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, WITHOUT_GPU, ScriptServer, build, make_pair, write_tiff
+from conftest import ROOT, WITHOUT_GPU, ScriptServer, build, errors_of, make_pair, write_tiff
 from test_inference_unet import save_random_model
 from test_interruptions import SHORT, assert_same_end
 from test_train_unet import arguments
@@ -50,7 +50,7 @@ def variables(folder, log, at):
 def assert_one_line(output, code):
     """Check that a run ended well, as one does whose log could not be written, or with one line that says why not."""
     assert code in (0, 1, 2) and "Traceback" not in output, output
-    errors = [line for line in output.splitlines() if " ERROR " in line and "No space left on device" in line]
+    errors = [line for line in errors_of(output) if "No space left on device" in line]
     assert bool(errors) == bool(code), output
 
 
@@ -90,8 +90,7 @@ def test_a_mask_is_complete_or_not_there(server, tmp_path):
     save_random_model(tmp_path / "model", 1, 2)
     images, log, folder = tmp_path / "images", tmp_path / "log", tmp_path / "full"
     images.mkdir()
-    for index in range(2):
-        write_tiff(images / f"cell{index}.tif", make_pair(index, (300, 300, 1))[0])
+    write_tiff(images / "cell.tif", make_pair(0, (64, 64, 1))[0])
     options = ["--saved_model_filepath", tmp_path / "model", "--image_folder", images, "--output_folder", folder,
                "--save_overlay", 1, "--save_probabilities", 1]  # fmt: skip
     command = [str(ROOT / "inference_unet.py"), *map(str, options)]
@@ -109,7 +108,7 @@ def test_a_mask_is_complete_or_not_there(server, tmp_path):
         expected = expected or found
         for name, content in found.items():
             np.testing.assert_array_equal(content, expected[name])
-        assert len(found) == 6 or done.returncode
+        assert len(found) == 3 or done.returncode
         at += 1
     assert at > 20 and done.returncode == 0
 
