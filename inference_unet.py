@@ -39,6 +39,7 @@ from cli import (
     Claims,
     InputError,
     Parser,
+    PathLike,
     Progress,
     StopRequest,
     add_flag,
@@ -310,11 +311,12 @@ class Model:
         return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
 
 
-def load_model(folder: Path) -> Model:
+def load_model(filepath: PathLike) -> Model:
     """Load a SavedModel with a ``serving_default`` signature; refuse everything else.
 
     A training may replace it meanwhile: then the new one is loaded.
     """
+    folder = Path(filepath)
     for _ in range(LOAD_ATTEMPTS - 1):
         before = os.stat(folder) if folder.exists() else None
         try:

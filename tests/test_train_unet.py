@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -426,8 +427,8 @@ def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (("--batch_size", "0"), "at least 1"),
-        (("--reader_count", "x"), "at least 1"),
+        (("--batch_size", "0"), "from 1 to"),
+        (("--reader_count", "x"), "from 1 to"),
         (("--learning_rate", "-1"), "above 0"),
         (("--learning_rate", "fast"), "got 'fast'"),
         (("--label_smoothing", "1"), "from 0 to below 1"),
@@ -449,7 +450,7 @@ def test_bad_input_is_refused_in_one_line(databases, tmp_path, more, words):
 def test_a_folder_with_files_that_are_no_run_to_go_on_with_is_refused(databases, tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step\n1,10\n")
     for more, words in (
-        ([], "holds results but no checkpoint"),
+        ([], "contains results but no checkpoint"),
         (["--resume", "never"], "expected an empty --output_dir"),
     ):
         done = run_script("train_unet.py", *arguments(databases, tmp_path, *more))
@@ -600,7 +601,8 @@ def test_options_reach_the_readers(flag, monkeypatch):
     train = {"name": "train reader", "num_workers": 8, "use_augmentation": bool(flag), "balance_classes": not flag}
     train.update(shuffle=True, first_sample=48)
     test = {"name": "test reader", "num_workers": 12, "shuffle": False}
-    assert list(train_unet.supplies(run, train_data)) == [("a", {**train, **common}), ("b", {**test, **common})]
+    expected = [(Path("a"), {**train, **common}), (Path("b"), {**test, **common})]
+    assert list(train_unet.supplies(run, train_data)) == expected
 
 
 @pytest.mark.parametrize("mixed", [0, 1])

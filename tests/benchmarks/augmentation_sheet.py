@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from cli import configure_logging, run_script, seed_int
+from cli import run_script, seed_int
 from image_files import displayable
 from imagereader import ImageReader
 from lmdb_utils import Database
@@ -50,15 +50,18 @@ def draw(database, filepath, seed):
     figure.savefig(filepath, dpi=110)
 
 
-def main():
-    """Run the script; return its exit code."""
+def build_parser():
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("database", help="train database that build_lmdb.py made")
     parser.add_argument("output", help="PNG file to write")
     parser.add_argument("--seed", type=seed_int, default=0, help="another seed shows other images")
-    args = parser.parse_args()
-    configure_logging()
-    return run_script(lambda stop: draw(args.database, args.output, args.seed))
+    return parser
+
+
+def main():
+    """Run the script; return its exit code."""
+    return run_script(build_parser, lambda args, stop: draw(args.database, args.output, args.seed), None)
 
 
 if __name__ == "__main__":
