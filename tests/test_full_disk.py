@@ -114,7 +114,7 @@ def test_a_mask_is_complete_or_not_there(server, tmp_path):
 
 
 def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(server, databases, tmp_path):
-    """Once for each kind of call and file; checkpoints have their own names, and so are of several kinds."""
+    """For some kinds of calls and files, as each takes two runs; set FULL_DISK_STRIDE to 1 to try all."""
     log, folder, expected = tmp_path / "log", tmp_path / "full", tmp_path / "expected"
     command = [str(TRAINING), *map(str, arguments(databases, folder, *SHORT))]
     undisturbed = [str(TRAINING), *map(str, arguments(databases, expected, *SHORT))]
@@ -123,7 +123,7 @@ def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(s
     for number, (name, path) in enumerate(calls_of(log), 1):
         first_of_kind.setdefault((name, kind_of(path)), number)
     assert len(first_of_kind) > 30
-    for at in first_of_kind.values():
+    for at in list(first_of_kind.values())[:: int(os.environ.get("FULL_DISK_STRIDE", 8))]:
         shutil.rmtree(folder, ignore_errors=True)
         done = server.run(command, **variables(folder, log, at))
         assert_one_line(done.stdout, done.returncode)
