@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,24 +105,25 @@ def test_what_a_killed_inference_left_is_cleared_by_the_next_one(tmp_path):
     assert not list((tmp_path / "masks").rglob(".*"))
 
 
-def test_a_model_that_training_replaces_can_be_loaded_at_any_time(tmp_path):
-    folder, stop = tmp_path / "model", threading.Event()
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_model_that_is_replaced_while_it_is_loaded_is_loaded_anew(tmp_path, monkeypatch, at_once):
+    import tensorflow as tf
+
+    folder, load, loaded = tmp_path / "model", tf.saved_model.load, []
     save_random_model(folder, 1, 2)
 
-    def replace():
-        while not stop.is_set():
+    def load_what_goes_away(path):
+        loaded.append(path)
+        if len(loaded) < 3:
             with cli.replacing_folder(folder) as new:
                 shutil.copytree(folder, new, dirs_exist_ok=True)
-            time.sleep(1.5)  # training takes longer
+        return load(path)
 
-    thread = threading.Thread(target=replace)
-    thread.start()
-    try:
-        models = [inference_unet.load_model(folder) for _ in range(15)]
-    finally:
-        stop.set()
-        thread.join()
-    assert {model.number_classes for model in models} == {2}
+    monkeypatch.setattr(tf.saved_model, "load", load_what_goes_away)
+    if not at_once:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **options: SimpleNamespace())
+    assert inference_unet.load_model(folder).number_classes == 2
+    assert len(loaded) == 3
 
 
 # ---------------------------------------------------------------------------------------------- claims
