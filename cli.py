@@ -286,6 +286,7 @@ def whole_number(low: int, high: int) -> NumberType[int]:
     return number_type(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
 
 
+positive_int = whole_number(1, 10**9)
 process_count = whole_number(1, MANY_PROCESSES)
 positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
 real_number = number_type(float, lambda value: not math.isnan(value), "a number, such as -9999")

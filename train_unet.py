@@ -55,6 +55,7 @@ from cli import (
     log_settings,
     number_type,
     positive_float,
+    positive_int,
     process_count,
     read_json,
     read_own_file,
@@ -535,13 +536,13 @@ def add_training_options(group: Any) -> None:
     text = "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps"
     group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
     text = "number of gradient update steps to take between test epochs: an epoch here, however small the data set"
-    group.add_argument("--test_every_n_steps", type=step_count, default=1000, help=text)
+    group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)
     text = "whether to balance classes [0 = false, 1 = true]: draw each equally often, then an image that holds it"
     add_flag(group, "--balance_classes", 0, text)
     text = "whether to use data augmentation [0 = false, 1 = true]: transform each training image at random"
     add_flag(group, "--use_augmentation", 1, text)
     text = "Perform early stopping when the test loss does not improve (by more than 1e-4) for N test epochs"
-    group.add_argument("--early_stopping", metavar="EARLY_STOPPING_COUNT", type=step_count, default=10, help=text)
+    group.add_argument("--early_stopping", metavar="EARLY_STOPPING_COUNT", type=positive_int, default=10, help=text)
     text = "how many processes to use for disk I/O and augmentation per gpu"
     group.add_argument("--reader_count", type=process_count, default=1, help=text)
 
@@ -551,7 +552,7 @@ def add_run_options(group: Any) -> None:
     text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
     group.add_argument("--baseline_feature_depth", type=whole_number(1, MANY_FEATURES), default=64, help=text)
     text = "stop after so many test epochs; without it only --early_stopping ends a run"
-    group.add_argument("--max_epochs", type=step_count, default=None, help=text)
+    group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
@@ -578,7 +579,6 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 
 
-step_count = whole_number(1, 10**9)
 share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
 
 
