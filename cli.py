@@ -138,8 +138,6 @@ def abandon_unread_output() -> None:
 
 def describe_error(error: BaseException) -> str:
     """Return one line for the user about an error."""
-    if isinstance(error, InputError):
-        return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
         return f"cannot use {os.fsdecode(error.filename)}: {cause_of(error)}"
     return cause_of(error)
@@ -150,6 +148,8 @@ def cause_of(error: BaseException) -> str:
 
     LMDB and TensorFlow have exceptions of their own, of which only the text says what the operating system answered.
     """
+    if isinstance(error, InputError):
+        return str(error)
     number, text = number_of(error), str(error).strip()
     if number in ADVICE:
         return f"{os.strerror(number)}; {ADVICE[number]}"
@@ -402,7 +402,6 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
             done.append((temporary, target, existed))
         os.replace(temporaries[-1], targets[-1])
         done.clear()  # this was the last step, which nothing takes back
-        flush_to_disk(targets[0].parent)
     finally:
         for temporary, target, existed in done:
             if existed:
@@ -432,7 +431,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def exchange(new: Path, target: Path) -> None:
-    """Have two folders change their names; at once, if the operating system and the file system can do that.
+    """Have two files or folders change their names; at once, if the operating system and the file system can do that.
 
     Otherwise `target` is missing for a moment; if the process is killed then, `Claims` brings it back.
     """
@@ -482,9 +481,8 @@ def remove_leftovers(folder: Path) -> None:
 class Claims(contextlib.AbstractContextManager["Claims"]):
     """Which process works on what in a folder, so that no two do the same; a context manager.
 
-    A claim is the lock of a byte of a file in the folder. It ends with its process, however that ends, and holds on all
-    nodes of a network file system. A process that finds itself alone removes what killed ones left there. On a file
-    system without locks all claims succeed.
+    A claim is the POSIX lock of a byte of a file in the folder, and ends with its process, however that ends. A process
+    that finds itself alone removes what killed ones left there. On a file system without locks all claims succeed.
 
     Parameters
     ----------
@@ -619,7 +617,7 @@ def real(low: float = -math.inf) -> Check:
     return lambda value: type(value) in (int, float) and value >= low
 
 
-def text(value: Any) -> bool:
+def any_text(value: Any) -> bool:
     """Whether a value is a text."""
     return isinstance(value, str)
 
@@ -755,27 +753,33 @@ def signals_held() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def slurm_number(environment: Mapping[str, str], name: str, default: Optional[int] = None) -> int:
-    """Return the number in a variable that Slurm sets.
+def slurm_text(environment: Mapping[str, str], name: str, pattern: str, default: str = "") -> str:
+    """Return what a variable that Slurm sets contains, which has to match a pattern.
 
     Raises
     ------
     InputError
-        If it is not there, unless there is a `default`, or no number.
+        If it does not, such as in an environment that was copied in part.
     """
-    text = environment.get(name, "" if default is None else str(default))
-    if not re.fullmatch(r"-?\d{1,18}", text):
+    text = environment.get(name, default)
+    if not re.fullmatch(pattern, text):
         raise InputError(
-            f"expected a number from Slurm in the variable {name}, found {text!r}; was the environment of a job copied "
-            "in part? Start this with srun, or unset the variables whose names begin with SLURM_"
+            f"cannot use the variable {name} of Slurm, {text!r}; was the environment of a job copied in part? Start "
+            "this with srun, or unset the variables whose names begin with SLURM_"
         )
-    return int(text)
+    return text
+
+
+def slurm_number(environment: Mapping[str, str], name: str, default: Optional[int] = None) -> int:
+    """Return the number in a variable that Slurm sets; errors as those of `slurm_text`, unless there is a `default`."""
+    return int(slurm_text(environment, name, r"\d{1,18}", "" if default is None else str(default)))
 
 
 def tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
-    """Return how many tasks of this ``srun`` each of its nodes has."""
-    counts: list[int] = []  # from such as "2(x3),1"
-    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+    """Return how many tasks of this ``srun`` each of its nodes has; errors as those of `slurm_text`."""
+    text = slurm_text(environment, "SLURM_STEP_TASKS_PER_NODE", r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*")  # such as 2(x3),1
+    counts: list[int] = []
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(repeated or 1)
     return counts
 
@@ -794,7 +798,9 @@ def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) 
     if slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or is_bound or not visible:
         return range(visible)
     node, task = slurm_number(environment, "SLURM_NODEID"), slurm_number(environment, "SLURM_LOCALID")
-    tasks = dict(enumerate(tasks_of_nodes(environment))).get(node, task + 1)
+    tasks = [*tasks_of_nodes(environment), *[0] * (node + 1)][node]
+    if task >= tasks:
+        raise InputError(f"expected a task of this srun on node {node}, 0 to {tasks - 1}, found {task}; use srun")
     if visible < tasks and not may_share:
         raise InputError(
             f"expected a GPU for each of the {tasks} tasks on this node, found {visible}; lower --ntasks-per-node"

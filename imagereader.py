@@ -14,6 +14,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import threading
 import traceback
@@ -34,7 +35,7 @@ from cli import (
     SharedMemory,
     allocate_shared_memory,
     attach_shared_memory,
-    cause_of,
+    describe_error,
     end_with_parent,
     free_shared_memory,
     signals_held,
@@ -166,7 +167,7 @@ class MemoryRecycler:
 class Tokens:
     """A counter that two processes share, one of which adds to it and the other takes from it.
 
-    Its units are messages in a pipe: unlike a semaphore it has no name that would outlive its processes.
+    Its units are bytes in a pipe: unlike a semaphore it has no name that would outlive its processes.
     """
 
     def __init__(self, context: Any, count: int) -> None:
@@ -176,14 +177,13 @@ class Tokens:
 
     def add(self) -> None:
         """Add one."""
-        self._sender.send_bytes(b"")
+        os.write(self._sender.fileno(), b"+")
 
     def take(self, timeout: float) -> bool:
         """Take one, for which it may wait some seconds; return whether there was one."""
-        if not self._receiver.poll(timeout):
-            return False
-        self._receiver.recv_bytes()
-        return True
+        waiting = select.poll()  # the connection's own way to wait takes many times as long
+        waiting.register(self._receiver, select.POLLIN)
+        return bool(waiting.poll(1000 * timeout) and os.read(self._receiver.fileno(), 1))
 
 
 # ---------------------------------------------------------------------------------------------- the sample stream
@@ -277,7 +277,7 @@ class SampleSource:
 
     def _check_classes(self, mask: np.ndarray) -> None:
         """Refuse class ids that the metadata does not list, which the network may have no output for."""
-        if mask.min() >= 0 and mask.max() <= self._largest_class:
+        if mask.view(f"u{mask.itemsize}").max() <= self._largest_class:  # as such, negative ids are the largest
             return
         known = mask[mask != self._database.metadata.ignored_id]
         if len(known) and (known.min() < 0 or known.max() > self._largest_class):
@@ -331,7 +331,7 @@ def run_worker(task: WorkerTask) -> None:
     except BaseException as error:
         where = "start-up" if record is None else database.metadata.describe_record(record)
         is_input = isinstance(error, (InputError, OSError, MemoryError))
-        reason = cause_of(error) if is_input else f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        reason = describe_error(error) if is_input else f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         with contextlib.suppress(OSError):  # the main process may have ended
             task.failures.send((where, reason, is_input))
         os._exit(1)  # the message is out; a tidy exit could hang on what has just failed

@@ -43,6 +43,7 @@ from cli import (
     Progress,
     StopRequest,
     add_flag,
+    any_text,
     cause_of,
     check_values,
     existing_folder,
@@ -59,7 +60,6 @@ from cli import (
     run_script,
     slurm_number,
     some_path,
-    text,
     whole,
     whole_number,
     without_patterns,
@@ -396,7 +396,7 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
         "source_channels": optional(list_of(whole(0, 2**16))),
         "deviation_floor": list_of(real(np.finfo(np.float32).tiny)),
         "value_range": optional(list_of(list_of(real(), 2))),
-        "image_dtype": optional(text),
+        "image_dtype": optional(any_text),
         "image_no_data": optional(lambda value: type(value) in (int, float)),
     }
     check_values(metadata, {name: known[name] for name in known if name in metadata}, folder / file.name)

@@ -15,6 +15,7 @@ import contextlib
 import glob
 import io
 import json
+import math
 import os
 import struct
 import zipfile
@@ -32,15 +33,16 @@ from cli import (
     Claims,
     InputError,
     PathLike,
+    any_text,
     cause_of,
     check_values,
+    flush_to_disk,
     list_of,
     number_of,
     optional,
     real,
     replacing_together,
     survive,
-    text,
     whole,
 )
 
@@ -71,7 +73,7 @@ MODEL_METADATA_FILE = "unet_metadata.json"  # in the folder of a SavedModel: wha
 
 MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
 VOID_VALUES = (255, 65535)  # that often mark pixels without a class, as -1 does
-PROBED_RECORDS = 1000  # of a database that is looked at before it is relied on
+PROBED_RECORDS = 100  # of a database that is looked at before it is relied on
 FEW_CLASSES = 8  # that are counted faster one by one than all in one go
 
 # ---------------------------------------------------------------------------------------------- records
@@ -121,9 +123,14 @@ def encode_record(
         raise ValueError(f"expected mean and deviation of {image.shape[2]} channels, got {mean} and {deviation}")
     image = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
     mask = np.ascontiguousarray(mask, mask.dtype.newbyteorder("<"))
-    header = HEADER.pack(RECORD_MAGIC, FORMAT_VERSION, 0, type_field(image.dtype), type_field(mask.dtype), *image.shape)
+    header = make_header(image.shape, image.dtype, mask.dtype)
     statistics = np.array([*mean, *deviation, ALL_DATA if no_data is None else no_data], STATISTICS_DTYPE)
     return b"".join((header, statistics.data, image.data, mask.data))
+
+
+def make_header(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DTypeLike) -> bytes:
+    """Return the header of a record with an image of shape (H, W, C)."""
+    return HEADER.pack(RECORD_MAGIC, FORMAT_VERSION, 0, type_field(image_dtype), type_field(mask_dtype), *shape)
 
 
 def record_bytes(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DTypeLike) -> int:
@@ -175,7 +182,7 @@ def decode_record(value: Any) -> StoredImage:
     if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
         raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
     statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels + 1, HEADER.size)
-    if not np.isfinite(statistics[:-1]).all():
+    if not all(map(math.isfinite, statistics[:-1].tolist())):  # of few numbers faster than numpy
         raise InputError("a record has a mean or deviation that is no number; build the database again")
     no_data = None if statistics[-1] == ALL_DATA else float(statistics[-1])
     image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
@@ -371,13 +378,13 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
         "ignored_pixels": whole(0),
     }
     of_builds: dict[str, Check] = {  # that a database made by other means may lack
-        "side": text,
-        "dataset_name": text,
+        "side": any_text,
+        "dataset_name": any_text,
         "seed": whole(0),
         "train_fraction": real(0),
-        "split_by": optional(text),
+        "split_by": optional(any_text),
         "tile_size": optional(whole(1)),
-        "label_map": optional(text),
+        "label_map": optional(any_text),
         "image_no_data": optional(lambda value: type(value) in (int, float)),
         "channels": optional(list_of(whole(0), channels)),
         "left_out": whole(0),
@@ -617,6 +624,7 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
             for writer in writers:
                 stack.callback(writer.close)
             yield writers
+        flush_to_disk(folder)
     except (OSError, lmdb.Error) as error:
         raise InputError(f"cannot write a database in {folder}: {cause_of(error)}") from error
 
@@ -684,6 +692,8 @@ class Database(contextlib.AbstractContextManager["Database"]):
             with lmdb_errors(self.filepath):
                 self._transaction = self._environment.begin(buffers=True)
                 self.metadata = self._read_metadata()
+            info = self.metadata.info
+            self._header = make_header(info["image_shape"], info["image_dtype"], info["mask_dtype"])  # of all records
         except BaseException:
             self._environment.close()
             raise
@@ -728,13 +738,11 @@ class Database(contextlib.AbstractContextManager["Database"]):
             raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")
         try:
             stored = decode_record(value)
+            if value[: HEADER.size] != self._header:
+                raise InputError("it is not like the others; build the database again")
+            return stored
         except InputError as error:
             raise InputError(f"record {index} of {self.filepath}: {error}") from None
-        info = self.metadata.info
-        found = [*stored.image.shape], stored.image.dtype.name, stored.mask.dtype.name
-        if found != (info["image_shape"], info["image_dtype"], info["mask_dtype"]):
-            raise InputError(f"record {index} of {self.filepath} is not like the others; build the database again")
-        return stored
 
     def close(self) -> None:
         """Close the file; views into it must not be used any more. May be called twice."""

@@ -192,11 +192,14 @@ def drop_later_events(file: Path, step: int) -> None:
 
 def read_metrics(path: Path, classes: range) -> list[dict[str, str]]:
     """Return the rows of metrics.csv; raise `InputError` if they are not what training wrote."""
-    wanted = ["epoch", "step", "train_loss", "test_loss", "accuracy", *(f"dice_{class_id}" for class_id in classes)]
+    figures = ["train_loss", "test_loss", "accuracy", *(f"dice_{class_id}" for class_id in classes)]
     try:
         rows = list(csv.DictReader(io.StringIO(read_own_file(path))))
         for row in rows:
-            [float(row[name] or "nan") for name in wanted], int(row["epoch"]), int(row["step"])
+            for name in figures:
+                float(row[name] or "nan")
+            for name in ("epoch", "step"):
+                int(row[name])
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

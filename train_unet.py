@@ -66,6 +66,7 @@ from cli import (
     run_script,
     seed_int,
     slurm_number,
+    slurm_text,
     some_path,
     tasks_of_nodes,
     whole,
@@ -826,7 +827,7 @@ class Cluster(NamedTuple):
 
 def addresses_from_slurm(environment: Mapping[str, str]) -> list[str]:
     """Return HOST:PORT of each task of this ``srun``, by rank; refuse a host without address: TensorFlow would wait."""
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    nodes = slurm_text(environment, "SLURM_STEP_NODELIST", ".+")
     try:
         hosts = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
@@ -917,16 +918,20 @@ class RunState:
             If the file does not contain one.
         """
         values = read_json(path)
-        numbers = ("step", "samples", "epoch", "epoch_step", "best_epoch")
-        losses = dict.fromkeys(("epoch_loss", "epoch_pixels"), real())
-        check_values(values, {**dict.fromkeys(numbers, whole(0)), **losses}, path)
-        stopping = values.get("stopping")
-        stopping = stopping if isinstance(stopping, dict) else {}
-        losses = dict.fromkeys(("best_loss", "_reference_loss"), real())
-        counts = dict.fromkeys(("patience", "epochs_without_improvement"), whole(0))
-        check_values(stopping, {**losses, **counts}, path)
-        own = {name: values[name] for name in (*numbers, "epoch_loss", "epoch_pixels")}
-        return cls(EarlyStopping(**{name: stopping[name] for name in (*losses, *counts)}), **own)
+        check_values(values, {**STATE_CHECKS, "stopping": lambda value: isinstance(value, dict)}, path)
+        check_values(values["stopping"], STOPPING_CHECKS, path)
+        stopping = EarlyStopping(**{name: values["stopping"][name] for name in STOPPING_CHECKS})
+        return cls(stopping, **{name: values[name] for name in STATE_CHECKS})
+
+
+STATE_CHECKS = {
+    **dict.fromkeys(("step", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
+    **dict.fromkeys(("epoch_loss", "epoch_pixels"), real()),
+}
+STOPPING_CHECKS = {
+    **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0)),
+    **dict.fromkeys(("best_loss", "_reference_loss"), real()),
+}
 
 
 def fingerprint(metadata: Metadata) -> str:

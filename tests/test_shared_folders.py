@@ -276,11 +276,11 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure_but_a_broken_disk_is(tmp_
 
     monkeypatch.setattr(os, "fsync", refuse)
     if fails:
-        with pytest.raises(OSError, match=os.strerror(number)), cli.replacing(tmp_path / "a") as path:
-            path.write_text("new")
+        with pytest.raises(OSError, match=os.strerror(number)), cli.replacing_folder(tmp_path / "a") as path:
+            (path / "file").write_text("new")
     else:
-        with cli.replacing(tmp_path / "a") as path:
-            path.write_text("new")
+        with cli.replacing_folder(tmp_path / "a") as path:
+            (path / "file").write_text("new")
         assert os.listdir(tmp_path) == ["a"]
 
 
