@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, WITHOUT_GPU, make_pair, run_script, write_folders, write_tiff
+from conftest import ROOT, WITHOUT_GPU, make_pair, run_script, script_server, write_folders, write_tiff
 from test_inference_unet import save_random_model
 from test_train_unet import arguments, read_csv
 
 import cli
 import inference_unet
+import train_unet
 
 
 def start(name, *options, **more):
@@ -331,6 +332,9 @@ def test_a_build_whose_processes_are_all_killed_leaves_no_shared_memory_and_no_s
 # ---------------------------------------------------------------------------------------------- streams and paths
 
 
+CLUSTER = '{"cluster": {"worker": ["localhost:1"]}, "task": {"index": %s}}'
+
+
 def close_output():
     os.close(1)
 
@@ -401,6 +405,49 @@ def test_what_no_computer_can_do_is_refused_at_once(script, option, value, expec
 def test_half_of_a_slurm_environment_is_refused_by_name(variables, expected):
     with pytest.raises(cli.InputError, match=expected):
         inference_unet.shard_from_slurm(variables)
+
+
+TWO_TASKS = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        (TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE"),
+        ({**TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE"),
+        ({**TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, "on node 0, 0 to 0, found 1"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID"),
+    ],
+)
+def test_gpus_are_not_shared_by_half_of_a_slurm_environment(variables, expected):
+    with pytest.raises(cli.InputError, match=expected):
+        cli.gpus_of_task(4, variables, may_share=True)
+
+
+@pytest.mark.parametrize("text", ["", "5", "[]", '{"task": {"index": 0}}', CLUSTER % 1, CLUSTER % -1, CLUSTER % '"x"'])
+def test_a_cluster_that_is_none_is_refused(text):
+    with pytest.raises(cli.InputError, match="TF_CONFIG"):
+        train_unet.Cluster.find({"TF_CONFIG": text})
+
+
+def test_an_element_of_an_array_says_that_it_does_a_part_and_does_all_if_told(tmp_path):
+    options = [*images_and_model(tmp_path, 2), "--output_folder", tmp_path / "masks"]
+    command = [str(ROOT / "inference_unet.py"), *map(str, options)]
+    part = script_server().run(command, **array_of((1, 2), 2))
+    assert part.returncode == 0 and "part 2 of 2: 1 of 2 images" in part.stdout, part.stdout
+    assert "--shard 1/1 does all" in part.stdout and os.listdir(tmp_path / "masks") == ["cell1.tif"]
+    complete = script_server().run([*command, "--shard", "1/1"], **array_of((1, 2), 2))
+    assert complete.returncode == 0 and sorted(os.listdir(tmp_path / "masks")) == ["cell0.tif", "cell1.tif"]
+
+
+def test_an_image_that_no_record_can_hold_is_refused_with_the_way_out(tmp_path):
+    for name, dtype in (("images", "int32"), ("masks", "uint8")):
+        (tmp_path / name).mkdir()
+        for index in range(2):  # sparse files, of which the header is all there is to read
+            tifffile.memmap(tmp_path / name / f"cell{index}.tif", shape=(32768, 32768), dtype=dtype, bigtiff=True)
+    done = run_script("build_lmdb.py", "--image_folder", tmp_path / "images", "--mask_folder", tmp_path / "masks",
+                      "--output_folder", tmp_path / "db")  # fmt: skip
+    assert done.returncode == 2 and "4 GiB" in done.stdout and "set --use_tiling 1" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("elements", [(3, 7), (1, 4, 7), (5,), (0, 1, 2, 3)])
