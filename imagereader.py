@@ -504,7 +504,7 @@ class ImageReader:
         self._processes.append(process)
 
     def shutdown(self) -> None:
-        """Stop the workers and give up the shared memory; does nothing where nothing runs."""
+        """Stop the workers and give up the shared memory; does nothing if nothing runs."""
         self._stopping.set()
         if self._memory is None:
             return
