@@ -71,13 +71,19 @@ def sample_transformation(
     scale_augmentation_severity: float = 0.0,
     blur_max_sigma: float = 0.0,
     intensity_augmentation_severity: float = 0.0,
+    rotation_probability: float = 1.0,
+    jitter_probability: float = 1.0,
+    noise_probability: float = 1.0,
+    scale_probability: float = 1.0,
+    blur_probability: float = 1.0,
+    intensity_probability: float = 1.0,
 ) -> Transformation:
     """Draw the parameters of one augmentation.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-        Source of the ten draws.
+        Source of the sixteen draws.
     height, width : int
         Size of the image in pixels.
     reflection_flag : bool
@@ -94,6 +100,10 @@ def sample_transformation(
         Blur sigma uniform in ``-blur_max_sigma .. blur_max_sigma`` pixels; half of all images stay sharp.
     intensity_augmentation_severity : float
         Shift by a constant uniform within this fraction of the image's range.
+    rotation_probability, jitter_probability, noise_probability, scale_probability : float
+        Share of the images that are transformed in this way at all.
+    blur_probability, intensity_probability : float
+        The same.
 
     Returns
     -------
@@ -101,20 +111,28 @@ def sample_transformation(
         The same number of draws is made whatever the limits are, so that switching one transformation off leaves
         the others as they were.
     """
-    draws = rng.random(10).tolist()
+    draws = rng.random(16).tolist()
     reflect_rows, reflect_columns, turn, noise = draws[:4]
-    jitter_rows, jitter_columns, scale_rows, scale_columns, blur, shift = (2 * draw - 1 for draw in draws[4:])
+    jitter_rows, jitter_columns, scale_rows, scale_columns, blur, shift = (2 * draw - 1 for draw in draws[4:10])
+    probabilities = (
+        rotation_probability, jitter_probability, noise_probability, scale_probability, blur_probability,
+        intensity_probability,
+    )  # fmt: skip
+    rotates, jitters, adds_noise, scales, blurs, shifts = (
+        float(draw < probability) for draw, probability in zip(draws[10:], probabilities)
+    )
+    jitter, scale = jitters * jitter_augmentation_severity, scales * scale_augmentation_severity
     return Transformation(
         reflect_rows=reflection_flag and reflect_rows < 0.5,
         reflect_columns=reflection_flag and reflect_columns < 0.5,
-        rotation=2 * math.pi * turn if rotation_flag else 0.0,
-        jitter_rows=jitter_rows * jitter_augmentation_severity * height,
-        jitter_columns=jitter_columns * jitter_augmentation_severity * width,
-        scale_rows=1 + scale_rows * scale_augmentation_severity,
-        scale_columns=1 + scale_columns * scale_augmentation_severity,
-        blur_sigma=max(blur * blur_max_sigma, 0.0),
-        noise_sigma=noise * noise_augmentation_severity,
-        intensity_shift=shift * intensity_augmentation_severity,
+        rotation=rotates * 2 * math.pi * turn if rotation_flag else 0.0,
+        jitter_rows=jitter_rows * jitter * height,
+        jitter_columns=jitter_columns * jitter * width,
+        scale_rows=1 + scale_rows * scale,
+        scale_columns=1 + scale_columns * scale,
+        blur_sigma=blurs * max(blur * blur_max_sigma, 0.0),
+        noise_sigma=adds_noise * noise * noise_augmentation_severity,
+        intensity_shift=shifts * shift * intensity_augmentation_severity,
     )
 
 

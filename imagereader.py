@@ -420,6 +420,12 @@ class ImageReader:
         self._scale_augmentation_severity = 0.1  # vary size by x%
         self._blur_max_sigma = 2  # pixels
         # self._intensity_augmentation_severity = 0.05  # shift all pixels by x% of the dynamic range
+        # with which probability an image gets each of them; the reflections are drawn with 0.5 each
+        self._rotation_probability = 0.5
+        self._jitter_probability = 0.5
+        self._noise_probability = 0.5
+        self._scale_probability = 0.5
+        self._blur_probability = 0.5
         self.augmentation_limits = augmentation_limits(vars(self))
 
         self._use_augmentation, self._name = use_augmentation, name

@@ -26,6 +26,7 @@ import logging
 import math
 import re
 import socket
+import statistics
 import subprocess
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from cli import (
     describe_error,
     gpus_of_task,
     is_out_of_memory,
+    keep_freed_memory,
     log_settings,
     number_type,
     positive_float,
@@ -83,7 +85,9 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 WARM_UP_FACTOR = 0.1  # of the learning rate, in the first epoch
-WARM_UP_STEPS = 1000  # at most
+WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1  # at most, and of a run whose last step is known
+DECAY_POWER = 0.9  # of the share of the steps that are left: so the learning rate falls
+PLATEAU_FACTOR = 0.1  # of the learning rate, if the test loss stops improving in a run without a known end
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
 MANY_CLASSES, MANY_FEATURES = 4096, 2**14  # more than any network has that a computer can hold
@@ -100,6 +104,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
     """Check the input, train, and end the process; what can go wrong ends in a message and an exit code."""
+    pace = Pace()
     metadata = read_metadata(args)
     weights = weights_of_classes(args, metadata[0])
     Checkpoints.compare(args.output_dir, fixed_settings(args, *metadata))
@@ -116,7 +121,7 @@ def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
         stop.watch()  # again: a strategy of several processes takes SIGTERM for itself
         code = EXIT_FAILURE
         try:
-            code = train(args, cluster, strategy, stop, metadata, weights)
+            code = train(args, cluster, strategy, stop, pace, metadata, weights)
         except TrainingError as error:
             logging.error("%s", error)
         except ReaderError:  # logged in full when it happened
@@ -141,6 +146,7 @@ class Run(NamedTuple):
     stop: StopRequest
     checkpoints: "Checkpoints"
     state: "RunState"
+    pace: "Pace"
     first_step: int  # that this process takes, which a resumed run does not begin with 0
 
     @property
@@ -154,31 +160,37 @@ def train(
     cluster: "Cluster",
     strategy: Any,
     stop: StopRequest,
+    pace: "Pace",
     metadata: tuple[Metadata, Metadata],
     weights: Optional[list[float]],
 ) -> int:
-    """Train until the test loss stops improving, `max_epochs` is reached or a signal comes; return the exit code."""
+    """Train until the test loss stops improving, epochs or minutes are used up or a signal comes; return exit code."""
     trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
     checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
     state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
     state.stopping.patience = args.early_stopping
-    run = Run(args, cluster, trainer, stop, checkpoints, state, state.step)
+    run = Run(args, cluster, trainer, stop, checkpoints, state, pace, state.step)
     report = begin_report(run, metadata) if cluster.is_chief else None
     with training_errors(cluster), contextlib.ExitStack() as stack:
         train_batches, test_batches = (stack.enter_context(supply) for supply in supplies(run, metadata[0]))
+        pace.begin(state.seconds, test_batches.reader.get_pass_steps())
+        keep_freed_memory()  # not before TensorFlow has generators
         while not reason_to_end(run):
             train_figures = train_one_epoch(run, train_batches)
+            pace.begin_test()
             test_figures = train_figures and evaluate(run, test_batches)
             if not train_figures or not test_figures:
                 return save_and_stop(run)
             is_best = state.finish_epoch(test_figures["loss"])
             if report is not None:
-                portable.set_weights(trainer.model.get_weights())
+                portable.set_weights(trainer.averaged.get_weights())
                 with saving(f"the results of epoch {state.epoch} in {args.output_dir}"):
                     report.write(state, train_figures, test_figures, portable)
                     if is_best:
                         export(run, portable, metadata[0])
+            state.seconds = pace.elapsed()
             checkpoints.save(state)
+            pace.finish_test()
     if report is not None:
         report.conclude(reason_to_end(run), state)
     return 0
@@ -187,28 +199,28 @@ def train(
 def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, float]]:
     """Train to the next test epoch; return loss, learning rate and speed, or None if a signal has come before."""
     args, state = run.args, run.state
-    label = f"epoch {state.epoch + 1} step"
-    progress = Progress(label, args.test_every_n_steps, "", run.global_batch, "images", first=state.epoch_step)
+    label, length = f"epoch {state.epoch + 1} step", state.epoch_step + steps_to_test(args, state)
+    progress = Progress(label, length, "", run.global_batch, "images", first=state.epoch_step)
     batches.begin_measuring()
-    stopped, first, start = False, state.epoch_step, time.monotonic()
-    while state.epoch_step < args.test_every_n_steps and not stopped:
-        steps, to_save = queue_steps(run, batches), False
+    votes, first, start = Votes(), state.epoch_step, time.monotonic()
+    while steps_to_test(args, state) and not votes.stop:
+        steps, votes = queue_steps(run, batches), Votes()
         for figures in one_late(steps):
-            loss, pixels, stop_votes, save_votes = figures.numpy().tolist()
+            loss, pixels, *cast = figures.numpy().tolist()
             if not math.isfinite(loss):
                 raise TrainingError(describe_loss(run, loss, batches.reader))
             state.count_step(loss, pixels, run.global_batch)
+            state.seconds = run.pace.note_step()
             progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
-            stopped, to_save = stopped or bool(stop_votes), to_save or bool(save_votes)
-            if stopped or to_save:
+            votes = Votes(*map(max, zip(votes, cast)))
+            if any(votes):
                 steps.close()  # after the one that is queued already, whose loss comes next
-        if to_save and not stopped:
-            run.checkpoints.save(state)
+        heed(run, votes)
     progress.close()
     batches.advise(args.reader_count)
-    if stopped:
+    if votes.stop:
         return None
-    figures = {"loss": state.mean_loss, "learning_rate": learning_rate_at(state.step - 1, args)}
+    figures = {"loss": state.mean_loss, "learning_rate": learning_rate_at(state.step - 1, args, state)}
     if state.epoch_step > first:  # not if the run was stopped in its test epoch
         rate = (state.epoch_step - first) * run.global_batch / (time.monotonic() - start)
         figures.update(images_per_second=rate, **batches.figures())
@@ -221,17 +233,16 @@ def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
 
     count, steps = batches.reader.get_image_count(), batches.reader.get_pass_steps()
     progress = Progress("test step", steps, "", count / steps, "images")
-    loss_sum, confusion = 0.0, np.zeros((), np.int64)
+    sums, confusion = np.zeros(()), np.zeros((), np.int64)
     queued = (run.trainer.test_step(batches.next_batch(), (bool(run.stop),)) for _ in range(steps))
-    for step, (figures, counts) in enumerate(one_late(queued), 1):
-        loss, stop_votes = figures.numpy().tolist()
-        if stop_votes:
+    for step, (stop_votes, of_batch, counts) in enumerate(one_late(queued), 1):
+        if stop_votes.numpy().any():
             return None
-        loss_sum += loss
+        sums = sums + of_batch.numpy()  # in float64
         confusion = confusion + counts.numpy()
         progress.update(step)
     progress.close()
-    test_loss = loss_sum / int(confusion.sum())
+    test_loss = float(run.trainer.test_loss.value(sums))
     if not math.isfinite(test_loss):
         raise TrainingError(
             f"the test loss became {test_loss} in epoch {run.state.epoch + 1}; the last checkpoint and the best "
@@ -242,11 +253,10 @@ def evaluate(run: Run, batches: "BatchSupply") -> Optional[dict[str, Any]]:
 
 def queue_steps(run: Run, batches: "BatchSupply") -> Generator[Any, None, None]:
     """Queue the steps that are left of the epoch; yield the loss and votes of each, which may not be computed yet."""
-    args, first = run.args, run.state.step
-    for step in range(first, first + args.test_every_n_steps - run.state.epoch_step):
-        run.trainer.set_learning_rate(learning_rate_at(step, args))
-        votes = (bool(run.stop), run.checkpoints.are_due(args.checkpoint_minutes))
-        yield run.trainer.train_step(batches.next_batch(), votes)
+    first = run.state.step
+    for step in range(first, first + steps_to_test(run.args, run.state)):
+        run.trainer.set_learning_rate(learning_rate_at(step, run.args, run.state))
+        yield run.trainer.train_step(batches.next_batch(), cast_votes(run, batches))
 
 
 def one_late(queued: Iterable[Item]) -> Iterator[Item]:
@@ -267,19 +277,23 @@ def build_networks(
     """Return the network in training, and one like it in float32 on one device: to export and to draw."""
     import tensorflow as tf
 
-    from unet_model import UNetTrainer, build_unet
+    from unet_model import Loss, UNetTrainer, build_unet
 
     tf.keras.utils.set_random_seed(args.seed)
     network = channels, args.number_classes, args.baseline_feature_depth
     precision = "mixed_float16" if args.mixed_precision else "float32"
     trainer = UNetTrainer(
         strategy,
-        lambda dropout_key: build_unet(*network, dropout_key=dropout_key, precision=precision),
-        args.number_classes,
+        lambda dropout_key: build_unet(*network, args.dropout, dropout_key=dropout_key, precision=precision),
         args.learning_rate,
+        Loss(
+            args.number_classes,
+            args.loss == "cross_entropy_dice",
+            args.label_smoothing,
+            None if weights is None else tuple(weights),
+        ),
         args.seed,
-        args.label_smoothing,
-        weights,
+        bool(args.average_weights),
         bool(args.mixed_precision),
         uses_xla(args, strategy),
     )
@@ -325,25 +339,9 @@ def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
     return report
 
 
-def reason_to_end(run: Run) -> str:
-    """Return why the run is done, or nothing."""
-    if run.state.stopping.should_stop:
-        return f"the test loss has not improved for {run.args.early_stopping} epochs"
-    if run.args.max_epochs is not None and run.state.epoch >= run.args.max_epochs:
-        return "last epoch reached"
-    return ""
-
-
-def learning_rate_at(step: int, args: argparse.Namespace) -> float:
-    """Return the learning rate after so many steps: a tenth in the first epoch, for at most 1000 steps, as warm-up."""
-    warm_up = step < min(args.test_every_n_steps, WARM_UP_STEPS)
-    rate: float = args.learning_rate * (WARM_UP_FACTOR if warm_up else 1.0)
-    return rate
-
-
 def describe_loss(run: Run, loss: float, reader: ImageReader) -> str:
     """Return what there is to know about a loss that is not finite."""
-    step, rate = run.state.step, learning_rate_at(run.state.step, run.args)
+    step, rate = run.state.step, learning_rate_at(run.state.step, run.args, run.state)
     records = ", ".join(reader.describe_step(step - run.first_step))
     return (
         f"the loss became {loss} at step {step + 1} (learning rate {rate:g}); the last checkpoint is kept. Lower "
@@ -399,6 +397,159 @@ def training_errors(cluster: "Cluster") -> Iterator[None]:
         raise TrainingError(
             f"another process of this job has failed or gone; start again to go on (TensorFlow says: {reason})"
         ) from error
+
+
+# ---------------------------------------------------------------------------------------------- schedule and budget
+
+
+def reason_to_end(run: Run) -> str:
+    """Return why the run is done, or nothing."""
+    args, state = run.args, run.state
+    if state.stopping.should_stop:
+        return f"the test loss has not improved for {args.early_stopping} epochs"
+    if args.max_epochs is not None and state.epoch >= args.max_epochs:
+        return "last epoch reached"
+    if state.epoch_step == 0 and state.step == planned_steps(args, state) and state.step:
+        return f"{args.max_minutes:g} minutes are used up"
+    return ""
+
+
+def planned_steps(args: argparse.Namespace, state: "RunState") -> Optional[int]:
+    """Return at which step the minutes of the run will be used up; None if there is no limit or no plan yet."""
+    return state.planned_steps if args.max_minutes and state.planned_minutes == args.max_minutes else None
+
+
+def last_step(args: argparse.Namespace, state: "RunState") -> Optional[int]:
+    """Return at which step the run will end, of `max_epochs` and `max_minutes` what comes first; None if unknown."""
+    ends = [planned_steps(args, state)]
+    if args.max_epochs is not None:
+        epochs_left = args.max_epochs - state.epoch
+        ends.append(state.step - state.epoch_step + epochs_left * args.test_every_n_steps)
+    return min((end for end in ends if end is not None), default=None)
+
+
+def steps_to_test(args: argparse.Namespace, state: "RunState") -> int:
+    """Return how many steps are left to the next test epoch."""
+    left: int = args.test_every_n_steps - state.epoch_step
+    end = last_step(args, state)
+    return max(left if end is None else min(left, end - state.step), 0)
+
+
+def learning_rate_at(step: int, args: argparse.Namespace, state: "RunState") -> float:
+    """Return the learning rate after so many steps.
+
+    A tenth of `learning_rate` in the first epoch, as warm-up, for at most 1000 steps and a tenth of the run. Then it
+    falls to 0 at the end of the run, or, if no end is known, to a tenth whenever the test loss has stopped improving.
+    """
+    rate: float = args.learning_rate
+    end, warm_up = last_step(args, state), min(args.test_every_n_steps, WARM_UP_STEPS)
+    if end is not None:
+        warm_up = min(warm_up, int(WARM_UP_SHARE * end))
+    if step < warm_up:
+        return rate * WARM_UP_FACTOR
+    if args.schedule == "constant":
+        return rate
+    if end is None:
+        return rate * PLATEAU_FACTOR**state.plateaus
+    return rate * float(max(end - step, 0) / max(end - warm_up, 1)) ** DECAY_POWER
+
+
+class Votes(NamedTuple):
+    """What processes ask of each other with a step. They get the sums over all replicas at the same step."""
+
+    stop: float = 0.0  # because of a signal
+    save: float = 0.0  # a checkpoint
+    end: float = 0.0  # because the minutes are used up
+    planned_steps: float = 0.0  # of the run in all; the votes of the replicas of one process add up to it
+
+
+def cast_votes(run: Run, batches: "BatchSupply") -> Votes:
+    """Return the votes of this process; only the first one looks at the clock."""
+    args, state, pace = run.args, run.state, run.pace
+    votes = Votes(bool(run.stop))
+    if not run.cluster.is_chief:
+        return votes
+    votes = votes._replace(save=run.checkpoints.are_due(args.checkpoint_minutes))
+    if args.max_minutes is None:
+        return votes
+    left = 60 * args.max_minutes - pace.elapsed()
+    if planned_steps(args, state) is None and pace.is_known:
+        total = state.step + pace.steps_within(left, args.test_every_n_steps)
+        return votes._replace(planned_steps=total / (run.trainer.num_replicas // run.cluster.world_size))
+    return votes._replace(end=left < pace.closing_seconds + 2 * pace.step_seconds)
+
+
+def heed(run: Run, votes: Votes) -> None:
+    """Do what processes have voted for."""
+    args, state = run.args, run.state
+    if votes.planned_steps and not votes.stop:
+        state.planned_steps, state.planned_minutes = round(votes.planned_steps), args.max_minutes
+        logging.info("%g minutes are enough for about %d steps", args.max_minutes, state.planned_steps)
+    if votes.end:
+        state.planned_steps, state.planned_minutes = state.step, args.max_minutes
+    if votes.save and not votes.stop:
+        run.checkpoints.save(state)
+
+
+class Pace:
+    """How long steps and test epochs take in this process, and how long the run has taken in all its processes."""
+
+    UNTYPICAL, KNOWN = 2, 20  # steps: the first ones take longer; after so many the pace is known
+    TEST_STEP_SHARE = 0.5  # of the time of a training step, which takes a backward pass as well
+    WRITING_SECONDS = 10.0  # for pictures, model and checkpoint
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._durations: list[float] = []
+        self._last = self._test_begun = math.nan
+        self._tested = 0.0
+        self.test_steps = 0
+
+    def begin(self, seconds: float, test_steps: int) -> None:
+        """Take note of the time that the run has taken before, and of the steps of a test epoch."""
+        self._begun -= seconds
+        self.test_steps = test_steps
+
+    def elapsed(self) -> float:
+        """Return for how many seconds the run has been going on."""
+        return time.monotonic() - self._begun
+
+    def note_step(self) -> float:
+        """Take note of the end of a step; return `elapsed`."""
+        now = time.monotonic()
+        if len(self._durations) < self.UNTYPICAL + self.KNOWN and not math.isnan(now - self._last):
+            self._durations.append(now - self._last)
+        self._last = now
+        return self.elapsed()
+
+    def begin_test(self) -> None:
+        """Take note of the beginning of a test epoch."""
+        self._test_begun, self._last = time.monotonic(), math.nan
+
+    def finish_test(self) -> None:
+        """Take note that all is written that follows a test epoch."""
+        self._tested = max(self._tested, time.monotonic() - self._test_begun)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there were enough steps to tell."""
+        return len(self._durations) == self.UNTYPICAL + self.KNOWN
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step, the median; 0 before there was one."""
+        return statistics.median(self._durations[self.UNTYPICAL :] or self._durations or [0.0])
+
+    @property
+    def closing_seconds(self) -> float:
+        """Seconds of the slowest test epoch, with all that is written after it; a guess before there was one."""
+        return self._tested or self.TEST_STEP_SHARE * self.test_steps * self.step_seconds + self.WRITING_SECONDS
+
+    def steps_within(self, seconds: float, steps_per_test: int) -> int:
+        """Return how many steps fit into so many seconds with the test epochs after each `steps_per_test` of them."""
+        seconds -= self.closing_seconds  # of the last test epoch
+        of_tests = self.closing_seconds / steps_per_test if seconds > steps_per_test * self.step_seconds else 0.0
+        return max(int(seconds / (self.step_seconds + of_tests)), 0)
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -552,8 +703,33 @@ def add_run_options(group: Any) -> None:
     """Add options beyond the specification."""
     text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
     group.add_argument("--baseline_feature_depth", type=whole_number(1, MANY_FEATURES), default=64, help=text)
-    text = "stop after so many test epochs; without it only --early_stopping ends a run"
+    text = "stop after so many test epochs; the learning rate falls to 0 until then"
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
+    text = (
+        "stop after so many minutes, those of earlier processes of the run, the last test and the export included; the "
+        "learning rate falls to 0 until then"
+    )
+    group.add_argument("--max_minutes", type=positive_float, default=None, help=text)
+    text = (
+        "falling lets the learning rate fall to 0 at the end that --max_epochs or --max_minutes sets, otherwise to a "
+        "tenth if the test loss has not improved for half of --early_stopping; constant leaves it as it is after the "
+        "warm-up"
+    )
+    group.add_argument("--schedule", choices=("falling", "constant"), default="falling", help=text)
+    text = (
+        "what training makes small, and the test loss by which the best model is chosen; cross_entropy_dice adds the "
+        "Dice loss, for which small classes matter as much as large ones"
+    )
+    group.add_argument(
+        "--loss", choices=("cross_entropy_dice", "cross_entropy"), default="cross_entropy_dice", help=text
+    )
+    text = "share of the features of the two deepest levels that is left out in each training step, 0 to below 1"
+    group.add_argument("--dropout", type=share_float, default=0.0, help=text)
+    text = (
+        "whether to test and export a moving average of the weights, about that of the last tenth of all steps, "
+        "instead of those of the last step [0 = false, 1 = true]"
+    )
+    add_flag(group, "--average_weights", 1, text)
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
@@ -870,6 +1046,12 @@ class EarlyStopping:
         return is_best
 
     @property
+    def is_at_plateau(self) -> bool:
+        """Whether half of the patience has just run out, or the other half."""
+        waited = self.epochs_without_improvement
+        return waited > 0 and waited % max(self.patience // 2, 1) == 0
+
+    @property
     def should_stop(self) -> bool:
         """Whether patience has run out."""
         return self.epochs_without_improvement >= self.patience
@@ -881,6 +1063,10 @@ class RunState:
 
     stopping: EarlyStopping
     step: int = 0  # training steps taken
+    seconds: float = 0.0  # that the run has taken
+    planned_steps: int = 0  # at which the minutes of `planned_minutes` are used up; 0 before that is known
+    planned_minutes: float = 0.0
+    plateaus: int = 0  # how often the test loss has stopped improving
     samples: int = 0  # images that these took from the training stream
     epoch: int = 0  # test epochs done
     epoch_step: int = 0  # steps since the last test epoch
@@ -904,6 +1090,7 @@ class RunState:
         """Take note of a test epoch; return whether its loss is the best so far."""
         self.epoch, self.epoch_step, self.epoch_loss, self.epoch_pixels = self.epoch + 1, 0, 0.0, 0.0
         is_best = self.stopping.update(test_loss)
+        self.plateaus += self.stopping.is_at_plateau
         if is_best:
             self.best_epoch = self.epoch
         return is_best
@@ -917,7 +1104,7 @@ class RunState:
         InputError
             If the file does not contain one.
         """
-        values = read_json(path)
+        values = {**EARLIER_STATE, **read_json(path)}
         check_values(values, {**STATE_CHECKS, "stopping": lambda value: isinstance(value, dict)}, path)
         check_values(values["stopping"], STOPPING_CHECKS, path)
         stopping = EarlyStopping(**{name: values["stopping"][name] for name in STOPPING_CHECKS})
@@ -925,9 +1112,12 @@ class RunState:
 
 
 STATE_CHECKS = {
-    **dict.fromkeys(("step", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
-    **dict.fromkeys(("epoch_loss", "epoch_pixels"), real()),
+    **dict.fromkeys(("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
+    **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real()),
 }
+# What checkpoints lack that an earlier version wrote, and the settings with which it trained.
+EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0}
+EARLIER_SETTINGS = {"loss": "cross_entropy", "dropout": 0.5, "average_weights": 0}
 STOPPING_CHECKS = {
     **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0)),
     **dict.fromkeys(("best_loss", "_reference_loss"), real()),
@@ -948,6 +1138,7 @@ def fixed_settings(args: argparse.Namespace, train: Metadata, test: Metadata) ->
         "baseline_feature_depth": args.baseline_feature_depth,
         "mixed_precision": args.mixed_precision,
         "seed": args.seed,
+        **{name: getattr(args, name) for name in EARLIER_SETTINGS},
         "train_database": f"{train.count} images, fingerprint {fingerprint(train)}",
         "test_database": f"{test.count} images, fingerprint {fingerprint(test)}",
     }
@@ -978,6 +1169,8 @@ class Checkpoints:
         self._objects = tf.train.Checkpoint(
             weights=trainer.model.weights, optimizer=trainer.optimizer, step=trainer.step
         )
+        if trainer.averaged is not trainer.model:
+            self._objects.averaged = trainer.averaged.weights
         self.saved_at = time.monotonic()
 
     @classmethod
@@ -998,10 +1191,11 @@ class Checkpoints:
                 saved = values["settings"]
                 break
         for name, value in settings.items():
-            if saved.get(name) != value:
+            before = saved.get(name, EARLIER_SETTINGS.get(name))
+            if before != value:
                 raise InputError(
-                    f"the run in {output_dir} was begun with {name} {saved.get(name)}, now it is {value}; go on as it "
-                    "was begun, or choose another --output_dir"
+                    f"the run in {output_dir} was begun with {name} {before}, now it is {value}; resume it as it was "
+                    "begun, or choose another --output_dir"
                 )
 
     def are_due(self, minutes: float) -> bool:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -29,6 +30,8 @@ DROPOUT_LEVELS = 2  # the deepest ones
 # Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
+LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
+AVERAGED_EACH_STEP = 100  # the first steps of a run
 
 
 def build_unet(
@@ -284,6 +287,79 @@ def per_pixel_loss(
     return tf.where(counted, losses, 0.0)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy, and the Dice loss beside it if wanted, of all counted pixels of a global batch or a test set.
+
+    The Dice loss (Milletari et al., arXiv 1606.04797) is 1 minus the mean, over the classes that occur, of
+    ``2 * overlap / (predicted + true)``: of softmax and true class, summed over all pixels. So a class of few pixels
+    matters as much as one of many. Both losses are functions of a few sums, which replicas and batches simply add.
+
+    Parameters
+    ----------
+    number_classes : int
+        Classes, background included.
+    with_dice : bool
+        Whether to add the Dice loss to the cross-entropy.
+    label_smoothing : float
+        Share of the target that is spread over all classes alike.
+    class_weights : tuple of float, optional
+        Factor for the cross-entropy of each class's pixels, and its weight in the mean of the Dice loss.
+    """
+
+    number_classes: int
+    with_dice: bool = False
+    label_smoothing: float = 0.0
+    class_weights: Optional[tuple[float, ...]] = None
+
+    def sums(self, masks: "tf.Tensor", logits: "tf.Tensor", weights: Optional["tf.Tensor"] = None) -> "tf.Tensor":
+        """Return what `value` needs to know of some images.
+
+        Parameters
+        ----------
+        masks : tensor of integers, shape (N, H, W)
+            Class ids; see `counted_pixels`.
+        logits : tensor of float32, shape (N, H, W, classes)
+            What the network gives.
+        weights : tensor of float32, shape (N,), optional
+            Images of weight 0 do not count.
+
+        Returns
+        -------
+        tensor of float32
+            Sum of the cross-entropy and number of counted pixels; with the Dice loss also overlap, softmax and pixels
+            of each class. They may be added to those of other images.
+        """
+        counted = counted_pixels(masks)
+        losses = per_pixel_loss(masks, logits, self.label_smoothing, self.class_weights)
+        if weights is not None:
+            counted &= weights[:, None, None] > 0
+            losses *= weights[:, None, None]
+        sums = [tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(counted, tf.float32))])]
+        if self.with_dice:
+            classes = tf.where(counted, tf.cast(masks, tf.int32), -1)  # of which one_hot makes zeros
+            true = tf.one_hot(classes, self.number_classes)
+            predicted = tf.nn.softmax(logits) * tf.cast(counted, tf.float32)[..., None]
+            sums += [tf.reduce_sum(values, [0, 1, 2]) for values in (predicted * true, predicted, true)]
+        return tf.concat(sums, axis=0)
+
+    def value(self, sums: "tf.Tensor") -> "tf.Tensor":
+        """Return the loss, a scalar, of what `sums` returned, added up; 0 if no pixel counts."""
+        pixels = tf.maximum(sums[1], 1)
+        loss = sums[0] / pixels
+        if not self.with_dice:
+            return loss
+        overlap, predicted, true = tf.unstack(tf.reshape(sums[2:], [3, self.number_classes]))
+        weights = tf.cast(true > 0, sums.dtype)
+        if self.class_weights is not None:
+            weights *= tf.constant(self.class_weights, sums.dtype)
+        share = self.label_smoothing / self.number_classes
+        overlap = (1 - self.label_smoothing) * overlap + share * predicted
+        true = (1 - self.label_smoothing) * true + share * pixels
+        dice = 2 * overlap / tf.maximum(predicted + true, 1e-5)
+        return loss + tf.math.divide_no_nan(tf.reduce_sum(weights * (1 - dice)), tf.reduce_sum(weights))
+
+
 def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tensor", number_classes: int) -> "tf.Tensor":
     """Count the pixels of each pair of true and predicted class.
 
@@ -371,6 +447,20 @@ class Adam(tf.Module):
             )  # fmt: skip
 
 
+def average_interval(step: int) -> int:
+    """Return after how many steps the averaged weights are updated, so late in a run: rarely enough to cost nothing."""
+    return 1 if step < AVERAGED_EACH_STEP else 10
+
+
+def average_decay(step: int) -> float:
+    """Return what the averaged weights keep of themselves in an update.
+
+    They go back about a tenth of the steps taken, so that those of a network that knew little count little.
+    """
+    of_a_step = min((1 + step) / (10 + step), 1 - 1 / LONGEST_AVERAGE)
+    return float(of_a_step ** average_interval(step))
+
+
 class UNetTrainer:
     """A network, its optimizer, and its training and test steps under a strategy.
 
@@ -381,16 +471,14 @@ class UNetTrainer:
     model : callable
         Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
         ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``.
-    number_classes : int
-        Classes, background included.
     learning_rate : float
         Of Adam; may be changed between steps.
+    loss : Loss
+        To train with, and to test with but for its label smoothing.
     seed : int
         Of dropout.
-    label_smoothing : float
-        Used in training, not in testing.
-    class_weights : sequence of float, optional
-        Factor of the loss of each class's pixels, in training and testing.
+    average_weights : bool
+        Whether to test a moving average of the weights instead of those of the last step.
     loss_scaling : bool
         Whether to keep small gradients of a float16 network from vanishing.
     xla : bool, optional
@@ -400,6 +488,11 @@ class UNetTrainer:
     Attributes
     ----------
     model : keras.Model
+    averaged : keras.Model
+        Of the same layers, with the weights that are tested and exported: their average, or `model` itself. It is
+        about that of the last tenth of all steps, of at most `LONGEST_AVERAGE`, batch normalization included.
+    test_loss : Loss
+        What to make of the sums that `test_step` returns.
     optimizer : Adam
     step : tf.Variable of int64
         Training steps taken.
@@ -411,16 +504,15 @@ class UNetTrainer:
         self,
         strategy: Any,
         model: Callable[[Callable[[], "tf.Tensor"]], "tf.keras.Model"],
-        number_classes: int,
         learning_rate: float,
+        loss: Loss,
         seed: int = 0,
-        label_smoothing: float = 0.0,
-        class_weights: Optional[Sequence[float]] = None,
+        average_weights: bool = False,
         loss_scaling: bool = False,
         xla: Optional[bool] = False,
     ) -> None:
-        self._strategy, self._number_classes, self._seed = strategy, number_classes, seed
-        self._label_smoothing, self._class_weights = label_smoothing, class_weights
+        self._strategy, self._seed = strategy, seed
+        self._loss, self.test_loss = loss, replace(loss, label_smoothing=0.0)
         self._learning_rate = learning_rate
         self.num_replicas: int = strategy.num_replicas_in_sync
         with strategy.scope():
@@ -428,7 +520,10 @@ class UNetTrainer:
                 0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
             )
             self.model = model(self._dropout_key)
+            self.averaged = model(self._dropout_key) if average_weights else self.model
             self.optimizer = Adam(self.model.trainable_variables, loss_scaling)
+        self.begin_average()
+        self._steps_taken: Optional[int] = None
         self._xla_on_trial = xla is None
         self._step_function = self._make_step_function(xla is not False)
         self._concrete_step: Any = None
@@ -462,10 +557,31 @@ class UNetTrainer:
             The mean loss of the global batch's counted pixels, and how many these are; the sum of each vote over all
             replicas, so that all processes know of it at the same step. A GPU may still be computing it.
         """
+        if self._steps_taken is None:
+            self._steps_taken = int(
+                self.step.numpy()
+            )  # not 0 in a resumed run; from now on counted here, as asking takes time
         numbers = tf.constant([self._learning_rate, *map(float, votes)], tf.float32)
-        if self._xla_on_trial:
-            return self._try_xla(batch, numbers)
-        return self._take_step(batch, numbers)
+        result = (self._try_xla if self._xla_on_trial else self._take_step)(batch, numbers)
+        self._steps_taken += 1
+        if self.averaged is not self.model and self._steps_taken % average_interval(self._steps_taken) == 0:
+            self._update_average(tf.constant(average_decay(self._steps_taken), tf.float32))
+        return result
+
+    def begin_average(self) -> None:
+        """Set the averaged weights to those of the last step."""
+        if self.averaged is not self.model:
+            self._update_average(tf.constant(0.0))
+
+    @tf.function(autograph=False)
+    def _update_average(self, decay: "tf.Tensor") -> None:
+        """Move the averaged weights towards those of the last step, each replica its own copy of them."""
+
+        def update() -> None:
+            for averaged, last in zip(self.averaged.weights, self.model.weights):
+                assign(averaged, decay * tf.convert_to_tensor(averaged) + (1 - decay) * tf.convert_to_tensor(last))
+
+        self._strategy.run(update)
 
     def _take_step(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
         """Take a step. All batches have one shape, so that the function for it is looked up once: that takes 2 ms."""
@@ -501,7 +617,7 @@ class UNetTrainer:
             result = self._take_step(batch, numbers)
         return result
 
-    def test_step(self, batch: Any, votes: Sequence[float] = ()) -> tuple["tf.Tensor", "tf.Tensor"]:
+    def test_step(self, batch: Any, votes: Sequence[float] = ()) -> tuple["tf.Tensor", "tf.Tensor", "tf.Tensor"]:
         """Evaluate a global batch.
 
         Parameters
@@ -513,49 +629,45 @@ class UNetTrainer:
 
         Returns
         -------
-        sums : tensor of float32, shape (1 + len(votes),)
-            The sum of the losses of all counted pixels; the sums of the votes.
+        votes : tensor of float32, shape (len(votes),)
+            The sums of the votes.
+        sums : tensor of float32
+            Of `test_loss`.
         confusion : tensor of int64, shape (classes, classes)
             Counted pixels by true and predicted class.
         """
         return self._test_step(batch, tf.constant([float(vote) for vote in votes], tf.float32))
 
     @tf.function(autograph=False)
-    def _test_step(self, batch: Any, votes: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
-        sums, confusions = self._strategy.run(self._test_replica, args=(*batch, votes))
-        reduce = self._strategy.reduce
-        return (
-            reduce(tf.distribute.ReduceOp.SUM, sums, axis=None),
-            reduce(tf.distribute.ReduceOp.SUM, confusions, axis=None),
-        )
+    def _test_step(self, batch: Any, votes: "tf.Tensor") -> tuple["tf.Tensor", ...]:
+        results = self._strategy.run(self._test_replica, args=(*batch, votes))
+        return tuple(self._strategy.reduce(tf.distribute.ReduceOp.SUM, result, axis=None) for result in results)
 
     def _train_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", numbers: "tf.Tensor"
     ) -> "tf.Tensor":
         """Take a step on one replica's batch; `numbers` are the learning rate and the votes."""
         variables, context = self.model.trainable_variables, tf.distribute.get_replica_context()
-        own_pixels = tf.reduce_sum(tf.cast(counted_pixels(masks), tf.float32))
-        all_pixels = own_pixels
-        if self.num_replicas > 1:
-            all_pixels = context.all_reduce(tf.distribute.ReduceOp.SUM, own_pixels)
         with tf.GradientTape() as tape:
-            logits = self.model(images, training=True)
-            pixel_losses = per_pixel_loss(masks, logits, self._label_smoothing, self._class_weights)
-            # Each replica divides by the pixels of the global batch, so that the sum over replicas is the mean.
-            loss = tf.reduce_sum(pixel_losses) / tf.maximum(all_pixels, 1.0)
+            own = sums = self._loss.sums(masks, self.model(images, training=True))
+            if self.num_replicas > 1:
+                # The loss of the global batch, of which each replica takes the gradient by its own part of the sums:
+                # these gradients add up to that of the loss.
+                with tape.stop_recording():
+                    of_others = context.all_reduce(tf.distribute.ReduceOp.SUM, own) - own
+                sums = own + of_others
+            loss = self._loss.value(sums)
             scaled = self.optimizer.scale(loss)
         self.optimizer.apply(tape.gradient(scaled, variables), variables, numbers[0])
-        return tf.concat([tf.stack([loss, own_pixels]), numbers[1:]], axis=0)
+        return tf.concat([tf.stack([loss / self.num_replicas, own[1]]), numbers[1:]], axis=0)
 
     def _test_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"
-    ) -> tuple["tf.Tensor", "tf.Tensor"]:
+    ) -> tuple["tf.Tensor", "tf.Tensor", "tf.Tensor"]:
         """Evaluate one replica's batch."""
-        logits = self.model(images, training=False)
-        pixel_losses = per_pixel_loss(masks, logits, class_weights=self._class_weights)
-        loss = tf.reduce_sum(tf.reduce_sum(pixel_losses, axis=[1, 2]) * weights)
-        confusion = confusion_matrix(masks, logits, weights, self._number_classes)
-        return tf.concat([loss[None], votes], axis=0), confusion
+        logits = self.averaged(images, training=False)
+        confusion = confusion_matrix(masks, logits, weights, self._loss.number_classes)
+        return tf.identity(votes), self.test_loss.sums(masks, logits, weights), confusion
 
 
 def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict[str, Any]) -> None:

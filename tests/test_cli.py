@@ -174,3 +174,18 @@ def test_a_gpu_for_two_tasks_is_refused_where_they_must_not_share():
     environment = {**TASKS, "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "2"}
     with pytest.raises(InputError, match="expected a GPU for each of the 3 tasks on this node, found 2"):
         gpus_of_task(2, environment, may_share=False)
+
+
+def test_freed_memory_is_kept_for_the_next_allocation_even_if_tensorflow_gives_it_back():
+    script = (
+        "import resource, sys, numpy as np, cli\n"
+        "import ctypes; ctypes.CDLL(None).mallopt(-1, 2**17)  # as TensorFlow does\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): np.empty(2**24, np.uint8)[:] = 1\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first = faults(); cli.keep_freed_memory(); faults(); print(first, faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, kept = map(int, done.stdout.split())
+    assert first > 10 * kept

@@ -77,7 +77,9 @@ def test_a_run_learns(run):
     rows = read_csv(run[0] / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45"), ("4", "60")]
     assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
-    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([3e-4, 3e-3, 3e-3, 3e-3])
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
+        [3e-3 * ((60 - last) / 54) ** 0.9 for last in (14, 29, 44, 59)], rel=1e-5
+    )
 
 
 def best_epoch(folder):
@@ -102,8 +104,14 @@ test_softmax.__test__ = False
 
 
 def mean_loss(softmax, masks):
-    """Return the mean cross-entropy of all pixels."""
-    return -np.log(np.take_along_axis(softmax.astype(np.float64), masks[..., None], -1)).mean()
+    """Return the mean cross-entropy of all pixels, and the Dice loss of both classes added."""
+    softmax = softmax.astype(np.float64)
+    of_true_class = np.take_along_axis(softmax, masks[..., None], -1)[..., 0]
+    dice = [
+        2 * of_true_class[masks == class_id].sum() / (softmax[..., class_id].sum() + (masks == class_id).sum())
+        for class_id in range(2)
+    ]
+    return -np.log(of_true_class).mean() + 1 - np.mean(dice)
 
 
 CHANGED = """
@@ -153,8 +161,8 @@ NOT_A_NUMBER = """
     import unet_model
     test_step = unet_model.UNetTrainer.test_step
     def without_number(self, *arguments):
-        sums, counts = test_step(self, *arguments)
-        return (tf.concat([[np.nan], sums[1:]], 0) if self.step.numpy() > 4 else sums), counts
+        votes, sums, counts = test_step(self, *arguments)
+        return votes, (tf.concat([[np.nan], sums[1:]], 0) if self.step.numpy() > 4 else sums), counts
     unet_model.UNetTrainer.test_step = without_number
 """
 
@@ -548,8 +556,69 @@ def test_the_first_epoch_warms_up_for_at_most_a_thousand_steps():
     args = train_unet.build_parser().parse_args(
         ["--train_database=a", "--test_database=b", "--output_dir=c", "--learning_rate=1", "--test_every_n_steps=5000"]
     )
-    rates = [train_unet.learning_rate_at(step, args) for step in (0, 999, 1000, 5000)]
+    state = make_state()
+    rates = [train_unet.learning_rate_at(step, args, state) for step in (0, 999, 1000, 5000)]
     assert rates == pytest.approx([0.1, 0.1, 1, 1])
+
+
+def make_state(**values):
+    return train_unet.RunState(train_unet.EarlyStopping(10), **values)
+
+
+def parse(*more):
+    return train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", "--learning_rate", 1, *more))])
+
+
+def test_the_learning_rate_falls_to_nothing_at_the_last_step():
+    args = parse("--test_every_n_steps", 100, "--max_epochs", 10)
+    state = make_state(step=350, epoch=3, epoch_step=50)
+    rates = [train_unet.learning_rate_at(step, args, state) for step in (0, 99, 100, 550, 999, 1000)]
+    assert rates == pytest.approx([0.1, 0.1, 1, 0.5**0.9, (1 / 900) ** 0.9, 0])
+    short = parse("--test_every_n_steps", 100, "--max_epochs", 1)
+    assert [train_unet.learning_rate_at(step, short, make_state()) for step in (9, 10)] == pytest.approx([0.1, 1])
+    constant = parse("--test_every_n_steps", 100, "--max_epochs", 10, "--schedule", "constant")
+    assert train_unet.learning_rate_at(999, constant, state) == 1
+
+
+def test_minutes_become_a_last_step_that_a_resume_keeps_and_other_minutes_change():
+    state = make_state(step=350, epoch=3, epoch_step=50, planned_steps=430, planned_minutes=8.0)
+    args = parse("--test_every_n_steps", 100, "--max_minutes", 8)
+    assert (train_unet.last_step(args, state), train_unet.steps_to_test(args, state)) == (430, 50)
+    state.step, state.epoch_step = 410, 10
+    assert train_unet.steps_to_test(args, state) == 20
+    both = parse("--test_every_n_steps", 100, "--max_minutes", 8, "--max_epochs", 4)
+    assert train_unet.last_step(both, make_state(planned_steps=430, planned_minutes=8.0)) == 400
+    for others in (("--max_minutes", 9), ()):
+        assert train_unet.last_step(parse(*others), state) is None
+
+
+def test_without_an_end_the_learning_rate_falls_where_the_test_loss_stops_improving():
+    args, state = parse("--test_every_n_steps", 100), make_state(step=800)
+    rates = []
+    for test_loss in (1.0, *[0.9] * 11):
+        state.finish_epoch(test_loss)
+        rates.append(train_unet.learning_rate_at(800, args, state))
+    assert rates == pytest.approx([1] * 6 + [0.1] * 5 + [0.01]) and state.stopping.should_stop
+
+
+def test_steps_that_fit_into_some_seconds_leave_room_for_all_test_epochs(monkeypatch):
+    seconds = [1000.0]
+    monkeypatch.setattr(train_unet, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    pace = train_unet.Pace()
+    pace.begin(50.0, test_steps=4)
+    seconds[0] += 7
+    assert pace.elapsed() == 57 and not pace.is_known
+    for duration in (0, 30, 3, *[2] * 18, 1, 2):
+        assert not pace.is_known
+        seconds[0] += duration
+        pace.note_step()
+    assert pace.is_known and pace.step_seconds == 2
+    pace.begin_test()
+    seconds[0] += 20
+    pace.finish_test()
+    assert pace.closing_seconds == 20
+    assert pace.steps_within(1020, 50) == 1000 / (2 + 20 / 50) // 1
+    assert pace.steps_within(60, 50) == 20 and pace.steps_within(10, 50) == 0
 
 
 @pytest.mark.parametrize("queue, wait, advised", [(0, 5, True), (4, 5, False), (0, 0.25, False)])
@@ -593,7 +662,7 @@ def test_options_reach_the_readers(flag, monkeypatch):
     cluster, trainer = train_unet.Cluster(rank=1, world_size=2), SimpleNamespace(num_replicas=8)
     monkeypatch.setattr(train_unet, "ImageReader", lambda database, **options: (database, options))
     monkeypatch.setattr(train_unet, "open_supply", lambda trainer, reader: reader)
-    run = train_unet.Run(args, cluster, trainer, None, None, SimpleNamespace(samples=48), 2)
+    run = train_unet.Run(args, cluster, trainer, None, None, SimpleNamespace(samples=48), None, 2)
     train_data = SimpleNamespace(deviation_floor="of the training images")
     common = {"number_classes": 5, "batch_size": 3, "seed": 7, "replicas": 4}
     common["deviation_floor"] = "of the training images"
@@ -610,6 +679,7 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
     import unet_model
 
     options = ["--number_classes", 3, "--learning_rate", 2e-3, "--seed", 7, "--label_smoothing", 0.2]
+    options += ["--loss", ("cross_entropy", "cross_entropy_dice")[mixed], "--dropout", 0.3, "--average_weights", mixed]
     args = [*map(str, arguments("ab", "out", *options, "--mixed_precision", mixed))]
     parameters = inspect.signature(unet_model.UNetTrainer)
     monkeypatch.setattr(unet_model, "UNetTrainer", lambda *values: parameters.bind(*values).arguments)
@@ -618,15 +688,14 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
     weights = [1.0, 2.0, 3.0]
     trainer, portable = train_unet.build_networks(train_unet.build_parser().parse_args(args), strategy, 6, weights)
     precision = "mixed_float16" if mixed else "float32"
-    assert trainer.pop("model")("key") == ((6, 3, 4), {"dropout_key": "key", "precision": precision})
+    assert trainer.pop("model")("key") == ((6, 3, 4, 0.3), {"dropout_key": "key", "precision": precision})
     assert portable == ((6, 3, 4), {})
     assert trainer == {
         "strategy": strategy,
-        "number_classes": 3,
         "learning_rate": 2e-3,
+        "loss": unet_model.Loss(3, bool(mixed), 0.2, (1.0, 2.0, 3.0)),
         "seed": 7,
-        "label_smoothing": 0.2,
-        "class_weights": weights,
+        "average_weights": bool(mixed),
         "loss_scaling": bool(mixed),
         "xla": False,
     }
@@ -726,9 +795,8 @@ def test_want_of_memory_is_told_as_such_in_training_and_in_drawing(kind, message
 def make_checkpoints(folder, rank=0):
     import tensorflow as tf
 
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(weights=[tf.Variable(1.0)]), optimizer=tf.Module(), step=tf.Variable(3)
-    )
+    model = SimpleNamespace(weights=[tf.Variable(1.0)])
+    trainer = SimpleNamespace(model=model, averaged=model, optimizer=tf.Module(), step=tf.Variable(3))
     return train_unet.Checkpoints(folder, trainer, {"seed": 0}, train_unet.Cluster(rank, 2))
 
 

@@ -12,7 +12,7 @@ from scipy import special
 
 import unet_model
 from lmdb_utils import MODEL_METADATA_FILE, RADIUS, SIZE_FACTOR
-from unet_model import build_unet, confusion_matrix, export_saved_model
+from unet_model import Loss, build_unet, confusion_matrix, export_saved_model
 
 
 def test_the_network_is_the_papers():
@@ -85,8 +85,9 @@ def test_a_step_is_that_of_its_counted_pixels_and_one_of_none_counts_nothing():
     masks[0, :, 5:] = 255
     known = masks != 255
     losses = cross_entropy(logits, masks * known, [1, 1])[known]
-    sums, confusion = trainer.test_step((images, masks, weights))
-    assert float(sums[0]) == pytest.approx(losses.sum(), rel=1e-5) and confusion.numpy().sum() == known.sum()
+    _, sums, confusion = trainer.test_step((images, masks, weights))
+    np.testing.assert_allclose(sums, [losses.sum(), known.sum()], rtol=1e-5)
+    assert confusion.numpy().sum() == known.sum()
     loss, pixels = trainer.train_step((images, masks, weights))
     assert float(loss) == pytest.approx(losses.mean(), rel=1e-5) and pixels == known.sum()
     trainer, before = make_trainer({"batch_norm": False}), None
@@ -114,6 +115,65 @@ def test_the_loss_with_smoothed_labels_and_weighted_classes_is_that_of_scipy():
     np.testing.assert_allclose(loss, expected * np.array(weights)[masks], rtol=1e-5)
     plain = -np.take_along_axis(special.log_softmax(logits.astype(np.float64), axis=-1), masks[..., None], -1)[..., 0]
     np.testing.assert_allclose(unet_model.per_pixel_loss(masks, tf.constant(logits)), plain, rtol=1e-5)
+
+
+def dice_loss(softmax, masks, known, class_weights, label_smoothing=0.0):
+    """Return the Dice loss, computed in float64 class by class over all known pixels."""
+    losses, weights, classes = [], [], softmax.shape[-1]
+    for class_id in range(classes):
+        true, predicted = (masks == class_id)[known], softmax[..., class_id][known]
+        if true.any():
+            target = (1 - label_smoothing) * true + label_smoothing / classes
+            losses.append(1 - 2 * (predicted * target).sum() / (predicted.sum() + target.sum()))
+            weights.append(class_weights[class_id])
+    return np.average(losses, weights=weights)
+
+
+@pytest.mark.parametrize("label_smoothing, weights", [(0.0, None), (0.2, (0.5, 1.0, 4.0, 2.0))])
+def test_dice_and_cross_entropy_are_those_of_all_counted_pixels_of_the_classes_that_occur(label_smoothing, weights):
+    rng = np.random.default_rng(0)
+    masks, logits = rng.integers(0, 3, (4, 8, 9)), rng.normal(0, 3, (4, 8, 9, 4)).astype(np.float32)
+    encoded = np.where(rng.random(masks.shape) < 0.3, 255, masks).astype(np.uint8)
+    images = np.array([1, 1, 0, 1], np.float32)
+    known = (encoded != 255) & (images[:, None, None] > 0)
+    loss = Loss(4, True, label_smoothing, weights)
+    of_halves = [loss.sums(encoded[half], logits[half], images[half]) for half in (slice(2), slice(2, 4))]
+    ones = weights or (1.0,) * 4
+    expected = cross_entropy(logits, masks, ones, label_smoothing)[known].mean()
+    expected += dice_loss(special.softmax(logits.astype(np.float64), -1), masks, known, ones, label_smoothing)
+    assert float(loss.value(of_halves[0] + of_halves[1])) == pytest.approx(expected, rel=1e-5)
+    assert float(loss.value(loss.sums(np.full_like(encoded, 255), logits))) == 0
+
+
+def test_the_loss_of_a_training_step_is_that_of_the_softmax_it_begins_with():
+    images, masks, _ = make_batch()
+    trainer = make_trainer({"batch_norm": False}, Loss(2, with_dice=True))
+    softmax = tf.nn.softmax(trainer.model(images)).numpy().astype(np.float64)
+    expected = -np.log(np.take_along_axis(softmax, masks[..., None].astype(int), -1)).mean()
+    expected += dice_loss(softmax, masks, masks < 2, (1, 1))
+    _, sums, _ = trainer.test_step(make_batch())
+    assert float(trainer.test_loss.value(sums)) == pytest.approx(expected, rel=1e-5)
+    assert float(trainer.train_step(make_batch())[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_averaged_weights_are_a_moving_average_of_those_of_every_step(monkeypatch):
+    monkeypatch.setattr(unet_model, "AVERAGED_EACH_STEP", 4)
+    monkeypatch.setattr(unet_model, "LONGEST_AVERAGE", 2)
+    trainer = make_trainer({}, average_weights=True)
+    expected = [weights.copy() for weights in trainer.model.get_weights()]
+    for average, weights in zip(trainer.averaged.get_weights(), expected):
+        np.testing.assert_array_equal(average, weights)
+    for step in range(1, 21):
+        trainer.train_step(make_batch())
+        if step < 4 or step % 10 == 0:
+            decay = min((1 + step) / (10 + step), 0.5) ** (1 if step < 4 else 10)
+            expected = [decay * one + (1 - decay) * other for one, other in zip(expected, trainer.model.get_weights())]
+        for average, weights in zip(trainer.averaged.get_weights(), expected):
+            np.testing.assert_allclose(average, weights, rtol=1e-5, atol=1e-6)
+    assert trainer.averaged is not trainer.model
+    _, tested, _ = trainer.test_step(make_batch())
+    images, masks, _ = make_batch()
+    np.testing.assert_allclose(tested, trainer.test_loss.sums(masks, trainer.averaged(images)), rtol=1e-5)
 
 
 def test_dropout_is_a_function_of_its_key_keeps_the_mean_and_rests_outside_of_training():
@@ -158,10 +218,13 @@ def make_batch(size=32):
     return images, masks.astype(np.uint8), np.ones(2, np.float32)
 
 
-def make_trainer(network, **options):
+CROSS_ENTROPY = Loss(2)
+
+
+def make_trainer(network, loss=CROSS_ENTROPY, **options):
     """Return a trainer, on one CPU, of a network without dropout that `network` are the options of."""
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-    return unet_model.UNetTrainer(strategy, lambda key: build_unet(1, 2, 2, 0.0, **network), 2, 1e-3, **options)
+    return unet_model.UNetTrainer(strategy, lambda key: build_unet(1, 2, 2, 0.0, **network), 1e-3, loss, **options)
 
 
 def cross_entropy(logits, masks, weights, label_smoothing=0.0):
@@ -174,10 +237,10 @@ def cross_entropy(logits, masks, weights, label_smoothing=0.0):
 
 def test_classes_weigh_in_training_and_testing_and_labels_are_smoothed_in_training_alone():
     images, masks, _ = make_batch()
-    trainer = make_trainer({"batch_norm": False}, label_smoothing=0.3, class_weights=[1.0, 5.0])
+    trainer = make_trainer({"batch_norm": False}, Loss(2, label_smoothing=0.3, class_weights=(1.0, 5.0)))
     logits = trainer.model(images).numpy()
-    sums, _ = trainer.test_step(make_batch())
-    np.testing.assert_allclose(sums, [cross_entropy(logits, masks, [1, 5]).sum()], rtol=1e-5)
+    _, sums, _ = trainer.test_step(make_batch())
+    np.testing.assert_allclose(sums, [cross_entropy(logits, masks, [1, 5]).sum(), masks.size], rtol=1e-5)
     loss, pixels = trainer.train_step(make_batch())
     np.testing.assert_allclose(loss, cross_entropy(logits, masks, [1, 5], 0.3).mean(), rtol=1e-5)
     assert pixels == masks.size
@@ -188,7 +251,9 @@ def test_loss_scaling_keeps_gradients_that_float16_has_no_number_for():
     moved = []
     for loss_scaling in (False, True):
         tf.keras.utils.set_random_seed(0)
-        trainer = make_trainer({"precision": "mixed_float16"}, class_weights=[1e-6, 1e-6], loss_scaling=loss_scaling)
+        trainer = make_trainer(
+            {"precision": "mixed_float16"}, Loss(2, class_weights=(1e-6, 1e-6)), loss_scaling=loss_scaling
+        )
         before = trainer.model.get_weights()[0].copy()
         trainer.train_step(make_batch())
         moved.append(np.abs(trainer.model.get_weights()[0] - before).max())
@@ -266,7 +331,7 @@ def test_a_step_that_cannot_be_compiled_is_taken_without_xla_once(caplog):
     taken = []
     for xla in (None, False):
         tf.keras.utils.set_random_seed(0)
-        trainer = unet_model.UNetTrainer(tf.distribute.OneDeviceStrategy("/cpu:0"), network, 2, 1e-3, xla=xla)
+        trainer = unet_model.UNetTrainer(tf.distribute.OneDeviceStrategy("/cpu:0"), network, 1e-3, Loss(2), xla=xla)
         losses = [float(trainer.train_step(make_batch())[0]) for _ in range(3)]
         assert trainer.step.numpy() == 3
         taken.append(losses)
@@ -290,7 +355,7 @@ cpu, logical = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDevic
 tf.config.set_logical_device_configuration(cpu, [logical] * replicas)
 cluster = Cluster.find(os.environ)
 strategy = make_strategy(cluster)
-from unet_model import BatchNormalization, UNetTrainer, build_unet, export_saved_model
+from unet_model import BatchNormalization, Loss, UNetTrainer, build_unet, export_saved_model
 
 rng = np.random.default_rng(0)
 share = slice(4 // cluster.world_size * cluster.rank, 4 // cluster.world_size * (cluster.rank + 1))
@@ -321,14 +386,16 @@ def weights_of_replicas(model):
 
 def train(network, learning_rate):
     tf.keras.utils.set_random_seed(1)
-    trainer = UNetTrainer(strategy, network, 2, learning_rate)
+    loss = Loss(2, with_dice=True, label_smoothing=0.1, class_weights=(1.0, 3.0))
+    trainer = UNetTrainer(strategy, network, learning_rate, loss, average_weights=True)
     first = flat(trainer.model.get_weights())
     batches = trainer.distribute(Reader(images, masks))
     sums = [trainer.train_step(next(batches), (cluster.rank == 1 and step == 3,)) for step in range(5)]
-    tested, confusion = trainer.test_step(next(trainer.distribute(Reader(images, masks))))
-    last = weights_of_replicas(trainer.model)
-    assert (last == last[0]).all(), "replicas hold different networks"
-    return {{"first": first, "last": last[0], "sums": sums, "tested": tested[0], "pixels": confusion.numpy().sum()}}
+    _, tested, confusion = trainer.test_step(next(trainer.distribute(Reader(images, masks))))
+    last, averaged = weights_of_replicas(trainer.model), weights_of_replicas(trainer.averaged)
+    assert (last == last[0]).all() and (averaged == averaged[0]).all(), "replicas hold different networks"
+    figures = {{"first": first, "last": last[0], "averaged": averaged[0], "sums": sums, "tested": tested}}
+    return {{**figures, "pixels": confusion.numpy().sum()}}
 
 
 def smooth_network(dropout_key, precision="float32"):
@@ -351,9 +418,8 @@ def overflow():
     trainer = UNetTrainer(
         strategy,
         lambda key: smooth_network(key, "mixed_float16"),
-        2,
         1e-3,
-        class_weights=[1, 1e6],
+        Loss(2, class_weights=(1, 1e6)),
         loss_scaling=True,
     )
     batches, figures = trainer.distribute(Reader(images, masks)), []
@@ -374,7 +440,7 @@ if replicas < 4:  # tracing it takes long
 np.savez(result, overflow=overflow(), **figures)
 
 if replicas == 2:  # as it is used: with dropout
-    trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 2, 1e-3)
+    trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 1e-3, Loss(2))
     outputs = strategy.run(tf.function(lambda: trainer.model(images[0, :1], training=True)))
     one, other = strategy.experimental_local_results(outputs)
     assert np.abs(one - other).max() > 1e-3, "both replicas drop the same"
@@ -423,7 +489,7 @@ def trained(tmp_path_factory):
 # gradients behind it change. A network without such switches shows what is exact; both have batch normalization.
 @pytest.mark.parametrize("network, tolerance", [("smooth", 1e-5), ("unet", 1e-3)])
 def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_batch(trained, network, tolerance):
-    names = ("first", "last", "sums", "tested", "pixels")
+    names = ("first", "last", "averaged", "sums", "tested", "pixels")
     trained = [figures for figures in trained if f"{network}_first" in figures]
     one, *others = ({name: figures[f"{network}_{name}"] for name in names} for figures in trained)
     moved = np.linalg.norm(one["last"] - one["first"])
@@ -431,7 +497,8 @@ def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_bat
     for other in others:
         np.testing.assert_array_equal(one["first"], other["first"])
         np.testing.assert_allclose(one["sums"][:, :2], other["sums"][:, :2], rtol=tolerance)
-        assert np.linalg.norm(one["last"] - other["last"]) < tolerance * np.linalg.norm(one["last"])
+        for name in ("last", "averaged"):
+            assert np.linalg.norm(one[name] - other[name]) < tolerance * np.linalg.norm(one[name])
         assert other["pixels"] == one["pixels"] == one["sums"][0, 1] == (2 * 32 + 4) * 32
     for replicas in others[:-2]:
         np.testing.assert_allclose(replicas["tested"], one["tested"], rtol=tolerance)

@@ -51,14 +51,15 @@ def time_steps(trainer, next_batch, steps):
 
 def make_trainer(args, channels, depth, mixed=False, xla=False):
     """Return a trainer of one of the kinds that are compared."""
-    from unet_model import UNetTrainer, build_unet
+    from unet_model import Loss, UNetTrainer, build_unet
 
     precision = "mixed_float16" if mixed else "float32"
     return UNetTrainer(
         args.strategy,
         lambda key: build_unet(channels, 2, depth, dropout_key=key, precision=precision),
-        2,
         1e-4,
+        Loss(2, with_dice=True),
+        average_weights=True,
         loss_scaling=mixed,
         xla=xla,
     )
