@@ -282,7 +282,7 @@ def regular_expression(text: str) -> "re.Pattern[str]":
     """Return `text` as a compiled pattern; the ``type`` of ``--split_by``."""
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
 
 
@@ -315,7 +315,7 @@ class LabelMap(NamedTuple):
                     "0:0,1-65535:1"
                 )
             first, last = any_int(match[1]), any_int(match[2] or match[1])
-            class_id = IGNORED if match[3] == "ignore" else int(match[3])
+            class_id = IGNORED if match[3] == "ignore" else any_int(match[3])
             if last < first or class_id >= ignored_id(np.int32):
                 raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
             ranges.append((first, last, class_id))
@@ -1245,17 +1245,19 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
     """Yield lines that tell what a database holds and how it was made."""
     info = metadata.info
     height, width, channels = metadata.image_shape
+    kind = "tiles" if info.get("tile_size") else "records"
     yield (
-        f"{filepath}: {len(metadata.names)} images, {metadata.count} {'tiles' if info['tile_size'] else 'records'} of "
+        f"{filepath}: {len(metadata.names)} images, {metadata.count} {kind} of "
         f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
     names = ("seed", "train_fraction", "split_by", "label_map", "image_no_data", "channels", "left_out")
     made = {name: info.get(name) for name in names}
     shown = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
-    yield f"  the {info['side']} side of dataset {info['dataset_name']}: {shown}"
-    ranges = [f"{minimum:g} to {maximum:g}" for minimum, maximum in info["value_range"]]
-    yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
-    if any(info["missing_shares"]):
+    yield f"  the {info.get('side')} side of dataset {info.get('dataset_name')}: {shown}"
+    ranges = [f"{minimum:g} to {maximum:g}" for minimum, maximum in info.get("value_range", [])]
+    if ranges:
+        yield f"  values {ranges[0]}" if channels == 1 else f"  values of each channel: {'; '.join(ranges)}"
+    if any(info.get("missing_shares", [])):
         yield f"  without data in each channel: {', '.join(f'{100 * share:.2f} %' for share in info['missing_shares'])}"
     total = int(metadata.pixel_counts.sum())
     for position, (class_id, pixels) in enumerate(zip(metadata.classes, metadata.pixel_counts)):
@@ -1281,15 +1283,18 @@ def unusual_content(metadata: Metadata) -> Iterator[str]:
         )
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
-    if metadata.info["side"] == "train":
-        if metadata.info["image_no_data"] is not None and not any(metadata.info["missing_shares"]):
-            yield f"no pixel has the value of --image_no_data, {metadata.info['image_no_data']:g}: is it the right one?"
-        if "ignore" in (metadata.info["label_map"] or "") and not metadata.info["ignored_pixels"]:
-            yield f"no pixel is ignored by --label_map {metadata.info['label_map']}: are these the right values?"
-    spread = np.ptp(metadata.info["value_range"], axis=1)  # of each channel
+    info = metadata.info
+    if info.get("side") == "train":
+        if info.get("image_no_data") is not None and not any(info.get("missing_shares", [1.0])):
+            yield f"no pixel has the value of --image_no_data, {info['image_no_data']:g}: is it the right one?"
+        if "ignore" in (info.get("label_map") or "") and not info["ignored_pixels"]:
+            yield f"no pixel is ignored by --label_map {info['label_map']}: are these the right values?"
+    if "value_range" not in info:
+        return
+    spread = np.ptp(info["value_range"], axis=1)  # of each channel
     constant, others = np.flatnonzero(spread == 0), np.flatnonzero(spread)
     if len(constant) and len(others):
-        chosen = metadata.info["channels"] or range(metadata.image_shape[2])
+        chosen = info.get("channels") or range(metadata.image_shape[2])
         yield (
             f"the same value everywhere in channel {', '.join(str(chosen[channel]) for channel in constant)} (alpha?): "
             f"--channels {','.join(str(chosen[channel]) for channel in others)} leaves it out"

@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
@@ -51,6 +51,7 @@ TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)
 REPLACED_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}\.old", re.DOTALL)  # of a folder that is about to be replaced
 LOCK_FILE = ".lock"
 MANY_PROCESSES = 1024
+LONGEST_MESSAGE = 1000  # characters of what argparse says, which repeats values of any length
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 OWN_FILE_BYTES = 64 * 2**20  # of a JSON or CSV file that the suite wrote itself, at most
 
@@ -258,8 +259,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, with the option that was meant if a word is close to one, and exit."""
         meant = [name for word in message.split() for name in self._options_near(word)]
-        suggestion = f"; did you mean {' or '.join(meant)}?" if meant else ""
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{suggestion} (-h lists all options)\n")
+        suggestion = f"; did you mean {' or '.join(meant)}?" if meant and "could match" not in message else ""
+        if "expected one argument" in message:
+            suggestion += "; a value that begins with - is given as --option=VALUE"
+        shown = printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {shown}{suggestion} (-h lists all options)\n")
 
     def _options_near(self, word: str) -> list[str]:
         known = self._option_string_actions
@@ -586,6 +590,28 @@ def without_patterns(folder: PathLike) -> Iterator[str]:
         os.close(descriptor)
 
 
+def check_kinds(folder: Path, names: Iterable[str]) -> None:
+    """Refuse pipes, devices and the like where the suite wrote files and folders: whoever opens them may wait for ever.
+
+    Parameters
+    ----------
+    folder : path
+        It need not exist.
+    names : iterable of str
+        Patterns of the names of regular files, and of folders if they end with a slash.
+
+    Raises
+    ------
+    InputError
+        Names the first that is of another kind.
+    """
+    for name in names:
+        for path in sorted(folder.glob(name.rstrip("/"))):
+            if not (path.is_dir() if name.endswith("/") else path.is_file()):
+                kind = "folder" if name.endswith("/") else "regular file"
+                raise InputError(f"expected a {kind} {path}, found something else; move it away")
+
+
 def flush_to_disk(path: PathLike) -> None:
     """Wait until a file, or what was renamed in a folder, is on the disk, unless its file system cannot say."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -620,14 +646,14 @@ def read_own_file(path: Path) -> str:
 Check = Callable[[Any], bool]
 
 
-def whole(low: float = -math.inf, high: float = math.inf) -> Check:
+def whole(low: float = -(2**62), high: float = 2**62) -> Check:
     """Return a check for whole numbers within bounds, both included."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def real(low: float = -math.inf) -> Check:
-    """Return a check for numbers of at least a bound, infinity included."""
-    return lambda value: type(value) in (int, float) and value >= low
+    """Return a check for numbers of at least a bound that a float has, infinity included."""
+    return lambda value: (type(value) is float or whole()(value)) and value >= low
 
 
 def any_text(value: Any) -> bool:

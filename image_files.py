@@ -395,7 +395,7 @@ def fitting(value: float, dtype: np.dtype) -> Optional[float]:
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             return None if math.isnan(value) else float(dtype.type(value))
-    if dtype.kind in "iu" and value.is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+    if dtype.kind in "iu" and float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
         return value
     return None
 

@@ -45,7 +45,9 @@ from cli import (
     add_flag,
     any_text,
     cause_of,
+    check_kinds,
     check_values,
+    describe_error,
     existing_folder,
     free_host_memory,
     gpus_of_task,
@@ -343,6 +345,7 @@ def load_model_once(folder: Path) -> Model:
         tf.config.set_visible_devices([gpu], "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
+    check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))
     with without_patterns(folder) as path:
         metadata = read_model_metadata(folder, Path(path) / MODEL_METADATA_FILE)
         try:
@@ -351,7 +354,8 @@ def load_model_once(folder: Path) -> Model:
             raise
         except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
             raise InputError(
-                f"{folder} is no SavedModel that can be loaded: {cause_of(error)}; copy or export it again"
+                f"{folder} is no SavedModel that can be loaded: {cause_of(error).replace(path, str(folder))}; copy or "
+                "export it again"
             ) from error
     if "serving_default" not in loaded.signatures:
         raise InputError(
@@ -383,12 +387,13 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
     InputError
         If it is not what `train_unet.py` writes.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         return {}
     try:
         metadata = read_json(file)
-    except InputError as error:
-        raise InputError(str(error).replace(str(file), str(folder / file.name))) from None
+    except (InputError, OSError) as error:
+        reason = describe_error(error).replace(str(file), str(folder / file.name))
+        raise InputError(reason.replace("move it away", "export the model again")) from None
     known: dict[str, Check] = {
         "radius": whole(RADIUS, LARGEST_RADIUS),
         "size_factor": lambda value: whole(SIZE_FACTOR, LARGEST_RADIUS)(value) and value % SIZE_FACTOR == 0,
@@ -397,7 +402,7 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
         "deviation_floor": list_of(real(np.finfo(np.float32).tiny)),
         "value_range": optional(list_of(list_of(real(), 2))),
         "image_dtype": optional(any_text),
-        "image_no_data": optional(lambda value: type(value) in (int, float)),
+        "image_no_data": optional(real()),
     }
     check_values(metadata, {name: known[name] for name in known if name in metadata}, folder / file.name)
     return metadata
@@ -851,7 +856,7 @@ class Targets(NamedTuple):
 
     def exist(self) -> bool:
         """Whether all are there."""
-        return all(path.exists() for path in self if path is not None)
+        return all(path.is_file() for path in self if path is not None)
 
     @contextlib.contextmanager
     def open(self, image: ImageFile, model: Model) -> Iterator[list[Callable[[Block], None]]]:

@@ -294,7 +294,7 @@ class Metadata:
         try:
             arrays = read_archive(value)
             info = json.loads(arrays.pop("header").tobytes())
-            name, version = info.pop("format"), info.pop("version")
+            name, version = info.pop("format", None), info.pop("version", None)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             raise InputError(f"{where} has damaged metadata ({cause_of(error)}); copy or build it again") from error
         if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
@@ -385,7 +385,7 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
         "split_by": optional(any_text),
         "tile_size": optional(whole(1)),
         "label_map": optional(any_text),
-        "image_no_data": optional(lambda value: type(value) in (int, float)),
+        "image_no_data": optional(real()),
         "channels": optional(list_of(whole(0), channels)),
         "left_out": whole(0),
         "value_range": list_of(list_of(real(), 2), channels),
@@ -442,7 +442,7 @@ class DatabaseWriter:
         self._map_bytes = initial_map_bytes
         # The file is private until `new_databases` renames it: no lock file, and nothing on the disk before that.
         self._environment = lmdb.open(
-            os.fspath(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
+            os.fsencode(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
         )
         self._pending: list[tuple[bytes, Union[bytes, memoryview]]] = []
         self._pending_bytes = 0
@@ -679,15 +679,19 @@ class Database(contextlib.AbstractContextManager["Database"]):
                 f"{self.filepath} is a folder; a database of this suite is one file, made by build_lmdb.py"
                 f"{databases_in(self.filepath)}"
             )
-        if not os.path.exists(self.filepath):
+        try:
+            os.stat(self.filepath)
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"no database {self.filepath}; make one with build_lmdb.py or check the path"
                 f"{databases_in(os.path.dirname(self.filepath))}"
-            )
+            ) from None
         if not os.path.isfile(self.filepath):
             raise InputError(f"{self.filepath} is no regular file; a database of this suite is one")
         with lmdb_errors(self.filepath):
-            self._environment = lmdb.open(self.filepath, subdir=False, readonly=True, lock=False, readahead=False)
+            self._environment = lmdb.open(
+                os.fsencode(self.filepath), subdir=False, readonly=True, lock=False, readahead=False
+            )
         try:
             with lmdb_errors(self.filepath):
                 self._transaction = self._environment.begin(buffers=True)

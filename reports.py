@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import InputError, read_own_file, replacing
+from cli import InputError, read_own_file, replacing, whole
 from image_files import displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
 
@@ -59,10 +59,6 @@ class Report:
         self._folder, self._classes = folder, range(number_classes)
         for file in sorted(folder.glob("tensorboard-*/events.out.tfevents.*")):
             drop_later_events(file, step)
-        self._writers = {
-            name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
-            for name in ("train", "test")
-        }
         self._examples = read_examples(test_database, deviation_floor)
         scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in self._classes]
         head = ["epoch", "step", "learning_rate", "train_loss", "test_loss", "accuracy", "mean_iou"]
@@ -71,6 +67,10 @@ class Report:
         self._begin("test_loss.csv", ["epoch", "test_loss"], epoch)
         predicted = [f"predicted_{class_id}" for class_id in self._classes]
         self._begin("confusion.csv", ["epoch", "true_class", *predicted], epoch)
+        self._writers = {
+            name: tf.summary.create_file_writer(os.fspath(self._folder / f"tensorboard-{name}"))
+            for name in ("train", "test")
+        }
 
     def write(self, state: "RunState", train: dict[str, float], test: dict[str, Any], model: Any) -> None:
         """Write the results of a test epoch.
@@ -179,7 +179,7 @@ def drop_later_events(file: Path, step: int) -> None:
 
     kept, is_later = [], False
     with contextlib.suppress(tf.errors.DataLossError):
-        for record in tf.compat.v1.io.tf_record_iterator(os.fspath(file)):
+        for record in tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator():
             if tf.compat.v1.Event.FromString(record).step > step:
                 is_later = True
             else:
@@ -192,14 +192,16 @@ def drop_later_events(file: Path, step: int) -> None:
 
 def read_metrics(path: Path, classes: range) -> list[dict[str, str]]:
     """Return the rows of metrics.csv; raise `InputError` if they are not what training wrote."""
-    figures = ["train_loss", "test_loss", "accuracy", *(f"dice_{class_id}" for class_id in classes)]
+    scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in classes]
+    figures = ["train_loss", "test_loss", "accuracy", *scores]
     try:
         rows = list(csv.DictReader(io.StringIO(read_own_file(path))))
         for row in rows:
             for name in figures:
                 float(row[name] or "nan")
             for name in ("epoch", "step"):
-                int(row[name])
+                if not whole(0)(int(row[name])):
+                    raise ValueError(f"{name} {row[name][:20]}")
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -49,6 +49,7 @@ from cli import (
     StopRequest,
     add_flag,
     cause_of,
+    check_kinds,
     check_values,
     describe_error,
     gpus_of_task,
@@ -90,6 +91,10 @@ DECAY_POWER = 0.9  # of the share of the steps that are left: so the learning ra
 PLATEAU_FACTOR = 0.1  # of the learning rate, if the test loss stops improving in a run without a known end
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
 CHECKPOINTS_KEPT = 2
+OUTPUT_FILES = (  # that a resumed run opens
+    "train.log", "settings.json", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*", "tensorboard-*/",
+    "tensorboard-*/events.*",
+)  # fmt: skip
 MANY_CLASSES, MANY_FEATURES = 4096, 2**14  # more than any network has that a computer can hold
 ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
 FIRST_PORT, PORTS = 15000, 10000  # for the processes of a Slurm job to talk to each other
@@ -840,6 +845,10 @@ def own_output_dir(folder: Path, resume: str) -> Iterator[None]:
     """
     if resume == "never" and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK_FILE}:
         raise InputError(f"expected an empty --output_dir with --resume never, found files in {folder}; choose another")
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"expected an --output_dir in UTF-8, got {folder}; TensorFlow writes to no other") from None
     checkpoints = folder / Checkpoints.FOLDER
     with contextlib.ExitStack() as stack:
         try:
@@ -848,6 +857,9 @@ def own_output_dir(folder: Path, resume: str) -> Iterator[None]:
                 raise InputError(
                     f"another training is writing in {folder}; wait until it has ended, or choose another --output_dir"
                 )
+            check_kinds(folder, OUTPUT_FILES)
+            if checkpoints.exists():
+                os.listdir(checkpoints)  # an error, if it may not be read
             # The first row is there before the first checkpoint; all rows that no checkpoint knows of are dropped.
             if not Checkpoints.find(folder) and rows_of_results(folder) > int(checkpoints.exists()):
                 raise InputError(

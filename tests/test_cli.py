@@ -176,6 +176,23 @@ def test_a_gpu_for_two_tasks_is_refused_where_they_must_not_share():
         gpus_of_task(2, environment, may_share=False)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--image_no_data", "-inf"], "a value that begins with - is given as --option=VALUE"),
+        (["stray\nline\x1b[31m"], r"unrecognized arguments: stray\nline\x1b[31m"),
+        (["--split_by", "a{99999999999}"], "expected a regular expression"),
+        (["--split_by", "(" * 3000 + ")" * 3000], "expected a regular expression"),
+        (["--label_map", "0:" + "1" * 5000], "--label_map: expected a whole number"),
+        (["--d", "x"], "could match --dataset_name, --describe (-h lists all options)"),
+    ],
+)
+def test_what_is_wrong_with_arguments_is_one_short_line(arguments, words):
+    done = subprocess.run([sys.executable, ROOT / "build_lmdb.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 1500
+
+
 def test_freed_memory_is_kept_for_the_next_allocation_even_if_tensorflow_gives_it_back():
     script = (
         "import resource, sys, numpy as np, cli\n"

@@ -1,5 +1,6 @@
 """Files that the suite wrote and somebody has changed since, damaged databases, and the settings of other projects."""
 
+import dataclasses
 import io
 import json
 import os
@@ -60,14 +61,14 @@ HEADERS = {
     "image_shape": [[64, 64], [64, 64, 0], None, [64, "64", 1], 64],
     "image_dtype": ["float64", 5, None, ["uint8"]],
     "mask_dtype": ["uint64", None],
-    "deviation_floor": [[], [0.0], ["1"], [float("nan")], 1.0],
+    "deviation_floor": [[], [0.0], ["1"], [float("nan")], 1.0, [10**400]],
     "ignored_id": ["255", -1],
     "ignored_pixels": [None, -5],
-    "value_range": [[], [[1]], [["a", "b"]], 5],
-    "missing_shares": [[], ["x"]],
+    "value_range": [[], [[1]], [["a", "b"]], 5, [[0, 10**400]]],
+    "missing_shares": [[], ["x"], [10**400]],
     "channels": [5, ["0"], [-1]],
     "label_map": [5],
-    "image_no_data": ["x"],
+    "image_no_data": ["x", 10**400],
     "side": [None],
     "tile_size": ["64", 0],
 }
@@ -87,6 +88,15 @@ def test_metadata_of_another_kind_is_refused_by_name(databases, tmp_path, name, 
     rewrite(databases[0], target, lambda header: header.update({name: value}))
     with pytest.raises(cli.InputError, match="changed.lmdb"):
         Database(target)
+
+
+def test_a_database_that_says_little_of_its_origin_is_described_nevertheless(databases, tmp_path):
+    needed = ("format", "version", "count", "image_shape", "image_dtype", "mask_dtype", "deviation_floor", "ignored_id")
+    needed += ("ignored_pixels",)
+    changed = tmp_path / "changed.lmdb"
+    rewrite(databases[0], changed, lambda header: [header.pop(name) for name in set(header) - set(needed)])
+    done = run_script("build_lmdb.py", "--describe", changed)
+    assert done.returncode == 0 and "class 1: " in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in ARRAYS.items() for value in values])
@@ -209,8 +219,8 @@ CHANGED_MODELS = [
     *objects("radius", '"x"', -96, 0, 10**9, "null"),
     *objects("size_factor", 0, -16, 17, '"x"'),
     *objects("source_channels", 5, '["0"]', "[0,1]", "[-1]"),
-    *objects("deviation_floor", "[]", "[0]", '["x"]', "[1,1]", "NaN"),
-    *objects("value_range", "[]", "[[1]]", 5),
+    *objects("deviation_floor", "[]", "[0]", '["x"]', "[1,1]", "NaN", f"[{10**400}]"),
+    *objects("value_range", "[]", "[[1]]", 5, f"[[0, {10**400}]]"),
     *objects("baseline_feature_depth", '"x"'),
     *objects("image_dtype", 5),
     *objects("image_no_data", "[]"),
@@ -224,6 +234,37 @@ def test_changed_metadata_of_a_model_is_refused_by_name(model, tmp_path, text):
     with pytest.raises(cli.InputError) as error:
         inference_unet.load_model(tmp_path / "model")
     assert f"{tmp_path}/model/unet_metadata.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_no_data_value_of_a_model_may_be_a_whole_number(model, image_folder, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "unet_metadata.json").write_text('{"image_no_data": 0}')
+    done = run_script("inference_unet.py", "--saved_model_filepath", tmp_path / "model", "--image_folder", image_folder,
+                      "--output_folder", tmp_path / "masks")  # fmt: skip
+    assert done.returncode == 0 and "1 of 1 images done" in done.stdout, done.stdout
+
+
+def test_metadata_of_a_model_that_are_a_link_to_themselves_are_refused(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.json"))
+    (tmp_path / "model" / "unet_metadata.json").symlink_to("unet_metadata.json")
+    with pytest.raises(cli.InputError, match=f"{tmp_path}/model/unet_metadata.json"):
+        inference_unet.load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["variables/variables.index", "fingerprint.pb"])
+def test_a_pipe_in_place_of_a_part_of_a_model_is_refused(model, tmp_path, name):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    os.mkfifo(tmp_path / "model" / name)
+    with pytest.raises(cli.InputError, match=f"expected a regular file {tmp_path}/model/{name}"):
+        inference_unet.load_model(tmp_path / "model")
+
+
+def test_a_model_cut_short_is_named_by_its_own_path(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("variables"))
+    with pytest.raises(cli.InputError) as error:
+        inference_unet.load_model(tmp_path / "model")
+    assert "/proc/" not in str(error.value) and str(tmp_path / "model") in str(error.value)
 
 
 def test_a_model_that_cannot_be_used_ends_inference_in_one_line(model, image_folder, tmp_path):
@@ -265,7 +306,10 @@ def resume(finished, databases, tmp_path, change):
     return done
 
 
+STATE = dataclasses.asdict(train_unet.RunState(train_unet.EarlyStopping(1)))
 STATES = [*NO_OBJECTS, "{}", '{"step": "x"}', '{"settings": 5}']
+STATES += [json.dumps({**STATE, name: 10**400}) for name in ("step", "epoch_loss", "planned_minutes")]
+STATES += [json.dumps({**STATE, "stopping": {**STATE["stopping"], "_reference_loss": 10**400}})]
 
 
 @pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
@@ -285,6 +329,8 @@ def test_a_run_whose_state_is_none_is_refused(finished, databases, tmp_path, tex
 
 
 METRICS = ["", "x", "epoch,step\n1,x\n", "epoch\n" + "9" * 5000 + "\n", "epoch,step\n1\n", "\0\n1,\0\n"]
+COLUMNS = "epoch,step,learning_rate,train_loss,test_loss,accuracy,mean_iou,iou_0,iou_1,dice_0,dice_1\n"
+METRICS += [f"{COLUMNS}1,3,1,1,1,1,1,x,1,1,1\n", f"{COLUMNS}1,{'9' * 400},1,1,1,1,1,1,1,1,1\n"]
 
 
 @pytest.mark.parametrize("text", METRICS, ids=range(len(METRICS)))
@@ -299,13 +345,32 @@ def test_changed_metrics_are_begun_anew_or_refused(databases, tmp_path, text):
         assert read_csv(tmp_path / "metrics.csv") == []
 
 
-def test_metrics_that_are_a_pipe_are_refused(finished, databases, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["train.log", "metrics.csv", "tensorboard-train/events.*", "checkpoint/000001/weights.index"]
+)
+def test_a_pipe_in_place_of_any_file_of_a_run_is_refused(finished, databases, tmp_path, name):
     def change(folder):
-        (folder / "metrics.csv").unlink()
-        os.mkfifo(folder / "metrics.csv")
+        [path] = folder.glob(name)
+        path.unlink()
+        os.mkfifo(path)
 
     done = resume(finished, databases, tmp_path, change)
-    assert done.returncode == 2 and "metrics.csv is not a file of this suite" in done.stdout
+    assert done.returncode == 2 and "expected a regular file" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", ["settings.json", "test_loss.csv", "curves.png", "tensorboard-test"])
+def test_a_folder_in_place_of_a_file_of_a_run_and_the_reverse_are_named(finished, databases, tmp_path, name):
+    def change(folder):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+            path.touch()
+        else:
+            path.unlink()
+            path.mkdir()
+
+    done = resume(finished, databases, tmp_path, change)
+    assert done.returncode == 2 and f"out/{name}, found something else; move it away" in done.stdout, done.stdout
 
 
 def test_a_copy_of_a_checkpoint_disturbs_nothing(finished, databases, tmp_path):
