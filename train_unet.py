@@ -52,6 +52,7 @@ from cli import (
     check_kinds,
     check_values,
     describe_error,
+    format_seconds,
     gpus_of_task,
     is_out_of_memory,
     keep_freed_memory,
@@ -90,6 +91,9 @@ WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1  # at most, and of a run whose last ste
 DECAY_POWER = 0.9  # of the share of the steps that are left: so the learning rate falls
 PLATEAU_FACTOR = 0.1  # of the learning rate, if the test loss stops improving in a run without a known end
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
+TELLING_STEPS = 3  # after which it is said how long a test epoch will take
+LONG_EPOCH = 3600.0  # seconds, on a CPU
+FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**1.5 times as long as one of 8
 CHECKPOINTS_KEPT = 2
 OUTPUT_FILES = (  # that a resumed run opens
     "train.log", "settings.json", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*", "tensorboard-*/",
@@ -216,6 +220,8 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
                 raise TrainingError(describe_loss(run, loss, batches.reader))
             state.count_step(loss, pixels, run.global_batch)
             state.seconds = run.pace.note_step()
+            if run.pace.typical_steps >= TELLING_STEPS and not run.pace.is_reported:
+                report_pace(run)
             progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
             votes = Votes(*map(max, zip(votes, cast)))
             if any(votes):
@@ -496,6 +502,26 @@ def heed(run: Run, votes: Votes) -> None:
         run.checkpoints.save(state)
 
 
+def report_pace(run: Run) -> None:
+    """Log how long it is from one test epoch to the next; on a CPU, if that is very long, also with which features."""
+    import tensorflow as tf
+
+    args, pace = run.args, run.pace
+    pace.is_reported = True
+    seconds = args.test_every_n_steps * pace.step_seconds + pace.closing_seconds
+    steps = f"{args.test_every_n_steps} steps and their test epoch"
+    if seconds <= LONG_EPOCH or tf.config.list_logical_devices("GPU"):
+        logging.info("%s take about %s", steps, format_seconds(seconds))
+        return
+    features, shorter = args.baseline_feature_depth, seconds
+    while features > FEWEST_FEATURES and shorter > LONG_EPOCH:
+        features, shorter = features // 2, shorter / 2**COST_EXPONENT
+    logging.warning(
+        "%s will take about %s on this CPU; with --baseline_feature_depth %d it would be about %s, and fewer "
+        "--test_every_n_steps give figures sooner", steps, format_seconds(seconds), features, format_seconds(shorter),
+    )  # fmt: skip
+
+
 class Pace:
     """How long steps and test epochs take in this process, and how long the run has taken in all its processes."""
 
@@ -509,6 +535,7 @@ class Pace:
         self._last = self._test_begun = math.nan
         self._tested = 0.0
         self.test_steps = 0
+        self.is_reported = False
 
     def begin(self, seconds: float, test_steps: int) -> None:
         """Take note of the time that the run has taken before, and of the steps of a test epoch."""
@@ -536,9 +563,14 @@ class Pace:
         self._tested = max(self._tested, time.monotonic() - self._test_begun)
 
     @property
+    def typical_steps(self) -> int:
+        """How many steps `step_seconds` is the median of; `KNOWN` at most."""
+        return max(len(self._durations) - self.UNTYPICAL, 0)
+
+    @property
     def is_known(self) -> bool:
-        """Whether there were enough steps to tell."""
-        return len(self._durations) == self.UNTYPICAL + self.KNOWN
+        """Whether there were enough steps to plan with."""
+        return self.typical_steps == self.KNOWN
 
     @property
     def step_seconds(self) -> float:

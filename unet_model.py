@@ -295,7 +295,7 @@ class Loss:
     ``2 * overlap / (predicted + true)``: of softmax and true class, summed over all pixels. So a class of few pixels
     matters as much as one of many. Both losses are functions of a few sums, which replicas and batches simply add.
 
-    Parameters
+    Attributes
     ----------
     number_classes : int
         Classes, background included.

@@ -601,6 +601,29 @@ def test_without_an_end_the_learning_rate_falls_where_the_test_loss_stops_improv
     assert rates == pytest.approx([1] * 6 + [0.1] * 5 + [0.01]) and state.stopping.should_stop
 
 
+@pytest.mark.parametrize(
+    "step, gpus, words",
+    [
+        (1, 0, "1000 steps and their test epoch take about 0:17:00"),
+        (10, 0, "will take about 2:51:00 on this CPU; with --baseline_feature_depth 16 it would be about"),
+        (30, 0, "will take about 8:24:20 on this CPU; with --baseline_feature_depth 8 it would be about 0:22:17"),
+        (3600, 0, "on this CPU; with --baseline_feature_depth 8 it would be about 44:1"),
+        (30, 1, "1000 steps and their test epoch take about 8:24:20"),
+    ],
+)
+def test_a_test_epoch_that_takes_long_on_a_cpu_is_told_with_the_features_that_fit(
+    step, gpus, words, monkeypatch, caplog
+):
+    import tensorflow as tf
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["gpu"] * gpus)
+    pace = SimpleNamespace(step_seconds=step, closing_seconds=20 if step == 1 else 260)
+    args = parse("--baseline_feature_depth", 64)
+    train_unet.report_pace(SimpleNamespace(args=args, pace=pace))
+    assert words in caplog.text
+
+
 def test_steps_that_fit_into_some_seconds_leave_room_for_all_test_epochs(monkeypatch):
     seconds = [1000.0]
     monkeypatch.setattr(train_unet, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
