@@ -287,6 +287,15 @@ def per_pixel_loss(
     return tf.where(counted, losses, 0.0)
 
 
+def sum_of_pixels(values: "tf.Tensor") -> "tf.Tensor":
+    """Return the sum of values (N, H, W, classes) for each class.
+
+    Row by row, then image by image: TensorFlow adds one number after the other, and with millions of them float32 would
+    lose several percent.
+    """
+    return tf.reduce_sum(tf.reduce_sum(tf.reduce_sum(values, axis=2), axis=1), axis=0)
+
+
 @dataclass(frozen=True)
 class Loss:
     """Cross-entropy, and the Dice loss beside it if wanted, of all counted pixels of a global batch or a test set.
@@ -340,7 +349,7 @@ class Loss:
             classes = tf.where(counted, tf.cast(masks, tf.int32), -1)  # of which one_hot makes zeros
             true = tf.one_hot(classes, self.number_classes)
             predicted = tf.nn.softmax(logits) * tf.cast(counted, tf.float32)[..., None]
-            sums += [tf.reduce_sum(values, [0, 1, 2]) for values in (predicted * true, predicted, true)]
+            sums += [sum_of_pixels(values) for values in (predicted * true, predicted, true)]
         return tf.concat(sums, axis=0)
 
     def value(self, sums: "tf.Tensor") -> "tf.Tensor":

@@ -424,10 +424,10 @@ def test_checkpoints_that_are_all_damaged_are_refused_and_nothing_is_lost(run, d
 
 
 def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
-    more = ["--test_every_n_steps", 15, "--max_epochs", 1, "--learning_rate", 3e-3]
+    more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
     done = run_script("train_unet.py", *arguments(databases, tmp_path / "again", *more))
     assert done.returncode == 0, done.stdout
-    [again], first = read_csv(tmp_path / "again" / "metrics.csv"), read_csv(run[0] / "metrics.csv")[0]
+    again, first = (read_csv(folder / "metrics.csv")[0] for folder in (tmp_path / "again", run[0]))
     assert float(again["train_loss"]) == pytest.approx(float(first["train_loss"]), rel=1e-3)
     assert float(again["test_loss"]) == pytest.approx(float(first["test_loss"]), rel=1e-3)
 

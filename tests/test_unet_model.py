@@ -145,6 +145,11 @@ def test_dice_and_cross_entropy_are_those_of_all_counted_pixels_of_the_classes_t
     assert float(loss.value(loss.sums(np.full_like(encoded, 255), logits))) == 0
 
 
+def test_sums_of_millions_of_pixels_are_exact_enough():
+    values = np.full((2, 1024, 1024, 2), 0.97, np.float32)
+    np.testing.assert_allclose(unet_model.sum_of_pixels(values), values.astype(np.float64).sum((0, 1, 2)), rtol=1e-4)
+
+
 def test_the_loss_of_a_training_step_is_that_of_the_softmax_it_begins_with():
     images, masks, _ = make_batch()
     trainer = make_trainer({"batch_norm": False}, Loss(2, with_dice=True))
