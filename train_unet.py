@@ -722,7 +722,10 @@ def add_training_options(group: Any) -> None:
     group.add_argument("--batch_size", type=whole_number(1, 2**16), default=4, help="images in a batch, for each GPU")
     text = "classes being segmented, background (0) included"
     group.add_argument("--number_classes", type=whole_number(1, MANY_CLASSES), default=2, help=text)
-    text = "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps"
+    text = (
+        "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps and a tenth of the run, then "
+        "see --schedule"
+    )
     group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
     text = "number of gradient update steps to take between test epochs: an epoch here, however small the data set"
     group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)

@@ -82,6 +82,18 @@ def test_a_run_learns(run):
     )
 
 
+def test_minutes_end_a_run_with_a_test_and_a_model_and_more_minutes_resume_it(databases, tmp_path):
+    folder = tmp_path / "out"
+    steps = []
+    for minutes in (0.5, 0.5, 0.8):
+        done = run_script("train_unet.py", *arguments(databases, folder, "--max_minutes", minutes), timeout=300)
+        assert done.returncode == 0 and f"{minutes:g} minutes are used up" in done.stdout, done.stdout
+        steps.append(int(read_csv(folder / "metrics.csv")[-1]["step"]))
+    assert 0 < steps[0] == steps[1] < steps[2]
+    assert (folder / "saved_model" / "saved_model.pb").is_file()
+    assert len(read_csv(folder / "metrics.csv")) == 2
+
+
 def best_epoch(folder):
     """Return the line of metrics.csv whose network is exported."""
     return min(read_csv(folder / "metrics.csv"), key=lambda row: float(row["test_loss"]))
