@@ -223,9 +223,14 @@ def test_the_augmentation_block_sets_every_limit_and_an_attribute_that_is_none_i
         "noise_augmentation_severity": 0.02,
         "scale_augmentation_severity": 0.1,
         "blur_max_sigma": 2,
+        "rotation_probability": 0.5,
+        "jitter_probability": 0.5,
+        "noise_probability": 0.5,
+        "scale_probability": 0.5,
+        "blur_probability": 0.5,
     }
     others = inspect.getfullargspec(augment.sample_transformation).kwonlyargs
-    assert sorted({*others} - limits.keys()) == ["intensity_augmentation_severity"]
+    assert sorted({*others} - limits.keys()) == ["intensity_augmentation_severity", "intensity_probability"]
     with pytest.raises(ValueError, match="found _rotation_flg$"):
         imagereader.augmentation_limits({"_rotation_flg": True, "_blur_max_sigma": 2})
 
