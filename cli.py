@@ -208,8 +208,8 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.raiseExceptions = False  # the work continues if its log cannot be written: a full disk, a closed pipe
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
     shield_keras()
-    for name in ("absl", "matplotlib", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, least in (("absl", logging.WARNING), ("matplotlib", logging.ERROR), ("tensorflow", logging.WARNING)):
+        logging.getLogger(name).setLevel(least)
     # A log line takes the place of the progress line that may stand in a terminal.
     start = CLEAR_LINE if sys.stdout.isatty() else ""
     if isinstance(sys.stdout, io.TextIOWrapper):  # no line is lost in a locale of few characters
@@ -408,11 +408,21 @@ def replacing(target: Path) -> Iterator[Path]:
 def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
     """Do as `replacing` for several files, of which either all are replaced or none."""
     temporaries = [temporary_name(target) for target in targets]
-    done: list[tuple[Path, Path, bool]] = []
     try:
         yield temporaries
         for temporary in temporaries:
             flush_to_disk(temporary)
+        with signals_postponed():  # one that comes between two renames would leave a file of each kind
+            rename_together(temporaries, targets)
+    finally:
+        for temporary in temporaries:
+            remove(temporary)
+
+
+def rename_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Give files the names of others, or leave all as they are if one cannot be renamed."""
+    done: list[tuple[Path, Path, bool]] = []
+    try:
         for temporary, target in list(zip(temporaries, targets))[:-1]:
             existed = os.path.lexists(target)
             (exchange if existed else os.rename)(temporary, target)
@@ -425,8 +435,6 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
                 exchange(temporary, target)
             else:
                 remove(target)
-        for temporary in temporaries:
-            remove(temporary)
 
 
 @contextlib.contextmanager
@@ -771,6 +779,27 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._pipe_before)
         os.close(self._pipe_end)  # which ends the thread
+
+
+@contextlib.contextmanager
+def signals_postponed() -> Iterator[None]:
+    """Have `STOP_SIGNALS` take effect when the block is done; for the main thread.
+
+    To block them there would not do: the system gives a signal to any thread that does not block it, and Python then
+    calls the handler in the main thread all the same.
+    """
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in STOP_SIGNALS:
+            before[number] = signal.getsignal(number)
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

@@ -136,11 +136,11 @@ class RingLayout:
         return np.ndarray(1 + self.num_workers, np.int64, memory)
 
 
-def _shared_memory_error(layout: RingLayout) -> InputError:
+def _shared_memory_error(layout: RingLayout, error: OSError) -> InputError:
     return InputError(
-        f"the readers need {layout.total_bytes / 2**20:.0f} MiB of shared memory, {SHARED_MEMORY_FOLDER} has "
-        f"{free_shared_memory() / 2**20:.0f} MiB free; lower --batch_size or --reader_count, or enlarge it "
-        "(docker run --shm-size)"
+        f"the readers need {layout.total_bytes / 2**20:.1f} MiB of shared memory, {SHARED_MEMORY_FOLDER} has "
+        f"{free_shared_memory() / 2**20:.1f} MiB free ({error.strerror}); lower --batch_size or --reader_count, or "
+        "enlarge it (docker run --shm-size)"
     )
 
 
@@ -473,7 +473,7 @@ class ImageReader:
             try:
                 self._memory = allocate_shared_memory(self._layout.total_bytes)
             except OSError as error:
-                raise _shared_memory_error(self._layout) from error
+                raise _shared_memory_error(self._layout, error) from error
             # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
             atexit.register(self.shutdown)
             logging.info(

@@ -193,6 +193,29 @@ def test_what_is_wrong_with_arguments_is_one_short_line(arguments, words):
     assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 1500
 
 
+@pytest.mark.parametrize("call", ["rename", "replace"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_signal_between_two_renames_leaves_files_of_one_kind(tmp_path, call, older):
+    targets = [tmp_path / "train", tmp_path / "test"]
+    for target in targets[: 2 * older]:
+        target.write_text("old")
+    script = (
+        "import os, signal, sys, pathlib, cli\n"
+        f"call = os.{call}\n"
+        "def interrupted(*names):\n"
+        "    call(*names); os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"os.{call} = interrupted\n"
+        "with cli.StopRequest(), cli.replacing_together([pathlib.Path(name) for name in sys.argv[1:]]) as new:\n"
+        "    for path in new: path.write_text('new')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, targets)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == (0 if older and call == "rename" else -2), done.stderr  # exchanged by another call
+    assert [target.read_text() for target in targets] == ["new", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
+
+
 def test_freed_memory_is_kept_for_the_next_allocation_even_if_tensorflow_gives_it_back():
     script = (
         "import resource, sys, numpy as np, cli\n"
