@@ -465,7 +465,8 @@ def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, aske
     printed = run_with_shared_memory(
         "1m", TOO_LITTLE_SHARED_MEMORY, tmp_path, database=str(databases[0]), lie=not asked_beforehand
     )
-    assert re.search(r"need 1\d\d MiB of shared memory, /dev/shm has [01] MiB free; lower --batch_size", printed)
+    pattern = r"need 1\d\d\.\d MiB of shared memory, /dev/shm has [01]\.\d MiB free \(.+\); lower --batch_size"
+    assert re.search(pattern, printed)
 
 
 TOO_LITTLE_SHARED_MEMORY = """
