@@ -261,7 +261,7 @@ class Parser(argparse.ArgumentParser):
         meant = [name for word in message.split() for name in self._options_near(word)]
         suggestion = f"; did you mean {' or '.join(meant)}?" if meant and "could match" not in message else ""
         if "expected one argument" in message:
-            suggestion += "; a value that begins with - is given as --option=VALUE"
+            suggestion += "; write a value that begins with - as --option=VALUE"
         shown = printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {shown}{suggestion} (-h lists all options)\n")
 
@@ -599,7 +599,7 @@ def without_patterns(folder: PathLike) -> Iterator[str]:
 
 
 def check_kinds(folder: Path, names: Iterable[str]) -> None:
-    """Refuse pipes, devices and the like where the suite wrote files and folders: whoever opens them may wait for ever.
+    """Refuse pipes, devices and the like where the suite wrote files and folders: whoever opens them may wait forever.
 
     Parameters
     ----------

@@ -331,13 +331,7 @@ def load_model(filepath: PathLike) -> Model:
 
 def load_model_once(folder: Path) -> Model:
     """Load a SavedModel that nobody replaces meanwhile."""
-    if not (folder / "saved_model.pb").is_file():
-        found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-        meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
-        raise InputError(
-            f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
-            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
-        )
+    check_saved_model(folder)
     import tensorflow as tf
 
     gpu = own_gpu()
@@ -345,7 +339,6 @@ def load_model_once(folder: Path) -> Model:
         tf.config.set_visible_devices([gpu], "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
-    check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))
     with without_patterns(folder) as path:
         metadata = read_model_metadata(folder, Path(path) / MODEL_METADATA_FILE)
         try:
@@ -377,6 +370,18 @@ def load_model_once(folder: Path) -> Model:
         metadata.get("image_dtype"),
         metadata.get("image_no_data"),
     )
+
+
+def check_saved_model(folder: Path) -> None:
+    """Refuse what is no SavedModel at first sight; needs no TensorFlow, which takes seconds to load."""
+    if not (folder / "saved_model.pb").is_file():
+        found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+        meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
+        raise InputError(
+            f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
+            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
+        )
+    check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))
 
 
 def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:

@@ -91,7 +91,7 @@ WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1  # at most, and of a run whose last ste
 DECAY_POWER = 0.9  # of the share of the steps that are left: so the learning rate falls
 PLATEAU_FACTOR = 0.1  # of the learning rate, if the test loss stops improving in a run without a known end
 EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count as an improvement
-TELLING_STEPS = 3  # after which it is said how long a test epoch will take
+REPORTING_STEPS = 3  # after which the log says how far test epochs are from each other
 LONG_EPOCH = 3600.0  # seconds, on a CPU
 FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**1.5 times as long as one of 8
 CHECKPOINTS_KEPT = 2
@@ -197,8 +197,7 @@ def train(
                     report.write(state, train_figures, test_figures, portable)
                     if is_best:
                         export(run, portable, metadata[0])
-            state.seconds = pace.elapsed()
-            checkpoints.save(state)
+            save_checkpoint(run)
             pace.finish_test()
     if report is not None:
         report.conclude(reason_to_end(run), state)
@@ -212,6 +211,7 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
     progress = Progress(label, length, "", run.global_batch, "images", first=state.epoch_step)
     batches.begin_measuring()
     votes, first, start = Votes(), state.epoch_step, time.monotonic()
+    learning_rate = learning_rate_at(state.step - 1, args, state)
     while steps_to_test(args, state) and not votes.stop:
         steps, votes = queue_steps(run, batches), Votes()
         for figures in one_late(steps):
@@ -219,19 +219,20 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
             if not math.isfinite(loss):
                 raise TrainingError(describe_loss(run, loss, batches.reader))
             state.count_step(loss, pixels, run.global_batch)
-            state.seconds = run.pace.note_step()
-            if run.pace.typical_steps >= TELLING_STEPS and not run.pace.is_reported:
+            run.pace.note_step()
+            if run.pace.typical_steps >= REPORTING_STEPS and not run.pace.is_reported:
                 report_pace(run)
             progress.update(state.epoch_step, f"loss {loss:.4f}, {batches},")
             votes = Votes(*map(max, zip(votes, cast)))
             if any(votes):
                 steps.close()  # after the one that is queued already, whose loss comes next
+        learning_rate = learning_rate_at(state.step - 1, args, state)  # before the plan changes
         heed(run, votes)
     progress.close()
     batches.advise(args.reader_count)
     if votes.stop:
         return None
-    figures = {"loss": state.mean_loss, "learning_rate": learning_rate_at(state.step - 1, args, state)}
+    figures = {"loss": state.mean_loss, "learning_rate": learning_rate}
     if state.epoch_step > first:  # not if the run was stopped in its test epoch
         rate = (state.epoch_step - first) * run.global_batch / (time.monotonic() - start)
         figures.update(images_per_second=rate, **batches.figures())
@@ -267,7 +268,7 @@ def queue_steps(run: Run, batches: "BatchSupply") -> Generator[Any, None, None]:
     first = run.state.step
     for step in range(first, first + steps_to_test(run.args, run.state)):
         run.trainer.set_learning_rate(learning_rate_at(step, run.args, run.state))
-        yield run.trainer.train_step(batches.next_batch(), cast_votes(run, batches))
+        yield run.trainer.train_step(batches.next_batch(), cast_votes(run))
 
 
 def one_late(queued: Iterable[Item]) -> Iterator[Item]:
@@ -360,9 +361,15 @@ def describe_loss(run: Run, loss: float, reader: ImageReader) -> str:
     )
 
 
+def save_checkpoint(run: Run) -> None:
+    """Write a checkpoint, with the time that the run has taken."""
+    run.state.seconds = run.pace.elapsed()
+    run.checkpoints.save(run.state)
+
+
 def save_and_stop(run: Run) -> int:
     """Write a checkpoint because a signal has come; return the exit code."""
-    run.checkpoints.save(run.state)
+    save_checkpoint(run)
     name = run.stop.signal.name if run.stop.signal else "a signal to another process"
     logging.info("stopped by %s at step %d, with a checkpoint; start again to go on", name, run.state.step)
     if run.state.best_epoch:
@@ -420,7 +427,8 @@ def reason_to_end(run: Run) -> str:
         return f"the test loss has not improved for {args.early_stopping} epochs"
     if args.max_epochs is not None and state.epoch >= args.max_epochs:
         return "last epoch reached"
-    if state.epoch_step == 0 and state.step == planned_steps(args, state) and state.step:
+    end = planned_steps(args, state)
+    if end is not None and state.step >= end and state.epoch_step == 0:
         return f"{args.max_minutes:g} minutes are used up"
     return ""
 
@@ -474,7 +482,7 @@ class Votes(NamedTuple):
     planned_steps: float = 0.0  # of the run in all; the votes of the replicas of one process add up to it
 
 
-def cast_votes(run: Run, batches: "BatchSupply") -> Votes:
+def cast_votes(run: Run) -> Votes:
     """Return the votes of this process; only the first one looks at the clock."""
     args, state, pace = run.args, run.state, run.pace
     votes = Votes(bool(run.stop))
@@ -499,7 +507,7 @@ def heed(run: Run, votes: Votes) -> None:
     if votes.end:
         state.planned_steps, state.planned_minutes = state.step, args.max_minutes
     if votes.save and not votes.stop:
-        run.checkpoints.save(state)
+        save_checkpoint(run)
 
 
 def report_pace(run: Run) -> None:
@@ -543,16 +551,15 @@ class Pace:
         self.test_steps = test_steps
 
     def elapsed(self) -> float:
-        """Return for how many seconds the run has been going on."""
+        """Return how many seconds the run has taken."""
         return time.monotonic() - self._begun
 
-    def note_step(self) -> float:
-        """Take note of the end of a step; return `elapsed`."""
+    def note_step(self) -> None:
+        """Take note of the end of a step."""
         now = time.monotonic()
         if len(self._durations) < self.UNTYPICAL + self.KNOWN and not math.isnan(now - self._last):
             self._durations.append(now - self._last)
         self._last = now
-        return self.elapsed()
 
     def begin_test(self) -> None:
         """Take note of the beginning of a test epoch."""
@@ -702,7 +709,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("train_unet", "Script which trains a unet model")
     add_data_options(parser.add_argument_group("data"))
     add_training_options(parser.add_argument_group("training"))
-    add_run_options(parser.add_argument_group("network and run"))
+    add_learning_options(parser.add_argument_group("network, loss and schedule"))
+    add_run_options(parser.add_argument_group("run"))
     return parser
 
 
@@ -739,8 +747,8 @@ def add_training_options(group: Any) -> None:
     group.add_argument("--reader_count", type=process_count, default=1, help=text)
 
 
-def add_run_options(group: Any) -> None:
-    """Add options beyond the specification."""
+def add_learning_options(group: Any) -> None:
+    """Add options beyond the specification: the network, its loss, and how long to train it."""
     text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
     group.add_argument("--baseline_feature_depth", type=whole_number(1, MANY_FEATURES), default=64, help=text)
     text = "stop after so many test epochs; the learning rate falls to 0 until then"
@@ -757,7 +765,7 @@ def add_run_options(group: Any) -> None:
     )
     group.add_argument("--schedule", choices=("falling", "constant"), default="falling", help=text)
     text = (
-        "what training makes small, and the test loss by which the best model is chosen; cross_entropy_dice adds the "
+        "what training minimizes, and the test loss by which the best model is chosen; cross_entropy_dice adds the "
         "Dice loss, for which small classes matter as much as large ones"
     )
     group.add_argument(
@@ -770,6 +778,14 @@ def add_run_options(group: Any) -> None:
         "instead of those of the last step [0 = false, 1 = true]"
     )
     add_flag(group, "--average_weights", 1, text)
+    text = "factor of each class in the loss, such as 1,5,5; auto lets all classes weigh the same in total"
+    group.add_argument("--class_weights", type=class_weights, help=text)
+    text = "share of the target, 0 to below 1, that is spread over all classes while training"
+    group.add_argument("--label_smoothing", type=share_float, default=0.0, help=text)
+
+
+def add_run_options(group: Any) -> None:
+    """Add options beyond the specification: how to compute, and to resume."""
     text = "seed of the image order, the augmentation, dropout and the network's first weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = "auto goes on with the run that --output_dir holds, never insists on an empty folder"
@@ -778,10 +794,6 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--test_reader_count", type=process_count, default=1, help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
     group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
-    text = "factor of each class in the loss, such as 1,5,5; auto lets all classes weigh the same in total"
-    group.add_argument("--class_weights", type=class_weights, help=text)
-    text = "share of the target, 0 to below 1, that is spread over all classes while training"
-    group.add_argument("--label_smoothing", type=share_float, default=0.0, help=text)
     text = (
         "whether to compute in float16 with float32 weights and a scaled loss, for GPUs that are faster so (V100 and "
         "later); the exported model is float32 [0 = false, 1 = true]"

@@ -31,7 +31,7 @@ DROPOUT_LEVELS = 2  # the deepest ones
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
 LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
-AVERAGED_EACH_STEP = 100  # the first steps of a run
+AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
 
 
 def build_unet(
@@ -252,41 +252,6 @@ def counted_pixels(masks: "tf.Tensor") -> "tf.Tensor":
     return tf.not_equal(masks, masks.dtype.max)
 
 
-def per_pixel_loss(
-    masks: "tf.Tensor",
-    logits: "tf.Tensor",
-    label_smoothing: float = 0.0,
-    class_weights: Optional[Sequence[float]] = None,
-) -> "tf.Tensor":
-    """Return the cross-entropy of each pixel, 0 for those to ignore.
-
-    Parameters
-    ----------
-    masks : tensor of integers, shape (N, H, W)
-        Class ids; see `counted_pixels`.
-    logits : tensor of float32, shape (N, H, W, classes)
-        What the network gives.
-    label_smoothing : float
-        Share of the target that is spread over all classes alike.
-    class_weights : sequence of float, optional
-        Factor for the pixels of each class.
-
-    Returns
-    -------
-    tensor of float32, shape (N, H, W)
-        In natural units.
-    """
-    counted = counted_pixels(masks)
-    masks = tf.where(counted, tf.cast(masks, tf.int32), 0)  # of another id the loss would be an error, or NaN on a GPU
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(masks, logits)
-    if label_smoothing:
-        of_all_classes = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
-        losses = (1 - label_smoothing) * losses + label_smoothing * of_all_classes
-    if class_weights is not None:
-        losses *= tf.gather(tf.constant(class_weights, tf.float32), masks)
-    return tf.where(counted, losses, 0.0)
-
-
 def sum_of_pixels(values: "tf.Tensor") -> "tf.Tensor":
     """Return the sum of values (N, H, W, classes) for each class.
 
@@ -321,6 +286,18 @@ class Loss:
     label_smoothing: float = 0.0
     class_weights: Optional[tuple[float, ...]] = None
 
+    def cross_entropy(self, masks: "tf.Tensor", logits: "tf.Tensor") -> "tf.Tensor":
+        """Return the cross-entropy of each pixel, (N, H, W), in natural units; 0 for those to ignore; see `sums`."""
+        counted = counted_pixels(masks)
+        masks = tf.where(counted, tf.cast(masks, tf.int32), 0)  # another id would be an error, or NaN on a GPU
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(masks, logits)
+        if self.label_smoothing:
+            of_all_classes = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
+            losses = (1 - self.label_smoothing) * losses + self.label_smoothing * of_all_classes
+        if self.class_weights is not None:
+            losses *= tf.gather(tf.constant(self.class_weights, tf.float32), masks)
+        return tf.where(counted, losses, 0.0)
+
     def sums(self, masks: "tf.Tensor", logits: "tf.Tensor", weights: Optional["tf.Tensor"] = None) -> "tf.Tensor":
         """Return what `value` needs to know of some images.
 
@@ -340,7 +317,7 @@ class Loss:
             of each class. They may be added to those of other images.
         """
         counted = counted_pixels(masks)
-        losses = per_pixel_loss(masks, logits, self.label_smoothing, self.class_weights)
+        losses = self.cross_entropy(masks, logits)
         if weights is not None:
             counted &= weights[:, None, None] > 0
             losses *= weights[:, None, None]
@@ -458,7 +435,7 @@ class Adam(tf.Module):
 
 def average_interval(step: int) -> int:
     """Return after how many steps the averaged weights are updated, so late in a run: rarely enough to cost nothing."""
-    return 1 if step < AVERAGED_EACH_STEP else 10
+    return 1 if step < AVERAGED_EACH_STEP else AVERAGING_INTERVAL
 
 
 def average_decay(step: int) -> float:
@@ -567,9 +544,7 @@ class UNetTrainer:
             replicas, so that all processes know of it at the same step. A GPU may still be computing it.
         """
         if self._steps_taken is None:
-            self._steps_taken = int(
-                self.step.numpy()
-            )  # not 0 in a resumed run; from now on counted here, as asking takes time
+            self._steps_taken = int(self.step.numpy())  # of a resumed run, too; counted here then: asking takes time
         numbers = tf.constant([self._learning_rate, *map(float, votes)], tf.float32)
         result = (self._try_xla if self._xla_on_trial else self._take_step)(batch, numbers)
         self._steps_taken += 1
@@ -584,7 +559,7 @@ class UNetTrainer:
 
     @tf.function(autograph=False)
     def _update_average(self, decay: "tf.Tensor") -> None:
-        """Move the averaged weights towards those of the last step, each replica its own copy of them."""
+        """Move the averaged weights toward those of the last step, each replica its own copy of them."""
 
         def update() -> None:
             for averaged, last in zip(self.averaged.weights, self.model.weights):

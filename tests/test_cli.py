@@ -179,7 +179,7 @@ def test_a_gpu_for_two_tasks_is_refused_where_they_must_not_share():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--image_no_data", "-inf"], "a value that begins with - is given as --option=VALUE"),
+        (["--image_no_data", "-inf"], "write a value that begins with - as --option=VALUE"),
         (["stray\nline\x1b[31m"], r"unrecognized arguments: stray\nline\x1b[31m"),
         (["--split_by", "a{99999999999}"], "expected a regular expression"),
         (["--split_by", "(" * 3000 + ")" * 3000], "expected a regular expression"),

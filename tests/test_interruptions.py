@@ -104,12 +104,12 @@ def test_two_replicas_that_are_stopped_end_like_two_that_were_not(databases, tmp
 
 HANGS = """
     import unet_model
-    per_pixel_loss = unet_model.per_pixel_loss
+    sums = unet_model.Loss.sums
     def hang(*arguments, **options):
         asleep = tf.numpy_function(lambda: print("asleep", flush=True) or time.sleep(600), [], [])
         with tf.control_dependencies([asleep]):
-            return per_pixel_loss(*arguments, **options)
-    unet_model.per_pixel_loss = hang
+            return sums(*arguments, **options)
+    unet_model.Loss.sums = hang
 """
 
 

@@ -600,6 +600,11 @@ def test_minutes_become_a_last_step_that_a_resume_keeps_and_other_minutes_change
     assert train_unet.steps_to_test(args, state) == 20
     both = parse("--test_every_n_steps", 100, "--max_minutes", 8, "--max_epochs", 4)
     assert train_unet.last_step(both, make_state(planned_steps=430, planned_minutes=8.0)) == 400
+    state.epoch_step = 0
+    for step, ended in ((429, False), (430, True), (432, True)):  # steps that are queued already are taken
+        state.step = step
+        run = SimpleNamespace(args=args, state=state)
+        assert train_unet.reason_to_end(run) == ("8 minutes are used up" if ended else "")
     for others in (("--max_minutes", 9), ()):
         assert train_unet.last_step(parse(*others), state) is None
 
@@ -623,7 +628,7 @@ def test_without_an_end_the_learning_rate_falls_where_the_test_loss_stops_improv
         (30, 1, "1000 steps and their test epoch take about 8:24:20"),
     ],
 )
-def test_a_test_epoch_that_takes_long_on_a_cpu_is_told_with_the_features_that_fit(
+def test_a_test_epoch_that_takes_long_on_a_cpu_is_reported_with_the_features_that_fit(
     step, gpus, words, monkeypatch, caplog
 ):
     import tensorflow as tf

@@ -63,16 +63,18 @@ def test_ignored_pixels_have_no_part_in_loss_gradient_and_counts():
     masks, logits = rng.integers(0, 3, (2, 16, 16)).astype(np.uint8), rng.normal(0, 3, (2, 16, 16, 3))
     ignored = rng.random(masks.shape) < 0.4
     ignored[1] = True
-    options = {"label_smoothing": 0.1, "class_weights": [0.5, 1, 4]}
+    loss = Loss(3, True, 0.1, (0.5, 1, 4))
     expected = cross_entropy(logits, masks, [0.5, 1, 4], 0.1) * ~ignored
     for dtype in (np.uint8, np.int32):
         encoded = np.where(ignored, np.iinfo(dtype).max, masks.astype(dtype))
         variable = tf.Variable(logits.astype(np.float32))
-        with tf.GradientTape() as tape:
-            loss = unet_model.per_pixel_loss(tf.constant(encoded), variable, **options)
-        gradient = tape.gradient(loss, variable).numpy()
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
-        assert (gradient[ignored] == 0).all() and (gradient[~ignored] != 0).all()
+        with tf.GradientTape(persistent=True) as tape:
+            losses = loss.cross_entropy(tf.constant(encoded), variable)
+            value = loss.value(loss.sums(tf.constant(encoded), variable))
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        for result in (losses, value):
+            gradient = tape.gradient(result, variable).numpy()
+            assert (gradient[ignored] == 0).all() and (gradient[~ignored] != 0).all()
         counts = confusion_matrix(tf.constant(encoded), variable, tf.ones(2), 3).numpy()
         hits = (masks == logits.argmax(-1)) & ~ignored
         assert counts.sum() == (~ignored).sum() and np.trace(counts) == hits.sum()
@@ -110,11 +112,11 @@ def test_the_loss_with_smoothed_labels_and_weighted_classes_is_that_of_scipy():
     masks, logits = rng.integers(0, 3, (2, 5, 6)).astype(np.uint8), rng.normal(0, 3, (2, 5, 6, 3)).astype(np.float32)
     target = np.eye(3)[masks] * 0.8 + 0.2 / 3
     expected = -(target * special.log_softmax(logits.astype(np.float64), axis=-1)).sum(-1)
-    weights = [0.5, 1, 4]
-    loss = unet_model.per_pixel_loss(masks, tf.constant(logits), 0.2, weights)
-    np.testing.assert_allclose(loss, expected * np.array(weights)[masks], rtol=1e-5)
+    weights = (0.5, 1, 4)
+    losses = Loss(3, label_smoothing=0.2, class_weights=weights).cross_entropy(masks, tf.constant(logits))
+    np.testing.assert_allclose(losses, expected * np.array(weights)[masks], rtol=1e-5)
     plain = -np.take_along_axis(special.log_softmax(logits.astype(np.float64), axis=-1), masks[..., None], -1)[..., 0]
-    np.testing.assert_allclose(unet_model.per_pixel_loss(masks, tf.constant(logits)), plain, rtol=1e-5)
+    np.testing.assert_allclose(Loss(3).cross_entropy(masks, tf.constant(logits)), plain, rtol=1e-5)
 
 
 def dice_loss(softmax, masks, known, class_weights, label_smoothing=0.0):
