@@ -23,6 +23,7 @@ import logging
 import queue
 import re
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ Item = TypeVar("Item")
 TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
+OWNER_SECONDS = 0.5  # after which a thread without tiles checks whether somebody is left to send some
 SUBFOLDERS = ("probabilities", "overlays")  # of the output folder
 OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
 
@@ -992,8 +994,17 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         )
 
     def _tiles(self) -> Iterator[np.ndarray]:
-        """Yield the tiles that come through the queue."""
-        while (tile := self._full.get()) is not None:
+        """Yield the tiles that come through the queue, to the None at its end.
+
+        A signal may stop the main thread after this one has begun and before `__exit__` is sure to be called.
+        """
+        while threading.main_thread().is_alive():
+            try:
+                tile = self._full.get(timeout=OWNER_SECONDS)
+            except queue.Empty:
+                continue
+            if tile is None:
+                return
             yield tile
 
     def _sort(self) -> None:

@@ -316,6 +316,18 @@ def test_a_signal_to_inference_leaves_only_complete_masks(tmp_path, number):
         assert tifffile.imread(path).shape == (700, 700)
 
 
+def test_a_file_that_is_begun_and_never_finished_does_not_keep_the_process(tmp_path):
+    """As after a signal just before its context is entered."""
+    script = (
+        "import sys, time, numpy as np, inference_unet\n"
+        "tiff = inference_unet.TiledTiff(sys.argv[1], (512, 512), np.dtype('uint8'), {})\n"
+        "time.sleep(1); raise KeyboardInterrupt\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "a.tif"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_a_build_whose_processes_are_all_killed_leaves_no_shared_memory_and_no_semaphore(tmp_path, number):
     write_folders(tmp_path, count=40, shape=(512, 512, 1))
