@@ -652,8 +652,16 @@ class ImageReader:
             logging.warning("%s: Input Queue Starvation Over", self._name)
 
     def get_tf_dataset(self) -> Any:
-        """Return the stream as an endless `tf.data.Dataset` of (images, masks, weights), shaped as `Batch`."""
+        """Return the stream as an endless `tf.data.Dataset` of (images, masks, weights), shaped as `Batch`.
+
+        It ends if a worker has failed, and `raise_failure` then raises that error: TensorFlow would log the traceback
+        of an error within the stream, even if all that is wrong is a damaged database.
+        """
         import tensorflow as tf
+
+        def stream() -> Iterator[tuple[np.ndarray, ...]]:
+            with contextlib.suppress(InputError, ReaderError):
+                yield from map(tuple, self.generator())
 
         shape = (self._layout.batch_size, *self._layout.image_shape)
         signature = (
@@ -661,7 +669,7 @@ class ImageReader:
             tf.TensorSpec(shape[:3], tf.dtypes.as_dtype(self._layout.mask_dtype)),
             tf.TensorSpec(shape[:1], tf.float32),
         )
-        dataset = tf.data.Dataset.from_generator(lambda: map(tuple, self.generator()), output_signature=signature)
+        dataset = tf.data.Dataset.from_generator(stream, output_signature=signature)
         # Nothing here is left to tune, and an iterator cannot be destroyed while the thread that would tune it sleeps,
         # for up to a minute.
         options = tf.data.Options()

@@ -88,7 +88,6 @@ Item = TypeVar("Item")
 TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
-OWNER_SECONDS = 0.5  # after which a thread without tiles checks whether somebody is left to send some
 SUBFOLDERS = ("probabilities", "overlays")  # of the output folder
 OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
 
@@ -940,8 +939,10 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its pixels that are not there yet
         self._order: list[int] = []  # of the tiles in the file
         self._full: queue.Queue[Optional[np.ndarray]] = queue.Queue(QUEUED_TILES)
-        self._executor = ThreadPoolExecutor(1)
-        self._writing = self._executor.submit(self._write)
+        self._failure: Optional[BaseException] = None  # of the thread
+        # A daemon: a signal may stop the main thread before `__exit__` is sure to be called, and the process must end.
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
 
     def add(self, row: int, column: int, pixels: np.ndarray) -> None:
         """Take a block of pixels that begins at a row and column; each pixel is to be given once."""
@@ -970,42 +971,36 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
 
     def _hand_over(self, tile: Optional[np.ndarray]) -> None:
         """Put a tile into the queue, None at the end; raise what has stopped the thread."""
-        while not self._writing.done():
+        while self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 return self._full.put(tile, timeout=0.1)
-        self._writing.result()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        """Raise what has stopped the thread, if anything has."""
+        if self._failure is not None:
+            raise self._failure
 
     def _write(self) -> None:
         """Write the tiles that come through the queue; runs in a thread."""
         import tifffile
 
-        tifffile.imwrite(
-            self._path,
-            self._tiles(),
-            shape=self._shape,
-            dtype=self._dtype,
-            tile=(TIFF_TILE, TIFF_TILE),
-            compression="zlib",
-            maxworkers=1,
-            photometric="minisblack",
-            planarconfig="contig" if len(self._shape) == 3 else None,
-            bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize > BIGTIFF_FROM_BYTES,
-            **self._placement,
-        )
-
-    def _tiles(self) -> Iterator[np.ndarray]:
-        """Yield the tiles that come through the queue, to the None at its end.
-
-        A signal may stop the main thread after this one has begun and before `__exit__` is sure to be called.
-        """
-        while threading.main_thread().is_alive():
-            try:
-                tile = self._full.get(timeout=OWNER_SECONDS)
-            except queue.Empty:
-                continue
-            if tile is None:
-                return
-            yield tile
+        try:
+            tifffile.imwrite(
+                self._path,
+                iter(self._full.get, None),
+                shape=self._shape,
+                dtype=self._dtype,
+                tile=(TIFF_TILE, TIFF_TILE),
+                compression="zlib",
+                maxworkers=1,
+                photometric="minisblack",
+                planarconfig="contig" if len(self._shape) == 3 else None,
+                bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize > BIGTIFF_FROM_BYTES,
+                **self._placement,
+            )
+        except BaseException as error:
+            self._failure = error
 
     def _sort(self) -> None:
         """Bring the table of the tiles' places from the order of writing into that of rows and columns."""
@@ -1020,14 +1015,15 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
 
     def __exit__(self, kind: Optional[type], *exception: object) -> None:
         """Finish the file, or after an exception only end the thread."""
-        with self._executor:
-            if kind is None:
+        if kind is None:
+            self._hand_over(None)
+            self._thread.join()
+            self._raise_failure()
+            self._sort()
+        else:
+            with contextlib.suppress(Exception):
                 self._hand_over(None)
-                self._writing.result()
-                self._sort()
-            else:
-                with contextlib.suppress(Exception):
-                    self._hand_over(None)
+            self._thread.join()
 
 
 @contextlib.contextmanager
