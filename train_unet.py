@@ -493,7 +493,7 @@ def cast_votes(run: Run) -> Votes:
         return votes
     left = 60 * args.max_minutes - pace.elapsed()
     if planned_steps(args, state) is None and pace.is_known:
-        total = state.step + pace.steps_within(left, args.test_every_n_steps)
+        total = pace.last_step_within(left, state.step, args.test_every_n_steps)
         return votes._replace(planned_steps=total / (run.trainer.num_replicas // run.cluster.world_size))
     return votes._replace(end=left < pace.closing_seconds + 2 * pace.step_seconds)
 
@@ -534,8 +534,8 @@ class Pace:
     """How long steps and test epochs take in this process, and how long the run has taken in all its processes."""
 
     UNTYPICAL, KNOWN = 2, 20  # steps: the first ones take longer; after so many the pace is known
-    TEST_STEP_SHARE = 0.5  # of the time of a training step, which takes a backward pass as well
-    WRITING_SECONDS = 10.0  # for pictures, model and checkpoint
+    TEST_STEP_SHARE = 0.4  # of the time of a training step, which takes a backward pass as well
+    WRITING_SECONDS = 5.0  # for pictures, model and checkpoint
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
@@ -589,11 +589,16 @@ class Pace:
         """Seconds of the slowest test epoch, with all that is written after it; a guess before there was one."""
         return self._tested or self.TEST_STEP_SHARE * self.test_steps * self.step_seconds + self.WRITING_SECONDS
 
-    def steps_within(self, seconds: float, steps_per_test: int) -> int:
-        """Return how many steps fit into so many seconds with the test epochs after each `steps_per_test` of them."""
+    def last_step_within(self, seconds: float, step: int, steps_per_test: int) -> int:
+        """Return the last step of a run at `step` that has so many seconds left, its test epochs included.
+
+        Steps behind the last full epoch that take less time than a test epoch are left out: they are not worth one.
+        """
         seconds -= self.closing_seconds  # of the last test epoch
         of_tests = self.closing_seconds / steps_per_test if seconds > steps_per_test * self.step_seconds else 0.0
-        return max(int(seconds / (self.step_seconds + of_tests)), 0)
+        last = step + max(int(seconds / (self.step_seconds + of_tests)), 0)
+        rest = last % steps_per_test
+        return last - rest if step <= last - rest and rest * self.step_seconds < self.closing_seconds else last
 
 
 # ---------------------------------------------------------------------------------------------- batches

@@ -657,8 +657,9 @@ def test_steps_that_fit_into_some_seconds_leave_room_for_all_test_epochs(monkeyp
     seconds[0] += 20
     pace.finish_test()
     assert pace.closing_seconds == 20
-    assert pace.steps_within(1020, 50) == 1000 / (2 + 20 / 50) // 1
-    assert pace.steps_within(60, 50) == 20 and pace.steps_within(10, 50) == 0
+    assert pace.last_step_within(1020, 7, 50) == 7 + 1000 / (2 + 20 / 50) // 1
+    assert pace.last_step_within(60, 7, 50) == 27 and pace.last_step_within(10, 7, 50) == 7
+    assert pace.last_step_within(1020, 40, 50) == 450  # seven more steps are not worth a test epoch
 
 
 @pytest.mark.parametrize("queue, wait, advised", [(0, 5, True), (4, 5, False), (0, 0.25, False)])

@@ -1,0 +1,206 @@
+"""Masks at equal time: what the suite with and without each of its levers, and another tool, make of one data set.
+
+    python tests/benchmarks/quality.py --results cells.jsonl --image_folder data/images --mask_folder data/masks
+    python tests/benchmarks/quality.py ... --variants all peer --seeds 0 1 2 \
+        --peer "/path/to/its/python peer.py {folder} {seconds} {seed}"
+
+Every fifth pair is held out, and only the final scores know it. The others are built into databases with the options
+of build_lmdb.py that are given; a network is trained for so many seconds, start and export included, and segments the
+held-out images. Variants: ``all`` trains as the README advises for a CPU, ``none`` without all levers of `OFF`,
+``all-NAME`` without one of them, ``only-NAME`` without the others. ``peer`` is a command that trains on the pairs of
+FOLDER/tr/images and FOLDER/tr/masks and ends with a line of JSON that has ``dice``, a list: that of each class over all
+pixels of FOLDER/te. The variants take turns at each seed.
+
+A finished run is a line of the results file. A run whose line is there is not repeated, so that a table of many hours
+can be interrupted and continued. Each data set has a file of its own.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, finish, machine, make_parser
+
+import build_lmdb
+from cli import positive_int
+from image_files import read_image
+
+HELD_OUT_EVERY = 5  # pairs
+# The levers: the options of train_unet.py that pull each of them, those that do not, and attributes of the reader's
+# block of augmentation, which has no options, that do not
+LEVERS = {
+    "features": ("--baseline_feature_depth 8 --learning_rate 1e-3", "--baseline_feature_depth 16", {}),
+    "loss": ("", "--loss cross_entropy", {}),
+    "averages": ("", "--average_weights 0", {}),
+    "schedule": ("", "--schedule constant", {}),
+    "dropout": ("", "--dropout 0.5", {}),
+    "augmentation": (
+        "", "", {f"_{name}_probability": 1.0 for name in ("rotation", "jitter", "noise", "scale", "blur")},
+    ),
+}  # fmt: skip
+
+
+def parse_arguments():
+    """Return the arguments, and those of build_lmdb.py among them."""
+    parser = make_parser(f"{__doc__.splitlines()[0]} All other options are those of build_lmdb.py.")
+    parser.add_argument("--results", type=Path, required=True, help="file of finished runs, one JSON line each")
+    parser.add_argument("--number_classes", type=positive_int, default=2)
+    parser.add_argument("--variants", nargs="+", default=["all", "none"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seconds", type=positive_int, default=480, help="for training, start and export included")
+    parser.add_argument("--options", default="", help="further options of train_unet.py, for all variants")
+    parser.add_argument("--peer", help="command of another tool, with {folder}, {seconds} and {seed}")
+    args, rest = parser.parse_known_args()
+    args.build_options = rest
+    given = ["--output_folder", ".", "--dataset_name", "quality", *rest]
+    return args, build_lmdb.build_parser().parse_args(given)
+
+
+def missing_levers(variant):
+    """Return the levers that a variant does without."""
+    kind, _, name = variant.partition("-")
+    if variant in ("all", "none"):
+        return [] if variant == "all" else list(LEVERS)
+    if name not in LEVERS or kind not in ("all", "only"):
+        raise SystemExit(f"expected all, none, peer, all-NAME or only-NAME with one of {', '.join(LEVERS)}, got {variant}")
+    return [name] if kind == "all" else [lever for lever in LEVERS if lever != name]
+
+
+def lay_out(pairs, folder):
+    """Link the pairs into the folders tr and te; return those of te."""
+    held_out = []
+    for index, pair in enumerate(pairs):
+        side = "tr" if index % HELD_OUT_EVERY else "te"
+        for kind, source in (("images", pair.image), ("masks", pair.mask)):
+            target = folder / side / kind / Path(source).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(Path(source).resolve())
+        if side == "te":
+            held_out.append(pair)
+    return held_out
+
+
+def copy_suite(folder, attributes):
+    """Copy the suite into a folder, with other values of some attributes of the reader."""
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    reader = folder / "imagereader.py"
+    text = reader.read_text()
+    for name, value in attributes.items():
+        text, count = re.subn(rf"(self\.{name}) = .*", rf"\1 = {value}", text)
+        assert count == 1, f"expected one {name} in imagereader.py, found {count}"
+    reader.write_text(text)
+
+
+def run(command, log):
+    """Run a command; if it fails, end with the last lines of its log."""
+    with open(log, "a") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit("\n".join([f"exit code {code}:", *log.read_text(errors="replace").splitlines()[-20:]]))
+
+
+def train(args, training, work, variant, seed):
+    """Build, train and export with a variant; return what it took."""
+    missing = missing_levers(variant)
+    options = [word for lever, (on, off, _) in LEVERS.items() for word in (off if lever in missing else on).split()]
+    copy_suite(work / "suite", {name: value for lever in missing for name, value in LEVERS[lever][2].items()})
+    # The last of an option that is given twice counts.
+    folders = ["--image_folder", training / "images", "--mask_folder", training / "masks", "--output_folder", work]
+    build = [work / "suite" / "build_lmdb.py", *args.build_options, *folders, "--dataset_name", "quality"]
+    run([sys.executable, *build], work / "log")
+    command = [sys.executable, work / "suite" / "train_unet.py", "--number_classes", args.number_classes]
+    command += ["--train_database", work / "train-quality.lmdb", "--test_database", work / "test-quality.lmdb"]
+    command += ["--output_dir", work / "run", "--seed", seed, "--max_minutes", args.seconds / 60]
+    start = time.monotonic()
+    run([*map(str, command), *options, *shlex.split(args.options)], work / "log")
+    steps = (work / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[1]
+    return {"seconds": round(time.monotonic() - start), "steps": int(steps)}
+
+
+def dice_of(confusion):
+    """Return the Dice of each class; nothing found and nothing there is 1."""
+    both = confusion.sum(0) + confusion.sum(1)
+    return [2 * hits / total if total else 1.0 for hits, total in zip(np.diag(confusion).tolist(), both.tolist())]
+
+
+def score(pairs, masks, build_args, classes):
+    """Return the Dice of each class over all pixels of pairs; what the label map ignores is left out."""
+    confusion = np.zeros((classes, classes), np.int64)
+    label_map = build_lmdb.LabelMap.of(build_args)
+    for pair in pairs:
+        truth = read_image(pair.mask, as_mask=True)[..., 0]
+        truth = truth if label_map is None else label_map.apply(truth)
+        [found] = masks.glob(f"{Path(pair.image).stem}.*")
+        counted = truth != build_lmdb.IGNORED
+        cells = truth[counted].astype(int) * classes + read_image(found)[..., 0][counted]
+        confusion += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+    return {"dice": dice_of(confusion)}
+
+
+def run_variant(args, build_args, variant, seed):
+    """Train and score in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        pairs, _ = build_lmdb.find_pairs(build_args)
+        held_out = lay_out(pairs, work / "set")
+        if variant == "peer":
+            command = args.peer.format(folder=work / "set", seconds=args.seconds, seed=seed)
+            run(shlex.split(command), work / "log")
+            return {"dice": json.loads((work / "log").read_text().splitlines()[-1])["dice"]}
+        result = train(args, work / "set" / "tr", work, variant, seed)
+        inference = [work / "suite" / "inference_unet.py", "--saved_model_filepath", work / "run" / "saved_model"]
+        inference += ["--image_folder", work / "set" / "te" / "images", "--output_folder", work / "masks"]
+        run([sys.executable, *inference, "--image_format", build_args.image_format], work / "log")
+        return result | score(held_out, work / "masks", build_args, args.number_classes)
+
+
+def read_results(path):
+    """Return the lines of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summarize_variant(lines):
+    """Return mean and range of the mean Dice of some runs, and the mean Dice of each class."""
+    means = [statistics.mean(line["dice"]) for line in lines]
+    classes = [statistics.mean(values) for values in zip(*(line["dice"] for line in lines))]
+    return {"runs": len(means), "mean": statistics.mean(means), "least": min(means), "greatest": max(means), "dice": classes}
+
+
+def main():
+    """Do the runs that are missing and print the table of all."""
+    args, build_args = parse_arguments()
+    missing = [variant for variant in args.variants if variant != "peer" and missing_levers(variant) is None]
+    assert not missing
+    for seed in args.seeds:
+        for variant in args.variants:
+            key = {"variant": variant, "seed": seed, "allowed": args.seconds, "options": args.options}
+            if not any(key.items() <= line.items() for line in read_results(args.results)):
+                line = key | {"machine": machine()} | run_variant(args, build_args, variant, seed)
+                with open(args.results, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+    groups = {}
+    for line in read_results(args.results):
+        groups.setdefault((line["variant"], line["allowed"], line["options"]), []).append(line)
+    lines = [dict(zip(("variant", "seconds", "options"), key)) | summarize_variant(runs) for key, runs in groups.items()]
+    if not args.json:
+        for line in lines:
+            shown = ", ".join(f"{value:.3f}" for value in line["dice"])
+            print(
+                f"{line['variant']:18} {line['seconds']:5} s {line['options']}  mean Dice {line['mean']:.4f} "
+                f"({line['least']:.4f} to {line['greatest']:.4f}, {line['runs']} runs), of each class {shown}"
+            )
+    finish({"lines": lines}, args.json)
+
+
+if __name__ == "__main__":
+    main()
