@@ -94,6 +94,7 @@ EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count 
 REPORTING_STEPS = 3  # after which the log says how far test epochs are from each other
 LONG_EPOCH = 3600.0  # seconds, on a CPU
 FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**1.5 times as long as one of 8
+WORTH_COMPILING = 2**20  # pixels of a batch times features, on a CPU: compiling takes longer than many short steps
 CHECKPOINTS_KEPT = 2
 OUTPUT_FILES = (  # that a resumed run opens
     "train.log", "settings.json", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*", "tensorboard-*/",
@@ -174,7 +175,7 @@ def train(
     weights: Optional[list[float]],
 ) -> int:
     """Train until the test loss stops improving, epochs or minutes are used up or a signal comes; return exit code."""
-    trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
+    trainer, portable = build_networks(args, strategy, metadata[0].image_shape, weights)
     checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
     state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
     state.stopping.patience = args.early_stopping
@@ -284,7 +285,7 @@ def one_late(queued: Iterable[Item]) -> Iterator[Item]:
 
 
 def build_networks(
-    args: argparse.Namespace, strategy: Any, channels: int, weights: Optional[list[float]]
+    args: argparse.Namespace, strategy: Any, image_shape: tuple[int, int, int], weights: Optional[list[float]]
 ) -> tuple["UNetTrainer", Any]:
     """Return the network in training, and one like it in float32 on one device: to export and to draw."""
     import tensorflow as tf
@@ -292,7 +293,7 @@ def build_networks(
     from unet_model import Loss, UNetTrainer, build_unet
 
     tf.keras.utils.set_random_seed(args.seed)
-    network = channels, args.number_classes, args.baseline_feature_depth
+    network = image_shape[2], args.number_classes, args.baseline_feature_depth
     precision = "mixed_float16" if args.mixed_precision else "float32"
     trainer = UNetTrainer(
         strategy,
@@ -307,13 +308,13 @@ def build_networks(
         args.seed,
         bool(args.average_weights),
         bool(args.mixed_precision),
-        uses_xla(args, strategy),
+        uses_xla(args, strategy, image_shape),
     )
     return trainer, build_unet(*network)
 
 
-def uses_xla(args: argparse.Namespace, strategy: Any) -> Optional[bool]:
-    """Return whether to compile the training step; None to try it.
+def uses_xla(args: argparse.Namespace, strategy: Any, image_shape: tuple[int, int, int]) -> Optional[bool]:
+    """Return whether to compile the training step; None to try it. On a CPU a short step is not worth the compilation.
 
     Raises
     ------
@@ -328,9 +329,10 @@ def uses_xla(args: argparse.Namespace, strategy: Any) -> Optional[bool]:
             f"expected a single GPU for --xla 1, found {strategy.num_replicas_in_sync}; leave it out, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    if args.xla == "auto" and one and not args.deterministic and tf.config.list_logical_devices("GPU"):
-        return None
-    return args.xla == "1"
+    if args.xla != "auto" or args.deterministic or not one:
+        return args.xla == "1"
+    values = args.batch_size * image_shape[0] * image_shape[1] * args.baseline_feature_depth
+    return None if tf.config.list_logical_devices("GPU") or values >= WORTH_COMPILING else False
 
 
 def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
@@ -808,7 +810,7 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
     text = (
         "whether to compile the training step with XLA: a slower start, then faster steps [0 = false, 1 = true]; auto "
-        "does so on a single GPU if it works there and --deterministic is 0"
+        "does so on a single GPU, and on a CPU if a step takes long, unless --deterministic is 1 or it fails there"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import skimage.io
-from conftest import ROOT
+from conftest import ROOT, write_folders
 
 
 @functools.lru_cache  # that of inference is looked at twice
@@ -77,3 +77,30 @@ def test_the_table_of_halos_shows_errors_that_vanish_at_the_radius():
     assert table[-1]["misclassified_pixels"] == automatic["misclassified_pixels"] == 0
     assert max(table[-1]["rmse"], automatic["rmse"]) < 1e-6
     assert results["memory"][0]["edge"] == 300 and 100 < results["memory"][0]["peak_mebibytes"] < 10_000
+
+
+def test_the_table_of_masks_is_continued_and_scores_held_out_images(tmp_path):
+    write_folders(tmp_path, count=10, shape=(64, 64, 1))
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "import json, os, sys; held = len(os.listdir(sys.argv[1] + '/te/masks'))\n"
+        "print(json.dumps({'dice': [held / 10, float(sys.argv[3])]}))"
+    )
+    arguments = ["--results", tmp_path / "results.jsonl", "--image_folder", tmp_path / "images"]
+    arguments += ["--mask_folder", tmp_path / "masks", "--seconds", 15, "--options", "--batch_size 2"]
+    arguments += ["--peer", f"'{sys.executable}' '{peer}' {{folder}} {{seconds}} {{seed}}", "--json"]
+    first = json.loads(run_benchmark("quality.py", *arguments, "--variants", "all-loss"))["lines"]
+    both = json.loads(run_benchmark("quality.py", *arguments, "--variants", "all-loss", "peer", "--seeds", 0, 1))[
+        "lines"
+    ]
+    assert [(line["variant"], line["runs"]) for line in both] == [("all-loss", 2), ("peer", 2)]
+    assert both[1]["dice"] == [0.2, 0.5] and (both[1]["least"], both[1]["greatest"]) == (0.1, 0.6)
+    assert 0 <= both[0]["least"] <= first[0]["mean"] <= both[0]["greatest"] <= 1
+    runs = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(run["variant"], run["seed"]) for run in runs] == [
+        ("all-loss", 0),
+        ("peer", 0),
+        ("all-loss", 1),
+        ("peer", 1),
+    ]
+    assert runs[0]["steps"] > 0 and runs[0]["options"] == "--batch_size 2"

@@ -64,14 +64,14 @@ def parse_arguments():
     return args, build_lmdb.build_parser().parse_args(given)
 
 
-def missing_levers(variant):
-    """Return the levers that a variant does without."""
+def pulled_levers(variant):
+    """Return the names of the levers that a variant pulls."""
     kind, _, name = variant.partition("-")
     if variant in ("all", "none"):
-        return [] if variant == "all" else list(LEVERS)
+        return list(LEVERS) if variant == "all" else []
     if name not in LEVERS or kind not in ("all", "only"):
-        raise SystemExit(f"expected all, none, peer, all-NAME or only-NAME with one of {', '.join(LEVERS)}, got {variant}")
-    return [name] if kind == "all" else [lever for lever in LEVERS if lever != name]
+        raise SystemExit(f"expected all, none, peer, or all- or only- before one of {', '.join(LEVERS)}, got {variant}")
+    return [name] if kind == "only" else [lever for lever in LEVERS if lever != name]
 
 
 def lay_out(pairs, folder):
@@ -111,9 +111,11 @@ def run(command, log):
 
 def train(args, training, work, variant, seed):
     """Build, train and export with a variant; return what it took."""
-    missing = missing_levers(variant)
-    options = [word for lever, (on, off, _) in LEVERS.items() for word in (off if lever in missing else on).split()]
-    copy_suite(work / "suite", {name: value for lever in missing for name, value in LEVERS[lever][2].items()})
+    options, attributes, pulled = [], {}, pulled_levers(variant)
+    for lever, (pulls, does_not, unpulled) in LEVERS.items():
+        options += (pulls if lever in pulled else does_not).split()
+        attributes |= {} if lever in pulled else unpulled
+    copy_suite(work / "suite", attributes)
     # The last of an option that is given twice counts.
     folders = ["--image_folder", training / "images", "--mask_folder", training / "masks", "--output_folder", work]
     build = [work / "suite" / "build_lmdb.py", *args.build_options, *folders, "--dataset_name", "quality"]
@@ -124,7 +126,7 @@ def train(args, training, work, variant, seed):
     start = time.monotonic()
     run([*map(str, command), *options, *shlex.split(args.options)], work / "log")
     steps = (work / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[1]
-    return {"seconds": round(time.monotonic() - start), "steps": int(steps)}
+    return {"took": round(time.monotonic() - start), "steps": int(steps)}
 
 
 def dice_of(confusion):
@@ -169,35 +171,36 @@ def read_results(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def summarize_variant(lines):
-    """Return mean and range of the mean Dice of some runs, and the mean Dice of each class."""
-    means = [statistics.mean(line["dice"]) for line in lines]
-    classes = [statistics.mean(values) for values in zip(*(line["dice"] for line in lines))]
-    return {"runs": len(means), "mean": statistics.mean(means), "least": min(means), "greatest": max(means), "dice": classes}
+def summarize_runs(runs):
+    """Return for each variant mean and range of the mean Dice over its seeds, and the mean Dice of each class."""
+    groups, lines = {}, []
+    for run in runs:
+        groups.setdefault((run["variant"], run["seconds"], run["options"]), []).append(run["dice"])
+    for (variant, seconds, options), dice in groups.items():
+        means = [statistics.mean(of_classes) for of_classes in dice]
+        line = {"variant": variant, "seconds": seconds, "options": options, "runs": len(means)}
+        line |= {"mean": statistics.mean(means), "least": min(means), "greatest": max(means)}
+        lines.append(line | {"dice": [statistics.mean(values) for values in zip(*dice)]})
+    return lines
 
 
 def main():
     """Do the runs that are missing and print the table of all."""
     args, build_args = parse_arguments()
-    missing = [variant for variant in args.variants if variant != "peer" and missing_levers(variant) is None]
-    assert not missing
     for seed in args.seeds:
         for variant in args.variants:
-            key = {"variant": variant, "seed": seed, "allowed": args.seconds, "options": args.options}
+            key = {"variant": variant, "seed": seed, "seconds": args.seconds, "options": args.options}
             if not any(key.items() <= line.items() for line in read_results(args.results)):
                 line = key | {"machine": machine()} | run_variant(args, build_args, variant, seed)
                 with open(args.results, "a") as file:
                     file.write(json.dumps(line) + "\n")
-    groups = {}
-    for line in read_results(args.results):
-        groups.setdefault((line["variant"], line["allowed"], line["options"]), []).append(line)
-    lines = [dict(zip(("variant", "seconds", "options"), key)) | summarize_variant(runs) for key, runs in groups.items()]
+    lines = summarize_runs(read_results(args.results))
     if not args.json:
         for line in lines:
-            shown = ", ".join(f"{value:.3f}" for value in line["dice"])
             print(
                 f"{line['variant']:18} {line['seconds']:5} s {line['options']}  mean Dice {line['mean']:.4f} "
-                f"({line['least']:.4f} to {line['greatest']:.4f}, {line['runs']} runs), of each class {shown}"
+                f"({line['least']:.4f} to {line['greatest']:.4f}, {line['runs']} runs), of each class "
+                + ", ".join(f"{value:.3f}" for value in line["dice"])
             )
     finish({"lines": lines}, args.json)
 
