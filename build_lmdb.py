@@ -421,7 +421,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
             raise InputError("no pair of files is left to build with; mend the files that were left out")
         with new_databases(*targets) as writers:
             build = Build(workers, specs, measured, options)
-            filled = [build.fill(side, writer) for side, writer in zip(sides, writers)]
+            filled = [
+                build.fill(pairs_of_side, writer, counts_once=tile_size is not None and side == "test")
+                for side, pairs_of_side, writer in zip(SIDES, sides, writers)
+            ]
             report_problems(build.problems, options.skip_bad)
             problems += build.problems
             for side, writer in zip(SIDES, writers):
@@ -608,6 +611,7 @@ class Options(NamedTuple):
     label_map: Optional[LabelMap]
     skip_bad: bool
     image_no_data: Optional[float]
+    counts_once: bool = False  # whether each pixel of an image counts in one of its tiles only, as for testing
     mask_dtype: str = "int32"
     may_ignore: bool = True  # whether the largest value of the mask type stands for ignored pixels
 
@@ -875,6 +879,23 @@ def tile_starts(length: int, size: int) -> list[int]:
     return [*range(0, length - size, size - RADIUS), length - size]
 
 
+def own_part(ids: np.ndarray, origin: tuple[int, int], shape: Sequence[int], ignored: int) -> np.ndarray:
+    """Return the mask of a tile in which only those pixels count that are its own; the others become `ignored`.
+
+    Neighbors share an overlap at its middle, where both see about as much around a pixel. What lies outside the image,
+    reflected into a tile that is larger, belongs to none. So the scores of tiles are those of the images.
+    """
+    own = []
+    for start, length, size in zip(origin, shape, ids.shape):
+        starts = tile_starts(max(length, size), size)
+        borders = [0, *((one + size + next_one) // 2 for one, next_one in zip(starts, starts[1:])), length]
+        index = starts.index(start)
+        own.append(slice(borders[index] - start, borders[index + 1] - start))
+    result = np.full_like(ids, ignored)
+    result[tuple(own)] = ids[tuple(own)]
+    return result
+
+
 def encode_records(options: Options, job: EncodeJob) -> Encoded:
     """Read, check and encode the records of a job; raise `InputError` if a file or its pixels cannot be used."""
     with open_pair(job.pair, options) as (image, mask):
@@ -899,6 +920,8 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
                 no_data = image.no_data
                 ids[missing.all(axis=2)] = ignored_id(options.mask_dtype)
             pixels, ids = reflect_to(pixels, job.size), reflect_to(ids, job.size)
+            if options.counts_once:
+                ids = own_part(ids, origin, mask.shape, ignored_id(options.mask_dtype))
             records.append(Record.encode(pixels, ids, statistics.mean, statistics.deviation, no_data, *origin))
     return Encoded(records, statistics)
 
@@ -958,7 +981,8 @@ class Build:
         options: Options,
     ) -> None:
         label_map = options.label_map
-        may_ignore = label_map is not None and label_map.ignores or any(each.may_lack_data for each in specs.values())
+        may_ignore = options.tile_size is not None or any(each.may_lack_data for each in specs.values())
+        may_ignore = may_ignore or label_map is not None and label_map.ignores
         if label_map is not None and not label_map.only_ignores:
             mask_dtype = smallest_mask_type(label_map.largest_class + may_ignore)
         else:
@@ -991,11 +1015,11 @@ class Build:
         for job in encode_jobs(pair, self._specs[pair], self._options):
             yield job._replace(statistics=self._measured.get(pair))
 
-    def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter) -> Contents:
+    def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter, counts_once: bool) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
         contents, last_pair, uncounted = Contents(), None, 0
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
-        encode = functools.partial(encode_or_problem, self._options)
+        encode = functools.partial(encode_or_problem, self._options._replace(counts_once=counts_once))
         for job, encoded in self._workers.run(encode, jobs, lambda job: job.pair.image, lambda job: job.nbytes):
             if isinstance(encoded, Problem):
                 if not self.problems or self.problems[-1].path != encoded.path:

@@ -118,6 +118,24 @@ def test_tiles_cover_every_pixel_and_overlap_by_the_radius(tmp_path):
     assert np.diff(columns).max() == 128 - build_lmdb.RADIUS and columns[-1] == 331 - 128
 
 
+@pytest.mark.parametrize("shape", [(128, 128, 1), (129, 200, 1), (300, 417, 1), (100, 300, 1)])
+def test_tiles_for_testing_count_each_pixel_of_an_image_once(shape, tmp_path):
+    _, test = build(tmp_path, "--use_tiling", 1, "--tile_size", 128, count=2, shape=shape)
+    with Database(test) as database:
+        metadata = database.metadata
+        mask = tifffile.imread(tmp_path / "masks" / metadata.names[0])
+        counts = np.zeros(mask.shape, int)
+        for index in range(len(database)):
+            row, column = metadata.record_row[index], metadata.record_column[index]
+            _, tile = database.read(index)
+            rows, columns = np.nonzero(tile != metadata.ignored_id)
+            np.testing.assert_array_equal(tile[rows, columns], mask[row + rows, column + columns])
+            np.add.at(counts, (row + rows, column + columns), 1)
+            if 0 < row < shape[0] - 128:  # the least context is half of an overlap
+                assert min(rows) >= 48 and max(rows) < 80
+    assert (counts == 1).all()
+
+
 def test_an_image_smaller_than_a_tile_is_padded_by_reflection(tmp_path):
     train, _ = build(tmp_path, "--use_tiling", 1, "--tile_size", 112, count=2, shape=(40, 112, 1))
     with Database(train) as database:
