@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import atexit
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -26,6 +27,7 @@ import logging
 import math
 import re
 import socket
+import statistics
 import subprocess
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -493,7 +495,8 @@ def cast_votes(run: Run) -> Votes:
     if args.max_minutes is None:
         return votes
     left = 60 * args.max_minutes - pace.elapsed()
-    if planned_steps(args, state) is None and pace.is_known:
+    is_first = planned_steps(args, state) is None
+    if pace.is_known and is_first or pace.may_revise and state.epoch == 1:
         total = pace.last_step_within(left, state.step, args.test_every_n_steps)
         return votes._replace(planned_steps=total / (run.trainer.num_replicas // run.cluster.world_size))
     return votes._replace(end=left < pace.closing_seconds + 2 * pace.step_seconds)
@@ -504,6 +507,7 @@ def heed(run: Run, votes: Votes) -> None:
     args, state = run.args, run.state
     if votes.planned_steps and not votes.stop:
         state.planned_steps, state.planned_minutes = round(votes.planned_steps), args.max_minutes
+        run.pace.may_revise = False
         logging.info("%g minutes are enough for about %d steps", args.max_minutes, state.planned_steps)
     if votes.end:
         state.planned_steps, state.planned_minutes = state.step, args.max_minutes
@@ -534,17 +538,19 @@ def report_pace(run: Run) -> None:
 class Pace:
     """How long steps and test epochs take in this process, and how long the run has taken in all its processes."""
 
-    UNTYPICAL, KNOWN = 2, 20  # steps: the first ones take longer; after so many the pace is known
+    UNTYPICAL, KNOWN, RECENT = 2, 20, 100  # steps: the first ones take longer; after so many the pace is known
     TEST_STEP_SHARE = 0.3  # of the time of a training step, which takes a backward pass as well
     WRITING_SECONDS = 5.0  # for pictures, model and checkpoint
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
-        self._durations: list[float] = []
+        self._durations: collections.deque[float] = collections.deque([], self.RECENT)
+        self._noted = 0  # durations
         self._last = self._test_begun = math.nan
         self._tested = 0.0
         self.test_steps = 0
         self.is_reported = False
+        self.may_revise = False  # the plan of the first steps, once: a test epoch later the pace is known better
 
     def begin(self, seconds: float, test_steps: int) -> None:
         """Take note of the time that the run has taken before, and of the steps of a test epoch."""
@@ -558,7 +564,10 @@ class Pace:
     def note_step(self) -> None:
         """Take note of the end of a step."""
         now = time.monotonic()
-        if len(self._durations) < self.UNTYPICAL + self.KNOWN and not math.isnan(now - self._last):
+        if not math.isnan(now - self._last):
+            self._noted += 1
+            if self._noted <= self.UNTYPICAL + 1:
+                self._durations.clear()
             self._durations.append(now - self._last)
         self._last = now
 
@@ -568,25 +577,23 @@ class Pace:
 
     def finish_test(self) -> None:
         """Take note that all is written that follows a test epoch."""
+        self.may_revise = not self._tested
         self._tested = max(self._tested, time.monotonic() - self._test_begun)
 
     @property
     def typical_steps(self) -> int:
-        """How many steps `step_seconds` is from; `KNOWN` at most."""
-        return max(len(self._durations) - self.UNTYPICAL, 0)
+        """How many steps `step_seconds` is from."""
+        return len(self._durations) if self._noted > self.UNTYPICAL else 0
 
     @property
     def is_known(self) -> bool:
         """Whether there were enough steps to plan with."""
-        return self.typical_steps == self.KNOWN
+        return self.typical_steps >= self.KNOWN
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step, the first quartile, as all that disturbs a step makes it longer; 0 before there was one.
-
-        A plan for a few steps too many costs less than minutes that are not used: the last steps change little.
-        """
-        return float(np.quantile(self._durations[self.UNTYPICAL :] or self._durations or [0.0], 0.25))
+        """Seconds of a recent step, the median; 0 before there was one."""
+        return statistics.median(self._durations or [0.0])
 
     @property
     def closing_seconds(self) -> float:

@@ -73,6 +73,30 @@ def run(databases, tmp_path_factory):
     return folder, done.stdout
 
 
+def test_minutes_are_planned_after_the_first_steps_and_once_more_after_the_first_test_epoch(caplog):
+    pace = train_unet.Pace()
+    run = SimpleNamespace(
+        args=parse("--test_every_n_steps", 100, "--max_minutes", 8), pace=pace, stop=False,
+        cluster=SimpleNamespace(is_chief=True, world_size=1), trainer=SimpleNamespace(num_replicas=2),
+        checkpoints=SimpleNamespace(are_due=lambda minutes: False), state=make_state(step=1, epoch=0, epoch_step=1),
+    )  # fmt: skip
+    planned = []
+    for epoch, duration in ((0, 2.0), (1, 1.0), (2, 0.5)):
+        run.state.epoch = epoch
+        for run.state.step in range(100 * epoch + 1, 100 * epoch + 60):
+            pace._last = 0 if math.isnan(pace._last) else pace._last
+            pace.note_step()
+            pace._durations.extend([duration] * pace.RECENT)
+            votes = train_unet.cast_votes(run)
+            if votes.planned_steps:
+                planned.append((epoch, run.state.step))
+                train_unet.heed(run, votes._replace(planned_steps=2 * votes.planned_steps))
+        pace.begin_test()
+        pace.finish_test()
+    assert planned == [(0, 3), (1, 101)]
+    assert run.state.planned_steps == pytest.approx(101 + 480 / 1.0, rel=0.2)
+
+
 def test_a_run_learns(run):
     rows = read_csv(run[0] / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45"), ("4", "60")]
@@ -655,8 +679,9 @@ def test_steps_that_fit_into_some_seconds_leave_room_for_all_test_epochs(monkeyp
     assert pace.is_known and pace.step_seconds == 2
     pace.begin_test()
     seconds[0] += 20
+    assert not pace.may_revise
     pace.finish_test()
-    assert pace.closing_seconds == 20
+    assert pace.closing_seconds == 20 and pace.may_revise
     assert pace.last_step_within(1020, 7, 50) == 7 + 1000 / (2 + 20 / 50) // 1
     assert pace.last_step_within(60, 7, 50) == 27 and pace.last_step_within(10, 7, 50) == 7
     assert pace.last_step_within(1020, 40, 50) == 450  # seven more steps are not worth a test epoch

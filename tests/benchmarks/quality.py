@@ -37,7 +37,11 @@ HELD_OUT_EVERY = 5  # pairs
 # The levers: the options of train_unet.py that pull each of them, those that do not, and attributes of the reader's
 # block of augmentation, which has no options, that do not
 LEVERS = {
-    "features": ("--baseline_feature_depth 8 --learning_rate 1e-3", "--baseline_feature_depth 16", {}),
+    "features": ("--baseline_feature_depth 8", "--baseline_feature_depth 16", {}),
+    "rate": ("--learning_rate 4e-3", "", {}),
+    "batch": ("", "--batch_size 8", {}),
+    "tests": ("--test_every_n_steps 200", "--test_every_n_steps 40", {}),
+    "xla": ("", "--xla 0", {}),
     "loss": ("", "--loss cross_entropy", {}),
     "averages": ("", "--average_weights 0", {}),
     "schedule": ("", "--schedule constant", {}),
