@@ -750,7 +750,7 @@ def add_training_options(group: Any) -> None:
         "of the Adam optimizer; a tenth of it in the first epoch, for at most 1000 steps and a tenth of the run, then "
         "see --schedule"
     )
-    group.add_argument("--learning_rate", type=positive_float, default=3e-4, help=text)
+    group.add_argument("--learning_rate", type=rate_float, default=3e-4, help=text)
     text = "number of gradient update steps to take between test epochs: an epoch here, however small the data set"
     group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)
     text = "whether to balance classes [0 = false, 1 = true]: draw each equally often, then an image that holds it"
@@ -773,7 +773,7 @@ def add_learning_options(group: Any) -> None:
         "stop after so many minutes, those of earlier processes of the run, the last test and the export included; the "
         "learning rate falls to 0 until then"
     )
-    group.add_argument("--max_minutes", type=positive_float, default=None, help=text)
+    group.add_argument("--max_minutes", type=minutes_float, default=None, help=text)
     text = (
         "falling lets the learning rate fall to 0 at the end that --max_epochs or --max_minutes sets, otherwise to a "
         "tenth if the test loss has not improved for half of --early_stopping; constant leaves it as it is after the "
@@ -809,7 +809,7 @@ def add_run_options(group: Any) -> None:
     text = "how many processes to use for test images per gpu, which are not augmented and so take little time"
     group.add_argument("--test_reader_count", type=process_count, default=1, help=text)
     text = "minutes between checkpoints, besides those of each test epoch"
-    group.add_argument("--checkpoint_minutes", type=positive_float, default=10.0, help=text)
+    group.add_argument("--checkpoint_minutes", type=minutes_float, default=10.0, help=text)
     text = (
         "whether to compute in float16 with float32 weights and a scaled loss, for GPUs that are faster so (V100 and "
         "later); the exported model is float32 [0 = false, 1 = true]"
@@ -824,6 +824,8 @@ def add_run_options(group: Any) -> None:
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 
 
+rate_float = number_type(float, lambda value: 1e-10 <= value <= 10, "a number from 1e-10 to 10, such as 3e-4")
+minutes_float = number_type(float, lambda value: 0 < value <= 1e7, "a number above 0 and at most 10 million")
 share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
 
 

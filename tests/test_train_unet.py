@@ -473,7 +473,9 @@ def test_a_run_repeats_with_its_seed(run, databases, tmp_path):
     [
         (("--batch_size", "0"), "from 1 to"),
         (("--reader_count", "x"), "from 1 to"),
-        (("--learning_rate", "-1"), "above 0"),
+        (("--learning_rate", "-1"), "expected a number from 1e-10 to 10, such as 3e-4, got '-1'"),
+        (("--learning_rate", "1e38"), "expected a number from 1e-10 to 10"),
+        (("--max_minutes", "inf"), "above 0 and at most 10 million"),
         (("--learning_rate", "fast"), "got 'fast'"),
         (("--label_smoothing", "1"), "from 0 to below 1"),
         (("--label_smoothing", "much"), "got 'much'"),
