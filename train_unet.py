@@ -96,6 +96,7 @@ REPORTING_STEPS = 3  # after which the log says how far test epochs are from eac
 LONG_EPOCH = 3600.0  # seconds, on a CPU
 FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**1.5 times as long as one of 8
 WORTH_COMPILING = 2**20  # pixels of a batch times features, on a CPU: compiling takes longer than many short steps
+UNDESTROYED: list[Any] = []  # iterators, which live as long as the process, for the reason that `run_job` gives
 CHECKPOINTS_KEPT = 2
 OUTPUT_FILES = (  # that a resumed run opens
     "train.log", "settings.json", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*", "tensorboard-*/",
@@ -656,6 +657,7 @@ def open_supply(trainer: "UNetTrainer", reader: ImageReader) -> Iterator["BatchS
     """
     with reader:
         batches = trainer.distribute(reader)
+        UNDESTROYED.append(batches)
         try:
             yield BatchSupply(batches, reader)
         finally:
