@@ -24,7 +24,7 @@ RUN_HERE = {
     "python inference_unet.py": [],
     "python tests/benchmarks/augmentation_sheet.py": [],
 }
-RUN_ELSEWHERE = {f"python tests/benchmarks/{name}" for name in SMALL}  # test_benchmarks.py
+RUN_ELSEWHERE = {f"python tests/benchmarks/{name}" for name in (*SMALL, "quality.py")}  # test_benchmarks.py
 RUN_ELSEWHERE |= {"sbatch train_unet.sbatch", "sbatch --nodes=2", "sbatch --array=1-2"}  # test_slurm.py
 RUN_ELSEWHERE |= {". .venv/bin/activate", "bash tests/run.sh"}  # whoever runs these tests
 
