@@ -988,7 +988,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         try:
             tifffile.imwrite(
                 self._path,
-                iter(self._full.get, None),
+                self._tiles(),
                 shape=self._shape,
                 dtype=self._dtype,
                 tile=(TIFF_TILE, TIFF_TILE),
@@ -1001,6 +1001,11 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
             )
         except BaseException as error:
             self._failure = error
+
+    def _tiles(self) -> Iterator[np.ndarray]:
+        """Yield the tiles that come through the queue, to the None at its end."""
+        while (tile := self._full.get()) is not None:
+            yield tile
 
     def _sort(self) -> None:
         """Bring the table of the tiles' places from the order of writing into that of rows and columns."""
