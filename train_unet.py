@@ -95,7 +95,6 @@ EARLY_STOPPING_DELTA = 1e-4  # a test loss must fall by more than this to count 
 REPORTING_STEPS = 3  # after which the log says how far test epochs are from each other
 LONG_EPOCH = 3600.0  # seconds, on a CPU
 FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**1.5 times as long as one of 8
-WORTH_COMPILING = 2**20  # pixels of a batch times features, on a CPU: compiling takes longer than many short steps
 UNDESTROYED: list[Any] = []  # iterators, which live as long as the process, for the reason that `run_job` gives
 CHECKPOINTS_KEPT = 2
 OUTPUT_FILES = (  # that a resumed run opens
@@ -177,7 +176,7 @@ def train(
     weights: Optional[list[float]],
 ) -> int:
     """Train until the test loss stops improving, epochs or minutes are used up or a signal comes; return exit code."""
-    trainer, portable = build_networks(args, strategy, metadata[0].image_shape, weights)
+    trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
     checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
     state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
     state.stopping.patience = args.early_stopping
@@ -287,7 +286,7 @@ def one_late(queued: Iterable[Item]) -> Iterator[Item]:
 
 
 def build_networks(
-    args: argparse.Namespace, strategy: Any, image_shape: tuple[int, int, int], weights: Optional[list[float]]
+    args: argparse.Namespace, strategy: Any, channels: int, weights: Optional[list[float]]
 ) -> tuple["UNetTrainer", Any]:
     """Return the network in training, and one like it in float32 on one device: to export and to draw."""
     import tensorflow as tf
@@ -295,7 +294,7 @@ def build_networks(
     from unet_model import Loss, UNetTrainer, build_unet
 
     tf.keras.utils.set_random_seed(args.seed)
-    network = image_shape[2], args.number_classes, args.baseline_feature_depth
+    network = channels, args.number_classes, args.baseline_feature_depth
     precision = "mixed_float16" if args.mixed_precision else "float32"
     trainer = UNetTrainer(
         strategy,
@@ -310,13 +309,13 @@ def build_networks(
         args.seed,
         bool(args.average_weights),
         bool(args.mixed_precision),
-        uses_xla(args, strategy, image_shape),
+        uses_xla(args, strategy),
     )
     return trainer, build_unet(*network)
 
 
-def uses_xla(args: argparse.Namespace, strategy: Any, image_shape: tuple[int, int, int]) -> Optional[bool]:
-    """Return whether to compile the training step; None to try it. On a CPU a short step is not worth the compilation.
+def uses_xla(args: argparse.Namespace, strategy: Any) -> Optional[bool]:
+    """Return whether to compile the training step; None to try it.
 
     Raises
     ------
@@ -331,10 +330,9 @@ def uses_xla(args: argparse.Namespace, strategy: Any, image_shape: tuple[int, in
             f"expected a single GPU for --xla 1, found {strategy.num_replicas_in_sync}; leave it out, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    if args.xla != "auto" or args.deterministic or not one:
-        return args.xla == "1"
-    values = args.batch_size * image_shape[0] * image_shape[1] * args.baseline_feature_depth
-    return None if tf.config.list_logical_devices("GPU") or values >= WORTH_COMPILING else False
+    if args.xla == "auto" and one and not args.deterministic and tf.config.list_logical_devices("GPU"):
+        return None
+    return args.xla == "1"
 
 
 def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
@@ -821,7 +819,8 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
     text = (
         "whether to compile the training step with XLA: a slower start, then faster steps [0 = false, 1 = true]; auto "
-        "does so on a single GPU, and on a CPU if a step takes long, unless --deterministic is 1 or it fails there"
+        "does so on a single GPU if it works there and --deterministic is 0; on a CPU, try 1: the newer TensorFlow is, "
+        "the more it gains"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 

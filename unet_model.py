@@ -590,7 +590,6 @@ class UNetTrainer:
 
     def _try_xla(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
         """Take the first step compiled or, if that fails, otherwise from then on."""
-        logging.info("compiling the training step with XLA")
         self._xla_on_trial, before = False, self.step.numpy()
         try:
             result = self._take_step(batch, numbers)

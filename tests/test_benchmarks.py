@@ -87,7 +87,7 @@ def test_the_table_of_masks_is_continued_and_scores_held_out_images(tmp_path):
         "print(json.dumps({'dice': [held / 10, float(sys.argv[3])]}))"
     )
     arguments = ["--results", tmp_path / "results.jsonl", "--image_folder", tmp_path / "images"]
-    arguments += ["--mask_folder", tmp_path / "masks", "--seconds", 15, "--options", "--batch_size 2"]
+    arguments += ["--mask_folder", tmp_path / "masks", "--seconds", 15, "--options", "--batch_size 2 --xla 0"]
     arguments += ["--peer", f"'{sys.executable}' '{peer}' {{folder}} {{seconds}} {{seed}}", "--json"]
     first = json.loads(run_benchmark("quality.py", *arguments, "--variants", "all-loss"))["lines"]
     both = json.loads(run_benchmark("quality.py", *arguments, "--variants", "all-loss", "peer", "--seeds", 0, 1))[
@@ -103,4 +103,4 @@ def test_the_table_of_masks_is_continued_and_scores_held_out_images(tmp_path):
         ("all-loss", 1),
         ("peer", 1),
     ]
-    assert runs[0]["steps"] > 0 and runs[0]["options"] == "--batch_size 2"
+    assert runs[0]["steps"] > 0 and runs[0]["options"] == "--batch_size 2 --xla 0"

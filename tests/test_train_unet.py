@@ -754,9 +754,7 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
     monkeypatch.setattr(unet_model, "build_unet", lambda *values, **options: (values, options))
     strategy = SimpleNamespace(num_replicas_in_sync=1)
     weights = [1.0, 2.0, 3.0]
-    trainer, portable = train_unet.build_networks(
-        train_unet.build_parser().parse_args(args), strategy, (64, 64, 6), weights
-    )
+    trainer, portable = train_unet.build_networks(train_unet.build_parser().parse_args(args), strategy, 6, weights)
     precision = "mixed_float16" if mixed else "float32"
     assert trainer.pop("model")("key") == ((6, 3, 4, 0.3), {"dropout_key": "key", "precision": precision})
     assert portable == ((6, 3, 4), {})
@@ -772,32 +770,29 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, replicas, gpus, edge, expected",
+    "options, replicas, gpus, expected",
     [
-        ([], 1, 1, 64, None),
-        ([], 1, 0, 64, False),
-        ([], 1, 0, 512, None),
-        ([], 2, 2, 512, False),
-        (["--deterministic", 1], 1, 1, 512, False),
-        (["--xla", 0], 1, 1, 512, False),
-        (["--xla", 1], 1, 0, 64, True),
-        (["--xla", 1, "--deterministic", 1], 1, 1, 512, True),
+        ([], 1, 1, None),
+        ([], 1, 0, False),
+        ([], 2, 2, False),
+        (["--deterministic", 1], 1, 1, False),
+        (["--xla", 0], 1, 1, False),
+        (["--xla", 1], 1, 0, True),
+        (["--xla", 1, "--deterministic", 1], 1, 1, True),
     ],
 )
-def test_a_step_that_takes_long_on_one_device_is_compiled_if_that_works(
-    options, replicas, gpus, edge, expected, monkeypatch
-):
+def test_the_step_of_a_single_gpu_is_compiled_where_that_works(options, replicas, gpus, expected, monkeypatch):
     import tensorflow as tf
 
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["gpu"] * gpus)
     args = train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", *options))])
-    assert train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=replicas), (edge, edge, 1)) is expected
+    assert train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=replicas)) is expected
 
 
 def test_several_gpus_are_refused_where_one_step_is_to_be_compiled():
     args = train_unet.build_parser().parse_args([*map(str, arguments("ab", "out", "--xla", 1))])
     with pytest.raises(InputError, match="expected a single GPU for --xla 1, found 4"):
-        train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=4), (64, 64, 1))
+        train_unet.uses_xla(args, SimpleNamespace(num_replicas_in_sync=4))
 
 
 def test_processes_other_than_the_chief_write_no_checkpoint(tmp_path, monkeypatch):

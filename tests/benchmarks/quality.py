@@ -41,7 +41,7 @@ LEVERS = {
     "rate": ("--learning_rate 4e-3", "", {}),
     "batch": ("", "--batch_size 8", {}),
     "tests": ("--test_every_n_steps 200", "--test_every_n_steps 40", {}),
-    "xla": ("", "--xla 0", {}),
+    "xla": ("--xla 1", "--xla 0", {}),
     "loss": ("", "--loss cross_entropy", {}),
     "averages": ("", "--average_weights 0", {}),
     "schedule": ("", "--schedule constant", {}),
