@@ -428,16 +428,11 @@ class ImageReader:
         self._blur_probability = 0.5
         self.augmentation_limits = augmentation_limits(vars(self))
 
-        self._use_augmentation, self._name = use_augmentation, name
-        self._database = os.fspath(img_db)
-        with Database(img_db) as database:
-            self.metadata = database.metadata
+        self._use_augmentation, self._name, self._database = use_augmentation, name, os.fspath(img_db)
+        self.metadata = read_metadata(self._database, number_classes)
         self._deviation_floor = self.metadata.deviation_floor if deviation_floor is None else deviation_floor
-        check_classes(self.metadata, number_classes, self._database)
-        multiple = 1 if shuffle else batch_size * replicas * world_size
-        pass_length = -(-self.metadata.count // multiple) * multiple
-        self._stream = Stream(
-            seed, shuffle, balance_classes, pass_length, batch_size, replicas, rank, world_size, first_sample
+        self._stream = make_stream(
+            self.metadata.count, seed, shuffle, balance_classes, batch_size, replicas, rank, world_size, first_sample
         )
         self._layout = make_layout(num_workers, batch_size, self.metadata.image_shape, number_classes)
         self._recycler = MemoryRecycler(self._layout.slot_bytes)
@@ -691,6 +686,31 @@ def augmentation_limits(block: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(block.keys() - set(known)):
         raise ValueError(f"expected attributes {', '.join(known)}, found {', '.join(unknown)}")
     return {name[1:]: limit for name, limit in block.items()}
+
+
+def read_metadata(filepath: str, number_classes: int) -> Metadata:
+    """Return what a database says of itself; refuse one that has more classes."""
+    with Database(filepath) as database:
+        metadata = database.metadata
+    check_classes(metadata, number_classes, filepath)
+    return metadata
+
+
+def make_stream(
+    count: int,
+    seed: int,
+    shuffle: bool,
+    balance_classes: bool,
+    batch_size: int,
+    replicas: int,
+    rank: int,
+    world_size: int,
+    first_sample: int,
+) -> Stream:
+    """Return the stream of so many records; an unshuffled pass is padded to complete steps of all replicas."""
+    multiple = 1 if shuffle else batch_size * replicas * world_size
+    pass_length = -(-count // multiple) * multiple
+    return Stream(seed, shuffle, balance_classes, pass_length, batch_size, replicas, rank, world_size, first_sample)
 
 
 def make_layout(

@@ -495,7 +495,7 @@ def cast_votes(run: Run) -> Votes:
         return votes
     left = 60 * args.max_minutes - pace.elapsed()
     is_first = planned_steps(args, state) is None
-    if pace.is_known and is_first or pace.may_revise and state.epoch == 1:
+    if pace.is_known and (is_first or pace.may_revise and state.epoch == 1):
         total = pace.last_step_within(left, state.step, args.test_every_n_steps)
         return votes._replace(planned_steps=total / (run.trainer.num_replicas // run.cluster.world_size))
     return votes._replace(end=left < pace.closing_seconds + 2 * pace.step_seconds)
@@ -537,7 +537,8 @@ def report_pace(run: Run) -> None:
 class Pace:
     """How long steps and test epochs take in this process, and how long the run has taken in all its processes."""
 
-    UNTYPICAL, KNOWN, RECENT = 2, 20, 100  # steps: the first ones take longer; after so many the pace is known
+    UNTYPICAL, KNOWN = 2, 20  # steps: the first ones take longer; after so many the pace is known
+    RECENT = 100  # steps, whose median is the time of a step
     TEST_STEP_SHARE = 0.3  # of the time of a training step, which takes a backward pass as well
     WRITING_SECONDS = 5.0  # for pictures, model and checkpoint
 
@@ -819,8 +820,8 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
     text = (
         "whether to compile the training step with XLA: a slower start, then faster steps [0 = false, 1 = true]; auto "
-        "does so on a single GPU if it works there and --deterministic is 0; on a CPU, try 1: the newer TensorFlow is, "
-        "the more it gains"
+        "does so on a single GPU if it works there and --deterministic is 0; on a CPU, 1 is faster with TensorFlow "
+        "2.21 and slower with 2.12"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 

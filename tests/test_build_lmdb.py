@@ -136,6 +136,17 @@ def test_tiles_for_testing_count_each_pixel_of_an_image_once(shape, tmp_path):
     assert (counts == 1).all()
 
 
+def test_tiles_have_no_class_that_stands_for_ignored_pixels(tmp_path):
+    write_folders(tmp_path, count=4, shape=(150, 150, 1))
+    for path in (tmp_path / "masks").iterdir():
+        tifffile.imwrite(path, np.where(tifffile.imread(path) > 0, 255, 0).astype(np.uint8))
+    done = start(tmp_path, "--use_tiling", 1, "--tile_size", 128)
+    assert done.returncode == 2 and "found 255" in done.stdout and "--label_map" in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout and not list((tmp_path / "db").glob("*.lmdb"))
+    done = start(tmp_path, "--use_tiling", 1, "--tile_size", 128, "--label_map", "0:0,255:1")
+    assert done.returncode == 0, done.stdout
+
+
 def test_an_image_smaller_than_a_tile_is_padded_by_reflection(tmp_path):
     train, _ = build(tmp_path, "--use_tiling", 1, "--tile_size", 112, count=2, shape=(40, 112, 1))
     with Database(train) as database:

@@ -97,6 +97,41 @@ def test_minutes_are_planned_after_the_first_steps_and_once_more_after_the_first
     assert run.state.planned_steps == pytest.approx(101 + 480 / 1.0, rel=0.2)
 
 
+def test_an_epoch_of_few_steps_is_not_enough_to_plan_with():
+    pace = train_unet.Pace()
+    run = SimpleNamespace(
+        args=parse("--test_every_n_steps", 2, "--max_minutes", 8), pace=pace, stop=False,
+        cluster=SimpleNamespace(is_chief=True, world_size=1), trainer=SimpleNamespace(num_replicas=1),
+        checkpoints=SimpleNamespace(are_due=lambda minutes: False), state=make_state(step=2, epoch=1),
+    )  # fmt: skip
+    pace.begin_test()
+    pace.finish_test()
+    assert pace.may_revise and not train_unet.cast_votes(run).planned_steps
+
+
+NOTE_WHAT_LIVES = """
+    import os, weakref
+    from unet_model import UNetTrainer
+
+    distribute, leave, iterators = UNetTrainer.distribute, os._exit, []
+
+    def noted(trainer, reader):
+        iterators.append((iterator := distribute(trainer, reader)) and weakref.ref(iterator))
+        return iterator
+
+    def leave_with_note(code):
+        print("alive:", [iterator() is not None for iterator in iterators], flush=True)
+        leave(code)
+
+    UNetTrainer.distribute, os._exit = noted, leave_with_note
+"""
+
+
+def test_no_iterator_is_destroyed_when_a_run_ends_which_could_take_a_minute(databases, tmp_path):
+    done = run_changed(tmp_path / "out", NOTE_WHAT_LIVES, databases, "--test_every_n_steps", 2, "--max_epochs", 1)
+    assert done.returncode == 0 and "alive: [True, True]" in done.stdout, done.stdout
+
+
 def test_a_run_learns(run):
     rows = read_csv(run[0] / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "15"), ("2", "30"), ("3", "45"), ("4", "60")]

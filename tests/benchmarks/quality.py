@@ -6,7 +6,7 @@
 
 Every fifth pair is held out, and only the final scores know it. The others are built into databases with the options
 of build_lmdb.py that are given; a network is trained for so many seconds, start and export included, and segments the
-held-out images. Variants: ``all`` trains as the README advises for a CPU, ``none`` without all levers of `OFF`,
+held-out images. Variants: ``all`` trains as the README advises for a CPU, ``none`` without all of `LEVERS`,
 ``all-NAME`` without one of them, ``only-NAME`` without the others. ``peer`` is a command that trains on the pairs of
 FOLDER/tr/images and FOLDER/tr/masks and ends with a line of JSON that has ``dice``, a list: that of each class over all
 pixels of FOLDER/te. The variants take turns at each seed.
@@ -27,11 +27,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, finish, machine, make_parser
+from common import ROOT, UNLIMITED, finish, machine, make_parser
 
 import build_lmdb
 from cli import positive_int
 from image_files import read_image
+from reports import mean_of_present, score_confusion
 
 HELD_OUT_EVERY = 5  # pairs
 # The levers: the options of train_unet.py that pull each of them, those that do not, and attributes of the reader's
@@ -62,19 +63,23 @@ def parse_arguments():
     parser.add_argument("--seconds", type=positive_int, default=480, help="for training, start and export included")
     parser.add_argument("--options", default="", help="further options of train_unet.py, for all variants")
     parser.add_argument("--peer", help="command of another tool, with {folder}, {seconds} and {seed}")
-    args, rest = parser.parse_known_args()
-    args.build_options = rest
-    given = ["--output_folder", ".", "--dataset_name", "quality", *rest]
-    return args, build_lmdb.build_parser().parse_args(given)
+    args, args.build_options = parser.parse_known_args()
+    for variant in args.variants:
+        if variant == "peer" and not args.peer:
+            parser.error("the variant peer needs its command, --peer")
+        if variant != "peer" and pulled_levers(variant) is None:
+            names = ", ".join(LEVERS)
+            parser.error(f"expected all, none, peer, or all- or only- before one of {names}, got {variant}")
+    return args, build_lmdb.build_parser().parse_args(args.build_options)
 
 
 def pulled_levers(variant):
-    """Return the names of the levers that a variant pulls."""
+    """Return the names of the levers that a variant pulls; None if there is no such variant."""
     kind, _, name = variant.partition("-")
     if variant in ("all", "none"):
         return list(LEVERS) if variant == "all" else []
     if name not in LEVERS or kind not in ("all", "only"):
-        raise SystemExit(f"expected all, none, peer, or all- or only- before one of {', '.join(LEVERS)}, got {variant}")
+        return None
     return [name] if kind == "only" else [lever for lever in LEVERS if lever != name]
 
 
@@ -108,7 +113,7 @@ def copy_suite(folder, attributes):
 def run(command, log):
     """Run a command; if it fails, end with the last lines of its log."""
     with open(log, "a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=UNLIMITED).returncode
     if code:
         raise SystemExit("\n".join([f"exit code {code}:", *log.read_text(errors="replace").splitlines()[-20:]]))
 
@@ -133,12 +138,6 @@ def train(args, training, work, variant, seed):
     return {"took": round(time.monotonic() - start), "steps": int(steps)}
 
 
-def dice_of(confusion):
-    """Return the Dice of each class; nothing found and nothing there is 1."""
-    both = confusion.sum(0) + confusion.sum(1)
-    return [2 * hits / total if total else 1.0 for hits, total in zip(np.diag(confusion).tolist(), both.tolist())]
-
-
 def score(pairs, masks, build_args, classes):
     """Return the Dice of each class over all pixels of pairs; what the label map ignores is left out."""
     confusion = np.zeros((classes, classes), np.int64)
@@ -150,7 +149,7 @@ def score(pairs, masks, build_args, classes):
         counted = truth != build_lmdb.IGNORED
         cells = truth[counted].astype(int) * classes + read_image(found)[..., 0][counted]
         confusion += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-    return {"dice": dice_of(confusion)}
+    return {"dice": score_confusion(confusion)["dice"].tolist()}
 
 
 def run_variant(args, build_args, variant, seed):
@@ -181,10 +180,10 @@ def summarize_runs(runs):
     for run in runs:
         groups.setdefault((run["variant"], run["seconds"], run["options"]), []).append(run["dice"])
     for (variant, seconds, options), dice in groups.items():
-        means = [statistics.mean(of_classes) for of_classes in dice]
+        means = [mean_of_present(np.array(of_classes)) for of_classes in dice]
         line = {"variant": variant, "seconds": seconds, "options": options, "runs": len(means)}
         line |= {"mean": statistics.mean(means), "least": min(means), "greatest": max(means)}
-        lines.append(line | {"dice": [statistics.mean(values) for values in zip(*dice)]})
+        lines.append(line | {"dice": [mean_of_present(np.array(values)) for values in zip(*dice)]})
     return lines
 
 
