@@ -791,13 +791,27 @@ def relative_slice(zone: slice, window: slice) -> slice:
 
 
 def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """Yield items while a thread prepares the next one; it has ended when this generator is closed."""
-    with contextlib.closing(items), ThreadPoolExecutor(1) as executor:
-        end = object()
-        future = executor.submit(next, items, end)
-        while (item := future.result()) is not end:
-            future = executor.submit(next, items, end)
-            yield item  # type: ignore[misc]
+    """Yield items while a thread prepares the next one; they are closed when this generator is.
+
+    A signal may interrupt the start of the thread and the wait for its end, after which the executor no longer knows
+    of it. So a lock, not the executor, ensures that nobody is inside `items` when they are closed.
+    """
+    end = object()
+    in_use = threading.Lock()
+
+    def advance() -> object:
+        with in_use:
+            return next(items, end)
+
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            future = executor.submit(advance)
+            while (item := future.result()) is not end:
+                future = executor.submit(advance)
+                yield item  # type: ignore[misc]
+    finally:
+        with in_use:
+            items.close()
 
 
 # ---------------------------------------------------------------------------------------------- results on disk

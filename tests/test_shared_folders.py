@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,6 +315,34 @@ def test_a_signal_to_inference_leaves_only_complete_masks(tmp_path, number):
     assert not list((tmp_path / "masks").glob(".*"))
     for path in (tmp_path / "masks").iterdir():
         assert tifffile.imread(path).shape == (700, 700)
+
+
+@pytest.mark.parametrize("moment", ["start", "join"])
+def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(moment, monkeypatch):
+    """By then the executor has not yet taken note of the thread, or has given up waiting for it."""
+    closed = []
+
+    def prepare():
+        try:
+            for number in range(9):
+                time.sleep(0.2)
+                yield number
+        finally:
+            closed.append(True)
+
+    def interrupted(self, *arguments, original=getattr(threading.Thread, moment)):
+        monkeypatch.undo()  # one signal
+        if moment == "start":
+            original(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, moment, interrupted)
+    items = inference_unet.prefetch(prepare())
+    with pytest.raises(KeyboardInterrupt):
+        assert next(items) == 0
+        time.sleep(0.1)  # so that the thread is at the next one
+        items.close()
+    assert closed == [True]
 
 
 def test_a_file_that_is_begun_and_never_finished_does_not_keep_the_process(tmp_path):
