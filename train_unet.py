@@ -298,7 +298,13 @@ def build_networks(
     precision = "mixed_float16" if args.mixed_precision else "float32"
     trainer = UNetTrainer(
         strategy,
-        lambda dropout_key: build_unet(*network, args.dropout, dropout_key=dropout_key, precision=precision),
+        lambda dropout_key: build_unet(
+            *network,
+            args.dropout,
+            dropout_key=dropout_key,
+            precision=precision,
+            deep_supervision=bool(args.deep_supervision),
+        ),
         args.learning_rate,
         Loss(
             args.number_classes,
@@ -788,6 +794,11 @@ def add_learning_options(group: Any) -> None:
     group.add_argument(
         "--loss", choices=("cross_entropy_dice", "cross_entropy"), default="cross_entropy_dice", help=text
     )
+    text = (
+        "whether to train the coarser levels of the decoder by the mask as well: networks learn faster; the exported "
+        "model is no larger [0 = false, 1 = true]"
+    )
+    add_flag(group, "--deep_supervision", 1, text)
     text = "share of the features of the two deepest levels that is left out in each training step, 0 to below 1"
     group.add_argument("--dropout", type=share_float, default=0.0, help=text)
     text = (
@@ -1196,7 +1207,7 @@ STATE_CHECKS = {
 }
 # What checkpoints lack that an earlier version wrote, and the settings with which it trained.
 EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0}
-EARLIER_SETTINGS = {"loss": "cross_entropy", "dropout": 0.5, "average_weights": 0}
+EARLIER_SETTINGS = {"loss": "cross_entropy", "dropout": 0.5, "average_weights": 0, "deep_supervision": 0}
 STOPPING_CHECKS = {
     **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0)),
     **dict.fromkeys(("best_loss", "_reference_loss"), real()),
@@ -1246,7 +1257,7 @@ class Checkpoints:
         self._folder, self._settings, self._cluster = output_dir / self.FOLDER, settings, cluster
         # The weights as a list: the names of a model's layers are not the same in Keras 2 and Keras 3.
         self._objects = tf.train.Checkpoint(
-            weights=trainer.model.weights, optimizer=trainer.optimizer, step=trainer.step
+            weights=trainer.network.weights, optimizer=trainer.optimizer, step=trainer.step
         )
         if trainer.averaged is not trainer.model:
             self._objects.averaged = trainer.averaged.weights

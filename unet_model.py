@@ -30,6 +30,7 @@ DROPOUT_LEVELS = 2  # the deepest ones
 # Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
+COARSER_LOSS_WEIGHT = 0.5  # of a level of the decoder, relative to the next finer one
 LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
 AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
 
@@ -42,6 +43,7 @@ def build_unet(
     batch_norm: bool = True,
     dropout_key: Optional[Callable[[], "tf.Tensor"]] = None,
     precision: str = "float32",
+    deep_supervision: bool = False,
 ) -> "tf.keras.Model":
     """Build a U-Net.
 
@@ -61,12 +63,15 @@ def build_unet(
         Asked at each training step for two integers, of which what is dropped is a function.
     precision : str
         ``"float32"``, or ``"mixed_float16"`` to compute in float16 with float32 weights.
+    deep_supervision : bool
+        Whether each coarser level of the decoder has logits of its own as well, to train by; the number of pixels is
+        halved in both directions from one output to the next.
 
     Returns
     -------
     keras.Model
         From ``(N, H, W, channels)`` float32, H and W multiples of `SIZE_FACTOR`, to logits
-        ``(N, H, W, number_classes)`` float32.
+        ``(N, H, W, number_classes)`` float32; with deep supervision to a list, of which these are the first.
     """
     layers = tf.keras.layers
 
@@ -85,8 +90,12 @@ def build_unet(
             return features
         return StatelessDropout(dropout_rate, level, dropout_key, dtype=precision)(features)
 
+    def classify(features: Any) -> Any:
+        logits = layers.Conv2D(number_classes, 1, dtype=precision)(features)
+        return layers.Activation("linear", dtype="float32")(logits)
+
     image = tf.keras.Input((None, None, channels))
-    features, skips = image, []
+    features, skips, coarse = image, [], []
     for level in range(LEVELS):
         depth = baseline_feature_depth * 2**level
         features = drop(convolve(features, depth), level)  # (N, H/2^l, W/2^l, 2^l F)
@@ -99,9 +108,15 @@ def build_unet(
         features = layers.Conv2DTranspose(depth, 2, strides=2, dtype=precision)(features)
         features = layers.Concatenate(dtype=precision)([skips[level], features])
         features = convolve(features, depth)  # (N, H/2^l, W/2^l, 2^l F)
-    logits = layers.Conv2D(number_classes, 1, dtype=precision)(features)  # (N, H, W, classes)
-    logits = layers.Activation("linear", dtype="float32")(logits)
-    return tf.keras.Model(image, logits)
+        if deep_supervision and level > 0:
+            coarse.insert(0, classify(features))  # (N, H/2^l, W/2^l, classes)
+    logits = classify(features)  # (N, H, W, classes)
+    return tf.keras.Model(image, [logits, *coarse] if coarse else logits)
+
+
+def without_coarse_outputs(network: "tf.keras.Model") -> "tf.keras.Model":
+    """Return what a network is tested and exported as: the same layers without those of deep supervision."""
+    return tf.keras.Model(network.input, network.outputs[0]) if len(network.outputs) > 1 else network
 
 
 class StatelessDropout(tf.keras.layers.Layer):
@@ -456,7 +471,8 @@ class UNetTrainer:
         Over the replicas.
     model : callable
         Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
-        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``.
+        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. Of several outputs, the one of every second
+        pixel follows that of all, and so on; `COARSER_LOSS_WEIGHT` says what each counts.
     learning_rate : float
         Of Adam; may be changed between steps.
     loss : Loss
@@ -473,7 +489,10 @@ class UNetTrainer:
 
     Attributes
     ----------
+    network : keras.Model
+        With all weights that are trained.
     model : keras.Model
+        Its first output.
     averaged : keras.Model
         Of the same layers, with the weights that are tested and exported: their average, or `model` itself. It is
         about that of the last tenth of all steps, of at most `LONGEST_AVERAGE`, batch normalization included.
@@ -505,9 +524,10 @@ class UNetTrainer:
             self.step = tf.Variable(
                 0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
             )
-            self.model = model(self._dropout_key)
-            self.averaged = model(self._dropout_key) if average_weights else self.model
-            self.optimizer = Adam(self.model.trainable_variables, loss_scaling)
+            self.network = model(self._dropout_key)
+            self.model = without_coarse_outputs(self.network)
+            self.averaged = without_coarse_outputs(model(self._dropout_key)) if average_weights else self.model
+            self.optimizer = Adam(self.network.trainable_variables, loss_scaling)
         self.begin_average()
         self._steps_taken: Optional[int] = None
         self._xla_on_trial = xla is None
@@ -631,19 +651,22 @@ class UNetTrainer:
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", numbers: "tf.Tensor"
     ) -> "tf.Tensor":
         """Take a step on one replica's batch; `numbers` are the learning rate and the votes."""
-        variables, context = self.model.trainable_variables, tf.distribute.get_replica_context()
+        variables, context = self.network.trainable_variables, tf.distribute.get_replica_context()
         with tf.GradientTape() as tape:
-            own = sums = self._loss.sums(masks, self.model(images, training=True))
+            outputs = tf.nest.flatten(self.network(images, training=True))
+            own = sums = tf.stack(
+                [self._loss.sums(masks[:, :: 2**level, :: 2**level], logits) for level, logits in enumerate(outputs)]
+            )
             if self.num_replicas > 1:
                 # The loss of the global batch, of which each replica takes the gradient by its own part of the sums:
                 # these gradients add up to that of the loss.
                 with tape.stop_recording():
                     of_others = context.all_reduce(tf.distribute.ReduceOp.SUM, own) - own
                 sums = own + of_others
-            loss = self._loss.value(sums)
-            scaled = self.optimizer.scale(loss)
+            losses = [self._loss.value(of_output) for of_output in tf.unstack(sums)]
+            scaled = self.optimizer.scale(sum(COARSER_LOSS_WEIGHT**level * loss for level, loss in enumerate(losses)))
         self.optimizer.apply(tape.gradient(scaled, variables), variables, numbers[0])
-        return tf.concat([tf.stack([loss / self.num_replicas, own[1]]), numbers[1:]], axis=0)
+        return tf.concat([tf.stack([losses[0] / self.num_replicas, own[0, 1]]), numbers[1:]], axis=0)
 
     def _test_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", votes: "tf.Tensor"

@@ -253,6 +253,25 @@ def test_classes_weigh_in_training_and_testing_and_labels_are_smoothed_in_traini
     assert pixels == masks.size
 
 
+def test_deep_supervision_trains_each_level_of_the_decoder_by_every_second_pixel_of_the_finer_one():
+    images, masks, _ = make_batch()
+    trainer = make_trainer({"batch_norm": False, "deep_supervision": True}, average_weights=True)
+    outputs = [output.numpy() for output in trainer.network(images)]
+    assert [output.shape for output in outputs] == [(2, 32 // 2**level, 32 // 2**level, 2) for level in range(4)]
+    loss, _ = trainer.train_step(make_batch())
+    np.testing.assert_allclose(loss, cross_entropy(outputs[0], masks, [1, 1]).mean(), rtol=1e-5)
+    for layer in trainer.network.layers:
+        if getattr(layer, "kernel_size", None) == (1, 1):
+            level = (layer.kernel.shape[2] // 2).bit_length() - 1  # features double with each level
+            error = special.softmax(outputs[level], axis=-1) - np.eye(2)[masks[:, :: 2**level, :: 2**level]]
+            index = [layer.bias is variable for variable in trainer.network.trainable_variables].index(True)
+            gradient = trainer.optimizer.means[index] / (1 - trainer.optimizer.BETA_1)
+            np.testing.assert_allclose(gradient, 0.5**level * error.mean((0, 1, 2)), rtol=1e-3, atol=1e-7)
+    plain = build_unet(1, 2, 2, batch_norm=False)
+    assert trainer.model.count_params() == trainer.averaged.count_params() == plain.count_params()
+    assert trainer.network.count_params() == plain.count_params() + sum((2 * 2**level + 1) * 2 for level in (1, 2, 3))
+
+
 def test_loss_scaling_keeps_gradients_that_float16_has_no_number_for():
     """Weights of the classes make the loss, and with it the gradients, a millionth of what they were."""
     moved = []
@@ -442,7 +461,7 @@ def overflow():
 
 figures = {{f"smooth_{{name}}": value for name, value in train(smooth_network, 1e-2).items()}}
 if replicas < 4:  # tracing it takes long
-    unet = train(lambda key: build_unet(1, 2, 2, dropout_rate=0), 1e-4)
+    unet = train(lambda key: build_unet(1, 2, 2, dropout_rate=0, deep_supervision=True), 1e-4)
     figures.update({{f"unet_{{name}}": value for name, value in unet.items()}})
 np.savez(result, overflow=overflow(), **figures)
 
