@@ -44,6 +44,7 @@ LEVERS = {
     "tests": ("--test_every_n_steps 200", "--test_every_n_steps 40", {}),
     "xla": ("--xla 1", "--xla 0", {}),
     "loss": ("", "--loss cross_entropy", {}),
+    "supervision": ("", "--deep_supervision 0", {}),
     "averages": ("", "--average_weights 0", {}),
     "schedule": ("", "--schedule constant", {}),
     "dropout": ("", "--dropout 0.5", {}),
