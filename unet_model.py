@@ -30,7 +30,8 @@ DROPOUT_LEVELS = 2  # the deepest ones
 # Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
-COARSER_LOSS_WEIGHT = 0.5  # of a level of the decoder, relative to the next finer one
+LARGEST_SCALE, LARGEST_SHIFT = 3.0, 5.0  # of batch renormalization, as in its paper
+CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps between which it sets in: first the averages have to mean something
 LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
 AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
 
@@ -95,7 +96,8 @@ def build_unet(
         return layers.Activation("linear", dtype="float32")(logits)
 
     image = tf.keras.Input((None, None, channels))
-    features, skips, coarse = image, [], []
+    features, skips = image, []
+    coarse: list[Any] = []
     for level in range(LEVELS):
         depth = baseline_feature_depth * 2**level
         features = drop(convolve(features, depth), level)  # (N, H/2^l, W/2^l, 2^l F)
@@ -149,14 +151,25 @@ class StatelessDropout(tf.keras.layers.Layer):
 
 
 class BatchNormalization(tf.keras.layers.Layer):
-    """Batch normalization (Ioffe and Szegedy, arXiv 1502.03167) over the global batch: that of all replicas.
+    """Batch renormalization (Ioffe, arXiv 1702.03275) over the global batch: that of all replicas.
+
+    A few images that differ have statistics that are far from those of all images, by which the network is tested.
+    So the features of a batch are normalized by its own statistics and then corrected to what the moving averages would
+    have given, within limits. The correction counts as a constant: gradients are those of batch normalization.
 
     Takes and returns float16 or float32; means and variances are float32. Keras' own layer gives other moving variances
     in Keras 2 than in Keras 3, and keeps them for each replica.
+
+    Attributes
+    ----------
+    correction_share : callable, optional
+        Asked at each training step for a scalar tensor in 0 to 1: the share of the limits that is in force. Without it,
+        or with 0, this is batch normalization (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     def __init__(self) -> None:
         super().__init__(dtype="float32", autocast=False)
+        self.correction_share: Optional[Callable[[], tf.Tensor]] = None
 
     def build(self, shape: Sequence[Optional[int]]) -> None:
         """Make the weights: one of each kind for each feature."""
@@ -181,10 +194,16 @@ class BatchNormalization(tf.keras.layers.Layer):
             exact = tf.cast(features, tf.float32)  # on a CPU faster than the operation that is used below
             exact = tf.nn.batch_normalization(exact, moving_mean, moving_variance, beta, gamma, BATCH_NORM_EPSILON)
             return tf.cast(exact, features.dtype)
+        mean, variance = global_statistics(features, moving_mean)
+        if self.correction_share is not None:
+            scale, shift = correction(mean, variance, moving_mean, moving_variance, self.correction_share())
+            gamma, beta = gamma * scale, beta + gamma * shift
         if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
-            normalized, mean, variance = normalize_batch(features, gamma, beta)
+            normalized, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=features, scale=gamma, offset=beta, mean=[], variance=[], epsilon=BATCH_NORM_EPSILON
+            )
         else:
-            normalized, mean, variance = normalize_global_batch(features, gamma, beta, moving_mean)
+            normalized = normalize_global_batch(features, gamma, beta, mean, variance)
         for variable, moving, new in (
             (self.moving_mean, moving_mean, mean),
             (self.moving_variance, moving_variance, variance),
@@ -193,23 +212,48 @@ class BatchNormalization(tf.keras.layers.Layer):
         return normalized
 
 
-def normalize_batch(features: Any, gamma: Any, beta: Any) -> tuple["tf.Tensor", "tf.Tensor", "tf.Tensor"]:
-    """Return features normalized by their own mean and variance, and these two."""
-    normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=features, scale=gamma, offset=beta, mean=[], variance=[], epsilon=BATCH_NORM_EPSILON
-    )
-    pixels = tf.cast(pixels_of(features), tf.float32)
-    return normalized, mean, tf.math.multiply_no_nan(variance, (pixels - 1) / pixels)  # of n, not of n - 1
+def mean_of_replicas(values: list[Any]) -> list[Any]:
+    """Return the means of float32 tensors of one shape over all replicas."""
+    context = tf.distribute.get_replica_context()
+    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stack(values))
+    return tf.unstack(sums / context.num_replicas_in_sync)
 
 
-def pixels_of(features: "tf.Tensor") -> "tf.Tensor":
-    """Return how many pixels features (N, H, W, F) have."""
-    return tf.reduce_prod(tf.shape(features)[:3])
+def global_statistics(features: "tf.Tensor", near: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
+    """Return mean and variance over all replicas, float32 of shape (F,), as constants: without gradients.
+
+    Parameters
+    ----------
+    features : tensor of float16 or float32, shape (N, H, W, F)
+        Of this replica; all have as many.
+    near : tensor of float32, shape (F,)
+        A guess at the means; the closer, the smaller the rounding error of the variances.
+    """
+    mean, variance = tf.nn.moments(tf.cast(tf.stop_gradient(features), tf.float32), [0, 1, 2])
+    if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+        return mean, variance
+    distance = mean - near
+    distance, square = mean_of_replicas([distance, variance + tf.square(distance)])
+    return near + distance, tf.maximum(square - tf.square(distance), 0.0)
+
+
+def correction(
+    mean: "tf.Tensor", variance: "tf.Tensor", moving_mean: "tf.Tensor", moving_variance: "tf.Tensor", share: "tf.Tensor"
+) -> tuple["tf.Tensor", "tf.Tensor"]:
+    """Return factor and summand that make features that a batch has normalized what its moving averages would make.
+
+    They are 1 and 0 if `share` is 0, and at most `LARGEST_SCALE` or its inverse and `LARGEST_SHIFT` if it is 1.
+    """
+    deviation, moving_deviation = (tf.sqrt(each + BATCH_NORM_EPSILON) for each in (variance, moving_variance))
+    largest_scale, largest_shift = 1 + share * (LARGEST_SCALE - 1), share * LARGEST_SHIFT
+    scale = tf.clip_by_value(deviation / moving_deviation, 1 / largest_scale, largest_scale)
+    shift = tf.clip_by_value((mean - moving_mean) / moving_deviation, -largest_shift, largest_shift)
+    return tf.stop_gradient(scale), tf.stop_gradient(shift)
 
 
 @tf.custom_gradient
-def normalize_global_batch(features: Any, gamma: Any, beta: Any, near: Any) -> Any:
-    """Return features normalized by mean and variance over all replicas, and these two.
+def normalize_global_batch(features: Any, gamma: Any, beta: Any, mean: Any, variance: Any) -> Any:
+    """Return features normalized by mean and variance over all replicas.
 
     Parameters
     ----------
@@ -217,32 +261,22 @@ def normalize_global_batch(features: Any, gamma: Any, beta: Any, near: Any) -> A
         Of this replica; all have as many.
     gamma, beta : tensor of float32, shape (F,)
         Standard deviation and mean to give them.
-    near : tensor of float32, shape (F,)
-        A guess at the means; the closer, the smaller the rounding error of the variances.
+    mean, variance : tensor of float32, shape (F,)
+        Of all replicas. The gradient takes them as what they are, functions of the features.
 
     Notes
     -----
     Written out, because automatic gradients would keep several copies of the features in float32.
     """
-    context = tf.distribute.get_replica_context()
 
-    def mean_of_replicas(values: list[Any]) -> list[Any]:
-        sums = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stack(values))
-        return tf.unstack(sums / context.num_replicas_in_sync)
-
-    _, own_mean, own_variance = normalize_batch(features, gamma, beta)
-    distance = own_mean - near
-    distance, square = mean_of_replicas([distance, own_variance + tf.square(distance)])
-    mean, variance = near + distance, tf.maximum(square - tf.square(distance), 0.0)
-
-    def gradient(change: Any, *of_statistics: Any) -> Any:
+    def gradient(change: Any) -> Any:
         change, inverse = tf.cast(change, tf.float32), tf.math.rsqrt(variance + BATCH_NORM_EPSILON)
         standard = (tf.cast(features, tf.float32) - mean) * inverse
         beta_change, gamma_change = tf.reduce_sum(change, [0, 1, 2]), tf.reduce_sum(change * standard, [0, 1, 2])
-        pixels = tf.cast(pixels_of(features), tf.float32)
+        pixels = tf.cast(tf.reduce_prod(tf.shape(features)[:3]), tf.float32)
         common_beta, common_gamma = mean_of_replicas([beta_change / pixels, gamma_change / pixels])
         change = gamma * inverse * (change - common_beta - standard * common_gamma)
-        return tf.cast(change, features.dtype), gamma_change, beta_change, None
+        return tf.cast(change, features.dtype), gamma_change, beta_change, None, None
 
     normalized, *_ = tf.raw_ops.FusedBatchNormV3(
         x=features,
@@ -253,7 +287,7 @@ def normalize_global_batch(features: Any, gamma: Any, beta: Any, near: Any) -> A
         epsilon=BATCH_NORM_EPSILON,
         is_training=False,
     )
-    return (normalized, mean, variance), gradient
+    return normalized, gradient
 
 
 def assign(variable: Any, value: "tf.Tensor") -> None:
@@ -472,7 +506,7 @@ class UNetTrainer:
     model : callable
         Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
         ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. Of several outputs, the one of every second
-        pixel follows that of all, and so on; `COARSER_LOSS_WEIGHT` says what each counts.
+        pixel follows that of all, and so on; their losses count alike.
     learning_rate : float
         Of Adam; may be changed between steps.
     loss : Loss
@@ -525,6 +559,9 @@ class UNetTrainer:
                 0, dtype=tf.int64, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
             )
             self.network = model(self._dropout_key)
+            for layer in self.network.layers:
+                if isinstance(layer, BatchNormalization):
+                    layer.correction_share = self._correction_share
             self.model = without_coarse_outputs(self.network)
             self.averaged = without_coarse_outputs(model(self._dropout_key)) if average_weights else self.model
             self.optimizer = Adam(self.network.trainable_variables, loss_scaling)
@@ -538,6 +575,11 @@ class UNetTrainer:
         """Return two integers that no other step and replica of the run has."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         return tf.stack([tf.constant(self._seed, tf.int64), self.step * self.num_replicas + tf.cast(replica, tf.int64)])
+
+    def _correction_share(self) -> "tf.Tensor":
+        """Return how far batch renormalization has set in at this step, 0 to 1."""
+        steps = tf.cast(self.step - CORRECTED_FROM, tf.float32)
+        return tf.clip_by_value(steps / (CORRECTED_FULLY - CORRECTED_FROM), 0.0, 1.0)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next steps."""
@@ -664,7 +706,7 @@ class UNetTrainer:
                     of_others = context.all_reduce(tf.distribute.ReduceOp.SUM, own) - own
                 sums = own + of_others
             losses = [self._loss.value(of_output) for of_output in tf.unstack(sums)]
-            scaled = self.optimizer.scale(sum(COARSER_LOSS_WEIGHT**level * loss for level, loss in enumerate(losses)))
+            scaled = self.optimizer.scale(tf.add_n(losses))
         self.optimizer.apply(tape.gradient(scaled, variables), variables, numbers[0])
         return tf.concat([tf.stack([losses[0] / self.num_replicas, own[0, 1]]), numbers[1:]], axis=0)
 

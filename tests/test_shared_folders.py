@@ -330,10 +330,12 @@ def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(m
         finally:
             closed.append(True)
 
-    def interrupted(self, *arguments, original=getattr(threading.Thread, moment)):
+    start = threading.Thread.start
+
+    def interrupted(self, *arguments):
         monkeypatch.undo()  # one signal
         if moment == "start":
-            original(self)
+            start(self)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, moment, interrupted)

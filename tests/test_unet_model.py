@@ -266,7 +266,7 @@ def test_deep_supervision_trains_each_level_of_the_decoder_by_every_second_pixel
             error = special.softmax(outputs[level], axis=-1) - np.eye(2)[masks[:, :: 2**level, :: 2**level]]
             index = [layer.bias is variable for variable in trainer.network.trainable_variables].index(True)
             gradient = trainer.optimizer.means[index] / (1 - trainer.optimizer.BETA_1)
-            np.testing.assert_allclose(gradient, 0.5**level * error.mean((0, 1, 2)), rtol=1e-3, atol=1e-7)
+            np.testing.assert_allclose(gradient, error.mean((0, 1, 2)), rtol=1e-3, atol=1e-7)
     plain = build_unet(1, 2, 2, batch_norm=False)
     assert trainer.model.count_params() == trainer.averaged.count_params() == plain.count_params()
     assert trainer.network.count_params() == plain.count_params() + sum((2 * 2**level + 1) * 2 for level in (1, 2, 3))
@@ -306,6 +306,43 @@ def test_the_variance_of_batch_normalization_is_that_of_all_pixels():
     np.testing.assert_allclose(layer.moving_variance, 0.9 + 0.1 * variance, rtol=1e-5)
     tested = (features - 0.1 * mean) / np.sqrt(0.9 + 0.1 * variance + 1e-3)
     np.testing.assert_allclose(layer(features), tested, atol=1e-5)
+
+
+def test_batch_renormalization_gives_what_the_moving_averages_give_within_limits():
+    features = np.random.default_rng(0).normal(3, 2, (2, 3, 4, 4)).astype(np.float32)
+    mean, variance = features.mean((0, 1, 2)), features.var((0, 1, 2))
+    batch = (features - mean) / np.sqrt(variance + 1e-3)
+    layer = unet_model.BatchNormalization()
+    layer(features)
+    # The last two of the averages are further from the batch than is corrected.
+    averages = mean + [1, -1, 50, 0], variance * [0.5, 2, 1, 400]
+    expected = (features - averages[0]) / np.sqrt(averages[1] + 1e-3)
+    expected[..., 2], expected[..., 3] = batch[..., 2] - 5, batch[..., 3] / 3
+    gradients = []
+    for share, normalized in ((0, batch), (1, expected)):
+        layer.correction_share = lambda share=share: tf.constant(float(share))
+        layer.moving_mean.assign(averages[0])
+        layer.moving_variance.assign(averages[1])
+        with tf.GradientTape() as tape:
+            variable = tf.Variable(features)
+            result = layer(variable, training=True)
+            total = tf.reduce_sum(result**3)
+        np.testing.assert_allclose(result, normalized, atol=1e-4)
+        np.testing.assert_allclose(layer.moving_mean, 0.9 * averages[0] + 0.1 * mean, rtol=1e-5)
+        gradients.append(tape.gradient(total, variable).numpy())
+        along_the_mean = np.abs(gradients[-1].sum((0, 1, 2)))  # what changes it alone changes nothing
+        assert along_the_mean.max() < 1e-2 * np.abs(gradients[-1]).max()
+    assert np.abs(gradients[1] - gradients[0]).max() > 1e-2
+
+
+def test_batch_renormalization_sets_in_when_the_averages_mean_something():
+    trainer = make_trainer({})
+    shares = []
+    for step in (0, 100, 175, 250, 10**6):
+        trainer.step.assign(step)
+        layers = [layer for layer in trainer.network.layers if isinstance(layer, unet_model.BatchNormalization)]
+        shares.append({float(layer.correction_share()) for layer in layers})
+    assert shares == [{0.0}, {0.0}, {0.5}, {1.0}, {1.0}]
 
 
 def test_adam_is_that_of_its_paper():
@@ -381,8 +418,10 @@ cpu, logical = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDevic
 tf.config.set_logical_device_configuration(cpu, [logical] * replicas)
 cluster = Cluster.find(os.environ)
 strategy = make_strategy(cluster)
+import unet_model
 from unet_model import BatchNormalization, Loss, UNetTrainer, build_unet, export_saved_model
 
+unet_model.CORRECTED_FROM, unet_model.CORRECTED_FULLY = 1, 3  # so that batch renormalization sets in
 rng = np.random.default_rng(0)
 share = slice(4 // cluster.world_size * cluster.rank, 4 // cluster.world_size * (cluster.rank + 1))
 images = rng.standard_normal((5, 4, 32, 32, 1), np.float32)
