@@ -1252,6 +1252,11 @@ kept_memory = functools.lru_cache(attach_shared_memory)
 def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
     """Log what databases hold, with hints where that looks unusual; draw some of their records where asked for."""
     unusual = {}
+    if preview:
+        databases = {os.path.realpath(filepath) for filepath in filepaths}
+        for picture in (filepath.with_suffix(".png") for filepath in filepaths):
+            if os.path.realpath(picture) in databases:
+                raise InputError(f"{picture} would replace a database; give it a name that ends in .lmdb")
     for filepath in filepaths:
         with Database(filepath) as database:
             for line in describe(filepath, database.metadata):

@@ -659,9 +659,9 @@ def whole(low: float = -(2**62), high: float = 2**62) -> Check:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def real(low: float = -math.inf) -> Check:
-    """Return a check for numbers of at least a bound that a float has, infinity included."""
-    return lambda value: (type(value) is float or whole()(value)) and value >= low
+def real(low: float = -math.inf, high: float = math.inf) -> Check:
+    """Return a check for numbers within bounds, both included, that a float has; without bounds, for infinity too."""
+    return lambda value: (type(value) is float or whole()(value)) and low <= value <= high
 
 
 def any_text(value: Any) -> bool:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli import InputError, read_own_file, replacing, whole
+from cli import InputError, printable, read_own_file, replacing, whole
 from image_files import displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
 
 if TYPE_CHECKING:
     from train_unet import RunState
 
+LARGEST_FIGURE = 1e38  # in a CSV file; beyond what training computes with, and still drawn
 EXAMPLES = 4  # test images in the picture of predictions
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
 CONFUSION_CLASSES = 16  # in a picture; more take long to draw, and nobody reads them
@@ -176,9 +177,10 @@ def drop_later_events(file: Path, step: int) -> None:
     The end of the file may be cut short.
     """
     import tensorflow as tf
+    from google.protobuf.message import DecodeError
 
     kept, is_later = [], False
-    with contextlib.suppress(tf.errors.DataLossError):
+    with contextlib.suppress(tf.errors.DataLossError, DecodeError):
         for record in tf.data.TFRecordDataset(os.fspath(file)).as_numpy_iterator():
             if tf.compat.v1.Event.FromString(record).step > step:
                 is_later = True
@@ -197,15 +199,15 @@ def read_metrics(path: Path, classes: range) -> list[dict[str, str]]:
     try:
         rows = list(csv.DictReader(io.StringIO(read_own_file(path))))
         for row in rows:
-            for name in figures:
-                float(row[name] or "nan")
-            for name in ("epoch", "step"):
-                if not whole(0)(int(row[name])):
+            is_possible = {name: abs(float(row[name] or 0)) <= LARGEST_FIGURE for name in figures}
+            is_possible |= {name: whole(0)(int(row[name])) for name in ("epoch", "step")}
+            for name, possible in is_possible.items():
+                if not possible:
                     raise ValueError(f"{name} {row[name][:20]}")
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not what training wrote ({error}); move it away") from error
+        raise InputError(f"{path} is not what training wrote ({str(error)[:100]}); move it away") from error
     return rows
 
 
@@ -300,7 +302,8 @@ def draw_records(database: Database, output: Path) -> Path:
         stored = database.record(index)
         # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
         left.imshow(displayable(scores_of(stored, np.finfo(np.float32).tiny)))
-        left.set_title(metadata.names[metadata.record_image[index]], fontsize=7)
+        name = printable(metadata.names[metadata.record_image[index]])
+        left.set_title(name, fontsize=7, parse_math=False)  # $ is a dollar
         # Ranks, so that gaps in the ids take no colors.
         show_classes(right, np.searchsorted(metadata.classes, stored.mask), len(metadata.classes))
         found = np.intersect1d(stored.mask, metadata.classes)

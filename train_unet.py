@@ -1203,7 +1203,7 @@ class RunState:
 
 STATE_CHECKS = {
     **dict.fromkeys(("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
-    **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real()),
+    **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real(0, 1e18)),  # to calculate with
 }
 # What checkpoints lack that an earlier version wrote, and the settings with which it trained.
 EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0}

@@ -598,6 +598,27 @@ def test_a_preview_replaces_no_image(tmp_path):
     assert (images / "train-t.png").read_bytes() == before and len(list(images.iterdir())) == 2
 
 
+def test_a_preview_replaces_no_database(tmp_path):
+    train, _ = build(tmp_path, count=5)
+    other = shutil.copy(train, train.with_suffix(".png"))
+    before = other.read_bytes()
+    for databases in ([other], [train, other]):
+        done = run_script("build_lmdb.py", "--describe", *databases, "--preview", 1)
+        assert done.returncode == 2 and "train-t.png would replace a database" in done.stdout, done.stdout
+        assert other.read_bytes() == before
+
+
+def test_names_in_a_preview_are_no_formulas_and_need_not_be_utf8(tmp_path):
+    images, masks = write_folders(tmp_path, count=0)
+    for index, name in enumerate([b"a$_$b.tif", b"caf\xe9.tif", b"c.tif"]):
+        image, mask = make_pair(index)
+        write_tiff(images / os.fsdecode(name), image)
+        tifffile.imwrite(masks / os.fsdecode(name), mask)
+    done = start(tmp_path, "--train_fraction", 0.7, "--preview", 1)
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
+    assert (tmp_path / "db" / "train-t.png").exists()
+
+
 def test_a_link_to_nowhere_is_named(tmp_path):
     images, _ = write_folders(tmp_path, count=4)
     (images / "cell0.tif").unlink()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -119,7 +120,24 @@ def compressed(size):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("raw", [b"", b"PK", npy(np.arange(3)), compressed(2**28)], ids=["none", "text", "npy", "bomb"])
+def with_other_flags(position, value):
+    """Return an archive of arrays with a byte changed in its first entry of the directory at the end."""
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.zeros(9, np.uint8))
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"PK\1\2") + position] |= value
+    return bytes(content)
+
+
+ARCHIVES = {"none": b"", "text": b"PK", "npy": npy(np.arange(3)), "bomb": compressed(2**28)}
+ARCHIVES |= {
+    "encryption": with_other_flags(8, 0x40),
+    "patch": with_other_flags(8, 0x20),
+    "new": with_other_flags(6, 255),
+}
+
+
+@pytest.mark.parametrize("raw", ARCHIVES.values(), ids=ARCHIVES)
 def test_metadata_that_is_no_archive_is_refused_by_name(databases, tmp_path, raw):
     rewrite(databases[0], tmp_path / "changed.lmdb", raw=raw)
     with pytest.raises(cli.InputError, match="changed.lmdb"):
@@ -309,6 +327,7 @@ def resume(finished, databases, tmp_path, change):
 STATE = dataclasses.asdict(train_unet.RunState(train_unet.EarlyStopping(1)))
 STATES = [*NO_OBJECTS, "{}", '{"step": "x"}', '{"settings": 5}']
 STATES += [json.dumps({**STATE, name: 10**400}) for name in ("step", "epoch_loss", "planned_minutes")]
+STATES += [json.dumps({**STATE, "seconds": seconds}) for seconds in (-1e308, -1, 1e308, math.inf, math.nan)]
 STATES += [json.dumps({**STATE, "stopping": {**STATE["stopping"], "_reference_loss": 10**400}})]
 
 
@@ -330,6 +349,8 @@ def test_a_run_whose_state_is_none_is_refused(finished, databases, tmp_path, tex
 
 METRICS = ["", "x", "epoch,step\n1,x\n", "epoch\n" + "9" * 5000 + "\n", "epoch,step\n1\n", "\0\n1,\0\n"]
 COLUMNS = "epoch,step,learning_rate,train_loss,test_loss,accuracy,mean_iou,iou_0,iou_1,dice_0,dice_1\n"
+METRICS += [f"{COLUMNS}1,3,1,1,1.7e308,1,1,1,1,1,1\n", f"{COLUMNS}1,3,1,1,-inf,1,1,1,1,1,1\n"]
+METRICS += [f"{COLUMNS}1,3,1,1,{'x' * 10**5},1,1,1,1,1,1\n"]
 METRICS += [f"{COLUMNS}1,3,1,1,1,1,1,x,1,1,1\n", f"{COLUMNS}1,{'9' * 400},1,1,1,1,1,1,1,1,1\n"]
 
 
@@ -339,7 +360,7 @@ def test_changed_metrics_are_begun_anew_or_refused(databases, tmp_path, text):
     try:
         reports.Report(tmp_path, databases[1], np.ones(1), 2, epoch=1, step=3)
     except cli.InputError as error:
-        assert "metrics.csv is not what training wrote" in str(error)
+        assert "metrics.csv is not what training wrote" in str(error) and len(str(error)) < 500
         assert (tmp_path / "metrics.csv").exists()
     else:
         assert read_csv(tmp_path / "metrics.csv") == []
@@ -399,7 +420,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished,
     assert again.returncode == 2 and "contains results but no checkpoint" in again.stdout, again.stdout
 
 
-def test_curves_of_tensorboard_have_no_steps_that_are_taken_again(tmp_path):
+@pytest.mark.parametrize("ending", ["cut", "another"])
+def test_curves_of_tensorboard_have_no_steps_that_are_taken_again(tmp_path, ending):
     import tensorflow as tf
 
     writer = tf.summary.create_file_writer(str(tmp_path))
@@ -408,8 +430,11 @@ def test_curves_of_tensorboard_have_no_steps_that_are_taken_again(tmp_path):
             tf.summary.scalar("loss", 1.0, step)
     writer.close()
     [file] = tmp_path.iterdir()
+    with tf.io.TFRecordWriter(str(tmp_path / "other")) as other:
+        other.write(b"no event")
     with open(file, "ab") as end:
-        end.write(b"cut short")
+        end.write((tmp_path / "other").read_bytes() if ending == "another" else b"cut short")
+    (tmp_path / "other").unlink()
     reports.drop_later_events(file, 6)
     events = list(tf.compat.v1.train.summary_iterator(str(file)))
     assert [event.step for event in events if event.summary.value] == [3, 6]

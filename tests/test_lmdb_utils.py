@@ -32,6 +32,16 @@ def test_a_record_comes_back_as_it_went_in(image_dtype, mask_dtype):
         assert got.dtype == expected.dtype and not got.flags.owndata and not got.flags.writeable
 
 
+@pytest.mark.parametrize("number", [1e39, -1e39, np.nan, np.inf])
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_record_with_statistics_that_no_image_has_is_refused(position, number):
+    statistics = [0.0, 1.0]
+    statistics[position] = number
+    image, mask = np.zeros((4, 4, 1), np.float32), np.zeros((4, 4), np.uint8)
+    with pytest.raises(InputError, match="mean or deviation"):
+        decode_record(encode_record(image, mask, statistics[:1], statistics[1:]))
+
+
 def test_numbers_are_little_endian_in_the_file_whatever_they_were_before():
     image, mask = np.array([[[1], [256]]], ">u2"), np.array([[3, 70_000]], ">i4")
     value = encode_record(image, mask, [-2.0], [0.5])
