@@ -1252,19 +1252,17 @@ kept_memory = functools.lru_cache(attach_shared_memory)
 def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
     """Log what databases hold, with hints where that looks unusual; draw some of their records where asked for."""
     unusual = {}
-    if preview:
-        databases = {os.path.realpath(filepath) for filepath in filepaths}
-        for picture in (filepath.with_suffix(".png") for filepath in filepaths):
-            if os.path.realpath(picture) in databases:
-                raise InputError(f"{picture} would replace a database; give it a name that ends in .lmdb")
     for filepath in filepaths:
+        picture = filepath.with_suffix(".png")
+        if preview and os.path.realpath(picture) == os.path.realpath(filepath):
+            raise InputError(f"the preview {picture} would replace its database; give that a name that ends in .lmdb")
         with Database(filepath) as database:
             for line in describe(filepath, database.metadata):
                 logging.info("%s", line)
             if preview:
                 from reports import draw_records
 
-                logging.info("  some of its records: %s", draw_records(database, filepath.with_suffix(".png")))
+                logging.info("  some of its records: %s", draw_records(database, picture))
             unusual.update(dict.fromkeys(unusual_content(database.metadata)))
     for line in unusual:
         logging.warning("%s", line)

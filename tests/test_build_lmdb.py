@@ -602,9 +602,11 @@ def test_a_preview_replaces_no_database(tmp_path):
     train, _ = build(tmp_path, count=5)
     other = shutil.copy(train, train.with_suffix(".png"))
     before = other.read_bytes()
-    for databases in ([other], [train, other]):
-        done = run_script("build_lmdb.py", "--describe", *databases, "--preview", 1)
-        assert done.returncode == 2 and "train-t.png would replace a database" in done.stdout, done.stdout
+    train.unlink()
+    train.symlink_to(other)
+    for database in (other, train):
+        done = run_script("build_lmdb.py", "--describe", database, "--preview", 1)
+        assert done.returncode == 2 and "train-t.png would replace its database" in done.stdout, done.stdout
         assert other.read_bytes() == before
 
 
