@@ -782,6 +782,7 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
 
     options = ["--number_classes", 3, "--learning_rate", 2e-3, "--seed", 7, "--label_smoothing", 0.2]
     options += ["--loss", ("cross_entropy", "cross_entropy_dice")[mixed], "--dropout", 0.3, "--average_weights", mixed]
+    options += ["--deep_supervision", mixed]
     args = [*map(str, arguments("ab", "out", *options, "--mixed_precision", mixed))]
     parameters = inspect.signature(unet_model.UNetTrainer)
     monkeypatch.setattr(unet_model, "UNetTrainer", lambda *values: parameters.bind(*values).arguments)
@@ -790,7 +791,8 @@ def test_options_reach_the_network_and_its_trainer(mixed, monkeypatch):
     weights = [1.0, 2.0, 3.0]
     trainer, portable = train_unet.build_networks(train_unet.build_parser().parse_args(args), strategy, 6, weights)
     precision = "mixed_float16" if mixed else "float32"
-    assert trainer.pop("model")("key") == ((6, 3, 4, 0.3), {"dropout_key": "key", "precision": precision})
+    expected = {"dropout_key": "key", "precision": precision, "deep_supervision": bool(mixed)}
+    assert trainer.pop("model")("key") == ((6, 3, 4, 0.3), expected)
     assert portable == ((6, 3, 4), {})
     assert trainer == {
         "strategy": strategy,
@@ -898,7 +900,7 @@ def make_checkpoints(folder, rank=0):
     import tensorflow as tf
 
     model = SimpleNamespace(weights=[tf.Variable(1.0)])
-    trainer = SimpleNamespace(model=model, averaged=model, optimizer=tf.Module(), step=tf.Variable(3))
+    trainer = SimpleNamespace(network=model, model=model, averaged=model, optimizer=tf.Module(), step=tf.Variable(3))
     return train_unet.Checkpoints(folder, trainer, {"seed": 0}, train_unet.Cluster(rank, 2))
 
 
