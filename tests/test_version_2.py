@@ -43,6 +43,7 @@ def test_the_checkpoint_is_resumed(tmp_path):
         "train_unet.py", *DATABASES, "--output_dir", tmp_path / "run", "--batch_size", 1, "--baseline_feature_depth",
         1, "--learning_rate", 1e-2, "--test_every_n_steps", 12, "--max_epochs", 2,
         "--loss", "cross_entropy", "--dropout", 0.5, "--average_weights", 0,
+        "--deep_supervision", 0,
     )  # fmt: skip
     assert done.returncode == 0 and "at step 12, after 1 test epochs" in done.stdout, done.stdout
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
