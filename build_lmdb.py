@@ -44,6 +44,7 @@ from cli import (
     STOP_SIGNALS,
     InputError,
     Parser,
+    PathLike,
     Progress,
     SharedMemory,
     StopRequest,
@@ -412,7 +413,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
-        check_previews([target.with_suffix(".png") for target in targets], pairs)
+        previews = [target.with_suffix(".png") for target in targets]
+        check_previews(previews, itertools.chain(*pairs), "an image or mask; choose another --output_folder")
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
         specs, measured, unusable = survey(workers, pairs, options)
         problems += unusable
@@ -442,12 +444,12 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     describe_databases(targets, bool(args.preview))
 
 
-def check_previews(previews: Sequence[Path], pairs: Sequence[Pair]) -> None:
-    """Refuse to draw over a file that the build reads."""
-    inputs = {os.path.realpath(path) for pair in pairs for path in pair}
+def check_previews(previews: Iterable[Path], inputs: Iterable[PathLike], advice: str) -> None:
+    """Refuse to draw over a file that is read; `advice` says what it is, and what to do."""
+    places = {os.path.realpath(path) for path in inputs}
     for preview in previews:
-        if os.path.realpath(preview) in inputs:
-            raise InputError(f"{preview} would replace an image or mask; choose another --output_folder")
+        if os.path.realpath(preview) in places:
+            raise InputError(f"{preview} would replace {advice}")
 
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
@@ -1254,8 +1256,8 @@ def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
     unusual = {}
     for filepath in filepaths:
         picture = filepath.with_suffix(".png")
-        if preview and os.path.realpath(picture) == os.path.realpath(filepath):
-            raise InputError(f"the preview {picture} would replace its database; give that a name that ends in .lmdb")
+        if preview:
+            check_previews([picture], [filepath], "its database; rename that, so that it ends in .lmdb")
         with Database(filepath) as database:
             for line in describe(filepath, database.metadata):
                 logging.info("%s", line)
