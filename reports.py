@@ -303,7 +303,7 @@ def draw_records(database: Database, output: Path) -> Path:
         # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
         left.imshow(displayable(scores_of(stored, np.finfo(np.float32).tiny)))
         name = printable(metadata.names[metadata.record_image[index]])
-        left.set_title(name, fontsize=7, parse_math=False)  # $ is a dollar
+        left.set_title(name, fontsize=7, parse_math=False)  # a $ begins no formula
         # Ranks, so that gaps in the ids take no colors.
         show_classes(right, np.searchsorted(metadata.classes, stored.mask), len(metadata.classes))
         found = np.intersect1d(stored.mask, metadata.classes)

@@ -795,8 +795,8 @@ def add_learning_options(group: Any) -> None:
         "--loss", choices=("cross_entropy_dice", "cross_entropy"), default="cross_entropy_dice", help=text
     )
     text = (
-        "whether to train the coarser levels of the decoder by the mask as well: networks learn faster; the exported "
-        "model is no larger [0 = false, 1 = true]"
+        "whether to train the coarser levels of the decoder by the mask as well: networks learn in fewer steps, "
+        "and the exported model is no larger [0 = false, 1 = true]"
     )
     add_flag(group, "--deep_supervision", 1, text)
     text = "share of the features of the two deepest levels that is left out in each training step, 0 to below 1"
@@ -1203,7 +1203,7 @@ class RunState:
 
 STATE_CHECKS = {
     **dict.fromkeys(("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
-    **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real(0, 1e18)),  # to calculate with
+    **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real(0, 1e18)),  # more would overflow
 }
 # What checkpoints lack that an earlier version wrote, and the settings with which it trained.
 EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0}

@@ -31,7 +31,7 @@ DROPOUT_LEVELS = 2  # the deepest ones
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
 LARGEST_SCALE, LARGEST_SHIFT = 3.0, 5.0  # of batch renormalization, as in its paper
-CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps between which it sets in: first the averages have to mean something
+CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps between which it takes effect, once the averages mean something
 LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
 AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
 
@@ -65,8 +65,8 @@ def build_unet(
     precision : str
         ``"float32"``, or ``"mixed_float16"`` to compute in float16 with float32 weights.
     deep_supervision : bool
-        Whether each coarser level of the decoder has logits of its own as well, to train by; the number of pixels is
-        halved in both directions from one output to the next.
+        Whether the coarser levels of the decoder have logits of their own, to train by. Each output has half as many
+        rows and columns as the one before.
 
     Returns
     -------
@@ -74,46 +74,60 @@ def build_unet(
         From ``(N, H, W, channels)`` float32, H and W multiples of `SIZE_FACTOR`, to logits
         ``(N, H, W, number_classes)`` float32; with deep supervision to a list, of which these are the first.
     """
-    layers = tf.keras.layers
+    parts = Parts(number_classes, dropout_rate, batch_norm, dropout_key, precision)
+    image = tf.keras.Input((None, None, channels))
+    features, skips = image, []
+    for level in range(LEVELS):
+        features = parts.drop(parts.convolve(features, baseline_feature_depth * 2**level), level)
+        skips.append(features)  # (N, H/2^l, W/2^l, 2^l F)
+        features = tf.keras.layers.MaxPooling2D(2, dtype=precision)(features)
+    features = parts.drop(parts.convolve(features, baseline_feature_depth * 2**LEVELS), LEVELS)  # (N, H/16, W/16, 16 F)
+    logits = []  # the coarsest first
+    for level in reversed(range(LEVELS)):
+        features = parts.join(features, skips[level], baseline_feature_depth * 2**level)  # (N, H/2^l, W/2^l, 2^l F)
+        if deep_supervision or level == 0:
+            logits.append(parts.classify(features))  # (N, H/2^l, W/2^l, classes)
+    return tf.keras.Model(image, logits[::-1] if deep_supervision else logits[0])
 
-    def convolve(features: Any, depth: int) -> Any:
+
+@dataclass(frozen=True)
+class Parts:
+    """What a U-Net consists of; the parameters of `build_unet` that concern single layers."""
+
+    number_classes: int
+    dropout_rate: float
+    batch_norm: bool
+    dropout_key: Optional[Callable[[], "tf.Tensor"]]
+    precision: str
+
+    def convolve(self, features: Any, depth: int) -> Any:
+        """Return features of some depth: the convolutions of a level, with what follows each of them."""
         for _ in range(CONVOLUTIONS_PER_LEVEL):
-            convolution = layers.Conv2D(
-                depth, 3, padding="same", activation="relu", kernel_initializer="he_normal", dtype=precision
+            convolution = tf.keras.layers.Conv2D(
+                depth, 3, padding="same", activation="relu", kernel_initializer="he_normal", dtype=self.precision
             )
             features = convolution(features)
-            if batch_norm:
+            if self.batch_norm:
                 features = BatchNormalization()(features)
         return features
 
-    def drop(features: Any, level: int) -> Any:
+    def drop(self, features: Any, level: int) -> Any:
+        """Return the features with dropout if the level is one of the deepest."""
         if level <= LEVELS - DROPOUT_LEVELS:
             return features
-        return StatelessDropout(dropout_rate, level, dropout_key, dtype=precision)(features)
+        return StatelessDropout(self.dropout_rate, level, self.dropout_key, dtype=self.precision)(features)
 
-    def classify(features: Any) -> Any:
-        logits = layers.Conv2D(number_classes, 1, dtype=precision)(features)
-        return layers.Activation("linear", dtype="float32")(logits)
-
-    image = tf.keras.Input((None, None, channels))
-    features, skips = image, []
-    coarse: list[Any] = []
-    for level in range(LEVELS):
-        depth = baseline_feature_depth * 2**level
-        features = drop(convolve(features, depth), level)  # (N, H/2^l, W/2^l, 2^l F)
-        skips.append(features)
-        features = layers.MaxPooling2D(2, dtype=precision)(features)
-    features = drop(convolve(features, baseline_feature_depth * 2**LEVELS), LEVELS)  # (N, H/16, W/16, 16 F)
-    for level in reversed(range(LEVELS)):
-        depth = baseline_feature_depth * 2**level
+    def join(self, features: Any, skip: Any, depth: int) -> Any:
+        """Return features of twice as many rows and columns, made of those of the level below and of the encoder's."""
         # Kernel and stride both 2: each output pixel comes from one input pixel, which adds nothing to the radius.
-        features = layers.Conv2DTranspose(depth, 2, strides=2, dtype=precision)(features)
-        features = layers.Concatenate(dtype=precision)([skips[level], features])
-        features = convolve(features, depth)  # (N, H/2^l, W/2^l, 2^l F)
-        if deep_supervision and level > 0:
-            coarse.insert(0, classify(features))  # (N, H/2^l, W/2^l, classes)
-    logits = classify(features)  # (N, H, W, classes)
-    return tf.keras.Model(image, [logits, *coarse] if coarse else logits)
+        features = tf.keras.layers.Conv2DTranspose(depth, 2, strides=2, dtype=self.precision)(features)
+        features = tf.keras.layers.Concatenate(dtype=self.precision)([skip, features])
+        return self.convolve(features, depth)
+
+    def classify(self, features: Any) -> Any:
+        """Return logits, in float32."""
+        logits = tf.keras.layers.Conv2D(self.number_classes, 1, dtype=self.precision)(features)
+        return tf.keras.layers.Activation("linear", dtype="float32")(logits)
 
 
 def without_coarse_outputs(network: "tf.keras.Model") -> "tf.keras.Model":
@@ -153,9 +167,9 @@ class StatelessDropout(tf.keras.layers.Layer):
 class BatchNormalization(tf.keras.layers.Layer):
     """Batch renormalization (Ioffe, arXiv 1702.03275) over the global batch: that of all replicas.
 
-    A few images that differ have statistics that are far from those of all images, by which the network is tested.
-    So the features of a batch are normalized by its own statistics and then corrected to what the moving averages would
-    have given, within limits. The correction counts as a constant: gradients are those of batch normalization.
+    The statistics of a few images can be far from the moving averages, by which the network is tested. So the features
+    of a batch are normalized by its own statistics, then corrected to what the moving averages would have given, within
+    limits. The correction counts as a constant: gradients are those of batch normalization.
 
     Takes and returns float16 or float32; means and variances are float32. Keras' own layer gives other moving variances
     in Keras 2 than in Keras 3, and keeps them for each replica.
@@ -240,15 +254,15 @@ def global_statistics(features: "tf.Tensor", near: "tf.Tensor") -> tuple["tf.Ten
 def correction(
     mean: "tf.Tensor", variance: "tf.Tensor", moving_mean: "tf.Tensor", moving_variance: "tf.Tensor", share: "tf.Tensor"
 ) -> tuple["tf.Tensor", "tf.Tensor"]:
-    """Return factor and summand that make features that a batch has normalized what its moving averages would make.
+    """Return the factor and the summand that turn normalization by a batch into one by the moving averages.
 
-    They are 1 and 0 if `share` is 0, and at most `LARGEST_SCALE` or its inverse and `LARGEST_SHIFT` if it is 1.
+    With a `share` of 0 they are 1 and 0. With 1, `LARGEST_SCALE` and `LARGEST_SHIFT` limit them in both directions.
     """
     deviation, moving_deviation = (tf.sqrt(each + BATCH_NORM_EPSILON) for each in (variance, moving_variance))
     largest_scale, largest_shift = 1 + share * (LARGEST_SCALE - 1), share * LARGEST_SHIFT
     scale = tf.clip_by_value(deviation / moving_deviation, 1 / largest_scale, largest_scale)
     shift = tf.clip_by_value((mean - moving_mean) / moving_deviation, -largest_shift, largest_shift)
-    return tf.stop_gradient(scale), tf.stop_gradient(shift)
+    return scale, shift
 
 
 @tf.custom_gradient
@@ -505,8 +519,8 @@ class UNetTrainer:
         Over the replicas.
     model : callable
         Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
-        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. Of several outputs, the one of every second
-        pixel follows that of all, and so on; their losses count alike.
+        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. It may have more outputs, as those of deep
+        supervision; their losses count alike.
     learning_rate : float
         Of Adam; may be changed between steps.
     loss : Loss
@@ -524,9 +538,9 @@ class UNetTrainer:
     Attributes
     ----------
     network : keras.Model
-        With all weights that are trained.
+        What is trained, with all its outputs.
     model : keras.Model
-        Its first output.
+        The same with the first output alone.
     averaged : keras.Model
         Of the same layers, with the weights that are tested and exported: their average, or `model` itself. It is
         about that of the last tenth of all steps, of at most `LONGEST_AVERAGE`, batch normalization included.
@@ -577,7 +591,7 @@ class UNetTrainer:
         return tf.stack([tf.constant(self._seed, tf.int64), self.step * self.num_replicas + tf.cast(replica, tf.int64)])
 
     def _correction_share(self) -> "tf.Tensor":
-        """Return how far batch renormalization has set in at this step, 0 to 1."""
+        """Return which share of batch renormalization is in force at this step, 0 to 1."""
         steps = tf.cast(self.step - CORRECTED_FROM, tf.float32)
         return tf.clip_by_value(steps / (CORRECTED_FULLY - CORRECTED_FROM), 0.0, 1.0)
 
