@@ -79,6 +79,23 @@ def test_the_table_of_halos_shows_errors_that_vanish_at_the_radius():
     assert results["memory"][0]["edge"] == 300 and 100 < results["memory"][0]["peak_mebibytes"] < 10_000
 
 
+COPY_WITHOUT_LEVERS = """
+import json, pathlib, sys
+import quality
+assignments = {target: value for *_, lever in quality.LEVERS.values() for target, value in lever.items()}
+quality.copy_suite(pathlib.Path(sys.argv[1]), assignments)
+print(json.dumps(assignments))
+"""
+
+
+def test_levers_without_an_option_are_pulled_by_assignments_of_a_copy(tmp_path):
+    command = [sys.executable, "-c", COPY_WITHOUT_LEVERS, tmp_path / "suite"]
+    done = subprocess.run(command, cwd=ROOT / "tests" / "benchmarks", capture_output=True, text=True, check=True)
+    assignments = json.loads(done.stdout)
+    changed = "\n".join((tmp_path / "suite" / name).read_text() for name in ("imagereader.py", "unet_model.py"))
+    assert len(assignments) == 6 and all(f"{target} = {value}\n" in changed for target, value in assignments.items())
+
+
 def test_the_table_of_masks_is_continued_and_scores_held_out_images(tmp_path):
     write_folders(tmp_path, count=10, shape=(64, 64, 1))
     peer = tmp_path / "peer.py"

@@ -18,7 +18,6 @@ can be interrupted and continued. Each data set has a file of its own.
 import json
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,8 @@ from image_files import read_image
 from reports import mean_of_present, score_confusion
 
 HELD_OUT_EVERY = 5  # pairs
-# The levers: the options of train_unet.py that pull each of them, those that do not, and attributes of the reader's
-# block of augmentation, which has no options, that do not
+# The levers: the options of train_unet.py that pull each of them, those that do not, and for what has no options the
+# assignments in the suite's files that do not
 LEVERS = {
     "features": ("--baseline_feature_depth 8", "--baseline_feature_depth 16", {}),
     "rate": ("--learning_rate 4e-3", "", {}),
@@ -45,11 +44,12 @@ LEVERS = {
     "xla": ("--xla 1", "--xla 0", {}),
     "loss": ("", "--loss cross_entropy", {}),
     "supervision": ("", "--deep_supervision 0", {}),
+    "renormalization": ("", "", {"CORRECTED_FROM, CORRECTED_FULLY": f"{2**40}, {2**41}"}),
     "averages": ("", "--average_weights 0", {}),
     "schedule": ("", "--schedule constant", {}),
     "dropout": ("", "--dropout 0.5", {}),
     "augmentation": (
-        "", "", {f"_{name}_probability": 1.0 for name in ("rotation", "jitter", "noise", "scale", "blur")},
+        "", "", {f"self._{name}_probability": 1.0 for name in ("rotation", "jitter", "noise", "scale", "blur")},
     ),
 }  # fmt: skip
 
@@ -98,17 +98,17 @@ def lay_out(pairs, folder):
     return held_out
 
 
-def copy_suite(folder, attributes):
-    """Copy the suite into a folder, with other values of some attributes of the reader."""
+def copy_suite(folder, assignments):
+    """Copy the suite into a folder, with other values on the right of some assignments."""
     folder.mkdir()
+    found = dict.fromkeys(assignments, 0)
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    reader = folder / "imagereader.py"
-    text = reader.read_text()
-    for name, value in attributes.items():
-        text, count = re.subn(rf"(self\.{name}) = .*", rf"\1 = {value}", text)
-        assert count == 1, f"expected one {name} in imagereader.py, found {count}"
-    reader.write_text(text)
+        text = path.read_text()
+        for target, value in assignments.items():
+            text, count = re.subn(rf"^( *{re.escape(target)}) = .*", rf"\1 = {value}", text, flags=re.MULTILINE)
+            found[target] += count
+        (folder / path.name).write_text(text)
+    assert set(found.values()) <= {1}, f"expected one assignment of each kind, found {found}"
 
 
 def run(command, log):

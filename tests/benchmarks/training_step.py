@@ -56,7 +56,7 @@ def make_trainer(args, channels, depth, mixed=False, xla=False):
     precision = "mixed_float16" if mixed else "float32"
     return UNetTrainer(
         args.strategy,
-        lambda key: build_unet(channels, 2, depth, dropout_key=key, precision=precision, deep_supervision=True),
+        lambda key: build_unet(channels, 2, depth, 0.0, precision=precision, deep_supervision=True),
         1e-4,
         Loss(2, with_dice=True),
         average_weights=True,
