@@ -182,7 +182,7 @@ def decode_record(value: Any) -> StoredImage:
     if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
         raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
     statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels + 1, HEADER.size)
-    if not all(abs(each) <= LARGEST_FLOAT32 for each in statistics[:-1].tolist()):  # for few faster than numpy
+    if not all(abs(each) <= LARGEST_FLOAT32 for each in statistics[:-1].tolist()):  # for few values faster
         raise InputError("a record has a mean or deviation that no image has; build the database again")
     no_data = None if statistics[-1] == ALL_DATA else float(statistics[-1])
     image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
