@@ -152,6 +152,7 @@ def main():
     add_flag(parser, "--pin", 0, "cores of their own for network and readers [0 = false, 1 = true]")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as train_unet.py does
     with synthetic_database(args.case) as database:
         results = measure(args, database)
     if not args.json:
