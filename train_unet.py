@@ -834,8 +834,7 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
     text = (
         "whether to compile the training step with XLA: a slower start, then faster steps [0 = false, 1 = true]; auto "
-        "does so on a single GPU if it works there and --deterministic is 0; on a CPU, 1 is faster with TensorFlow "
-        "2.21 and slower with 2.12"
+        "does so on a single GPU if it works there and --deterministic is 0; CPUs are faster without"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)
 

@@ -41,7 +41,6 @@ LEVERS = {
     "rate": ("--learning_rate 4e-3", "", {}),
     "batch": ("", "--batch_size 8", {}),
     "tests": ("--test_every_n_steps 200", "--test_every_n_steps 40", {}),
-    "xla": ("--xla 1", "--xla 0", {}),
     "loss": ("", "--loss cross_entropy", {}),
     "supervision": ("", "--deep_supervision 0", {}),
     "renormalization": ("", "", {"CORRECTED_FROM, CORRECTED_FULLY": f"{2**40}, {2**41}"}),
