@@ -400,8 +400,6 @@ class Loss:
         if weights is not None:
             true *= tf.cast(weights > 0, tf.float32)[:, None, None]
         losses, counted = self._cross_entropy(true, logarithms), tf.reduce_sum(true, axis=0)
-        if weights is not None:
-            losses *= weights[:, None, None]
         sums = [tf.stack([tf.reduce_sum(losses), tf.reduce_sum(counted)])]
         if self.with_dice:
             predicted = tf.exp(logarithms) * counted

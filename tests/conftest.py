@@ -1,7 +1,6 @@
 """Small data sets that tests build, and how they start the scripts as a user does."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -57,7 +56,7 @@ def run_script(name, *arguments, timeout=300, python=None):
     """
     command = [str(ROOT / name), *map(str, arguments)]
     if python is None and name != "build_lmdb.py":
-        return script_server().run(command, timeout)
+        return script_server(name).run(command, timeout)
     return subprocess.run(
         [python or sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -99,10 +98,15 @@ class ScriptServer:
         self._process.communicate()
 
 
-@functools.lru_cache(maxsize=1)
-def script_server():
-    """Return the server of this process of tests, which ends with the session."""
-    return ScriptServer()
+SERVERS = {}
+
+
+def script_server(script="inference_unet.py"):
+    """Return the server of this process of tests for a script, which ends with the session."""
+    variables = {"TF_ENABLE_ONEDNN_OPTS": "1"} if script == "train_unet.py" else {}  # as that script sets it
+    if script not in SERVERS:
+        SERVERS[script] = ScriptServer(variables)
+    return SERVERS[script]
 
 
 def errors_of(output):
@@ -264,8 +268,8 @@ def pytest_sessionstart(session):
 
 def pytest_sessionfinish(session):
     """Fail a session of several processes that leaves a file in shared memory; with ``-n 0`` the test fails itself."""
-    if script_server.cache_info().currsize:
-        script_server().close()
+    for server in SERVERS.values():
+        server.close()
     left = leftovers() - session.config.stash[FILES_BEFORE]
     if left and not IS_ONE_OF_SEVERAL:
         print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; -n 0 tells which test does that")

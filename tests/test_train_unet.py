@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -130,6 +131,17 @@ NOTE_WHAT_LIVES = """
 def test_no_iterator_is_destroyed_when_a_run_ends_which_could_take_a_minute(databases, tmp_path):
     done = run_changed(tmp_path / "out", NOTE_WHAT_LIVES, databases, "--test_every_n_steps", 2, "--max_epochs", 1)
     assert done.returncode == 0 and "alive: [True, True]" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="TensorFlow has these operations for such CPUs")
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_fast_operations_are_requested_unless_the_user_has_chosen(databases, tmp_path, chosen):
+    env = {**WITHOUT_GPU, "TF_CPP_MIN_LOG_LEVEL": "0", **({"TF_ENABLE_ONEDNN_OPTS": chosen} if chosen else {})}
+    more = ["--test_every_n_steps", 1, "--max_epochs", 1]
+    command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, tmp_path / "out", *more)]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    assert done.returncode == 0, done.stdout
+    assert ("oneDNN custom operations are on" in done.stdout) == (chosen is None)
 
 
 def test_a_run_learns(run):
