@@ -44,6 +44,14 @@ ORIENTATIONS = [
 DEFLATE_RATIO = 1032  # bytes that a byte of a PNG can stand for, at most
 TIFF_HEADER_BYTES = 8
 BYTE_COUNT_TAGS = (279, 325)  # of strips and of tiles
+TAGS_OF_SAMPLES = (258, 339)  # bits and kind of number of each sample
+SEGMENT_PADDING = 3  # bytes that a strip or tile may have after its pixels
+TILE_TAGS = {322, 323, 324, 325}  # width, height, offsets, lengths: a file has all of them or none
+PLANAR_TAG, PLANAR_CONFIGURATIONS = 284, (1, 2)  # samples of a pixel together, or one plane after another
+# How a TIFF stores its pixels: size, bits, encoding, colors, planes, predictor, strips, tiles, subsampling
+PIXEL_TAGS = {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 317, 320, *range(322, 326), 338, 339, 347, 530}
+# LZW, Deflate, PackBits, LZMA and Zstandard, whose decoders know nothing of pixels
+BYTEWISE_COMPRESSIONS = (5, 8, 32773, 32946, 34925, 50000, 50013)
 JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
 STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
 MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above
@@ -360,6 +368,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self._open_file = tifffile.TiffFile(self.path, _multifile=False, is_mmstack=False, is_ndtiff=False)
         series, self.notes = _full_resolution_series(self._open_file)
         page = series.keyframe
+        _check_tags(page)
         if LOSSY_COMPRESSION.search(name_of(page.compression)):
             self.lossy = name_of(page.compression)
         self.orientation = Orientation.of(page.tags.valueof(ORIENTATION_TAG, 1))
@@ -372,7 +381,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             return _ContiguousTiff(self.path, series, layout)
         if _SegmentedTiff.suits(series, layout):
             return _SegmentedTiff(series, layout)
-        return _WholeImage(series.asarray, series.dtype, layout)
+        return _WholeImage(functools.partial(_decode_series, series), series.dtype, layout)
 
     def _declare_no_data(self, page: Any) -> None:
         """Take note of a TIFF's tag for the value of pixels without data, of which strips are that it leaves out."""
@@ -563,7 +572,7 @@ class _SegmentedTiff:
     """Strips or tiles, in one page with any number of samples, or in one page for each channel."""
 
     def __init__(self, series: Any, layout: AxisLayout) -> None:
-        self._pages, self._keyframe = list(series.pages), series.keyframe
+        self._series, self._pages, self._keyframe = series, list(series.pages), series.keyframe
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
         page, (height, width, _) = self._keyframe, self.shape
         rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
@@ -586,6 +595,7 @@ class _SegmentedTiff:
             for segment in self._segments(window):
                 first_rows.setdefault(segment, []).append(window[0].start)
         held: dict[tuple[int, int], DecodedSegment] = {}
+        _check_first_segment(self._series)
 
         def fetch(segment: tuple[int, int]) -> DecodedSegment:
             decoded = held.pop(segment, None) or self._decode(*segment)
@@ -672,12 +682,57 @@ def _check_segments(series: Any, file_bytes: int) -> None:
             raise ValueError("its strips or tiles are longer than its size and pixel type allow")
 
 
+def _check_tags(page: Any) -> None:
+    """Refuse a TIFF with a damaged tag that says how its pixels are stored: tifffile skips it and takes the default."""
+    file, tiff = page.parent.filehandle, page.parent.tiff
+    file.seek(page.offset)
+    [count] = struct.unpack(tiff.tagnoformat, file.read(tiff.tagnosize))
+    codes = {struct.unpack(f"{tiff.byteorder}H", file.read(tiff.tagsize)[:2])[0] for _ in range(count)}
+    missing = TILE_TAGS - codes if codes & TILE_TAGS else set()
+    damaged = sorted(missing | codes & PIXEL_TAGS - set(page.tags.keys()))
+    for code in codes.intersection(TAGS_OF_SAMPLES).difference(damaged):
+        damaged += [code] if page.tags[code].count not in (1, page.samplesperpixel) else []
+    if damaged or page.planarconfig not in (None, *PLANAR_CONFIGURATIONS):
+        raise ValueError(f"its tag {[*damaged, PLANAR_TAG][0]} is damaged or missing")
+
+
+def _check_first_segment(series: Any) -> None:
+    """Refuse a TIFF whose first strip or tile has more pixels than its tags allow. Decoders discard the rest.
+
+    Its width, bits or samples are damaged then, and its pixels would not be those that were stored.
+    """
+    import tifffile
+
+    page = series.keyframe
+    if page.compression in JPEG_COMPRESSIONS and page.bitspersample < 8:
+        raise ValueError(f"it declares {page.bitspersample} bits per sample, which a JPEG cannot have")
+    if page.compression not in BYTEWISE_COMPRESSIONS or name_of(page.photometric) == "YCBCR":
+        return
+    file, most = page.parent.filehandle, math.prod(_rows_of_segment(page)) + SEGMENT_PADDING
+    for offset, count in zip(page.dataoffsets, page.databytecounts):
+        if count:
+            file.seek(offset)
+            if len(tifffile.TIFF.DECOMPRESSORS[page.compression](file.read(count), out=most + 1)) > most:
+                raise ValueError("its first strip or tile contains more pixels than its tags allow")
+            return
+
+
+def _decode_series(series: Any) -> np.ndarray:
+    """Return all pixels of a TIFF's series."""
+    _check_first_segment(series)
+    pixels: np.ndarray = series.asarray()
+    return pixels
+
+
+def _rows_of_segment(page: Any) -> tuple[int, int]:
+    """Return the number of rows of a full strip or tile of a TIFF, and the bytes of a row that is not compressed."""
+    rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+    return rows, -(-math.prod(page.chunks) // rows * page.bitspersample // 8)
+
+
 def _uncompressed_bytes(page: Any) -> float:
     """Return the length of a strip or tile of a TIFF that is not compressed; infinity if it is."""
-    if page.compression != 1:
-        return math.inf
-    rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
-    return float(rows * -(-math.prod(page.chunks) // rows * page.bitspersample // 8))
+    return float(math.prod(_rows_of_segment(page))) if page.compression == 1 else math.inf
 
 
 def _photometric(page: Any, as_mask: bool) -> tuple[tuple[str, ...], Optional[int]]:

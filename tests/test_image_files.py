@@ -546,7 +546,7 @@ def test_an_image_is_displayed_in_gray_or_color_around_its_mean(channels):
     "lost, words",
     [
         ("BitsPerSample", "longer than its size and pixel type allow"),  # 1 bit is what a TIFF has without it
-        ("SamplesPerPixel", "longer than its size and pixel type allow"),
+        ("SamplesPerPixel", "tag 258 is damaged or missing"),
         ("StripByteCounts", "no table of the lengths"),
         ("StripOffsets", "cannot read"),
     ],
@@ -562,6 +562,71 @@ def test_a_tiff_that_has_lost_a_tag_is_refused(tmp_path, lost, words):
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(InputError, match=words):
         read_image(tmp_path / "a.tif")
+
+
+# Bytes of a tag: its code, its type, how many values it has (from byte 4 on), and its value (from byte 8 on)
+@pytest.mark.parametrize(
+    "tag, byte, value",
+    [
+        ("BitsPerSample", 0, 1),  # another tag; 1 bit is what a TIFF has without this one
+        ("BitsPerSample", 2, 19),  # no type
+        ("BitsPerSample", 4, 17),  # of 17 samples
+        ("Compression", 5, 7),  # values far beyond the end of the file
+        ("PlanarConfiguration", 8, 33),
+        ("ImageWidth", 8, 29),
+        ("ImageLength", 8, 9),
+    ],
+)
+@pytest.mark.parametrize(
+    "compression, rows", [("lzw", 10), ("zlib", 10), ("packbits", 10), ("lzma", 10), ("zlib", 40), ("packbits", 40)]
+)
+def test_a_damaged_tag_of_a_tiff_is_noticed(tmp_path, tag, byte, value, compression, rows):
+    image, path = make_pair(0, (40, 30, 3), "uint8")[0], tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", rowsperstrip=rows, compression=compression)
+    np.testing.assert_array_equal(read_image(path), image)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        content[file.pages[0].tags[tag].offset + byte] = value
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.tif"):
+        read_image(path)
+
+
+def test_a_jpeg_of_one_bit_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", make_pair(0, (40, 32, 1), "uint8")[0][..., 0], compression="jpeg")
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+        file.pages[0].tags["BitsPerSample"].overwrite(1)
+    with pytest.raises(InputError, match="1 bits per sample"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd"])
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 16}, {"tile": (32, 32)}])
+def test_no_damaged_tag_changes_pixels_that_another_reader_refuses(tmp_path, compression, layout):
+    image, rng = make_pair(0, (64, 72, 3), "uint8")[0], np.random.default_rng(0)
+    file, path = io.BytesIO(), tmp_path / "a.tif"
+    tifffile.imwrite(file, image, photometric="rgb", compression=compression, **layout)
+    with tifffile.TiffFile(io.BytesIO(file.getvalue())) as tif:
+        places = [
+            tag.offset + byte
+            for tag in tif.pages[0].tags
+            if tag.name != "PhotometricInterpretation"
+            for byte in range(12)
+        ]
+    refused = 0
+    for place in places:
+        content = bytearray(file.getvalue())
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            found = read_image(path)
+        except InputError:
+            refused += 1
+            continue
+        if found.shape != image.shape or (found != image).any():
+            with Image.open(path) as other:
+                other.load()
+    assert refused > len(places) // 4
 
 
 def test_strips_in_the_header_of_a_tiff_are_refused(tmp_path):
