@@ -21,10 +21,12 @@ if __name__ == "__main__":
 
 import argparse
 import array
+import codecs
 import collections
 import contextlib
 import enum
 import functools
+import heapq
 import itertools
 import logging
 import multiprocessing
@@ -33,7 +35,7 @@ import queue
 import re
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
@@ -44,6 +46,7 @@ from cli import (
     STOP_SIGNALS,
     InputError,
     Parser,
+    Part,
     PathLike,
     Progress,
     SharedMemory,
@@ -51,6 +54,7 @@ from cli import (
     add_flag,
     allocate_shared_memory,
     attach_shared_memory,
+    cause_of,
     end_with_parent,
     log_settings,
     number_type,
@@ -211,6 +215,18 @@ def add_content_options(group: Any) -> None:
     )
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
     text = (
+        "cross-validation: fold 2/5 tests on the second fifth of the images (or of the groups that --split_by makes), "
+        "and trains on the others; each image is in the test set of exactly one fold; takes the place of "
+        "--train_fraction"
+    )
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--fold", metavar="FOLD/FOLDS", type=fold, help=text)
+    text = (
+        "text file with the names of the test images, one per line, with or without extension; all other images train; "
+        "takes the place of --train_fraction"
+    )
+    either.add_argument("--test_list", metavar="FILE", type=some_path, help=text)
+    text = (
         "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
         "objects, or 255:ignore for pixels that count nowhere; values that it does not name are refused, unless all "
         "it says is what to ignore; write --label_map=-1:0,... if the first is negative"
@@ -262,6 +278,14 @@ def mask_format(text: str) -> str:
 
 any_int = whole_number(-(2**63), 2**63 - 1)
 open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
+
+
+def fold(text: str) -> Part:
+    """Return `text` as a fold of several; the ``type`` of ``--fold``."""
+    value = Part.parse(text)
+    if value.parts < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2 folds, such as 1/5, got {text!r}")
+    return value
 
 
 def tile_size(text: str) -> int:
@@ -408,7 +432,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     pairs, problems = find_pairs(args)
     if len(pairs) < 2:
         report_problems(problems, bool(args.skip_bad))
-    sides = split_pairs(pairs, args.train_fraction, args.seed, args.split_by)
+    sides = split_pairs(pairs, problems, args)
     tile_size, label_map = args.tile_size if args.use_tiling else None, LabelMap.of(args)
     options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
@@ -468,8 +492,10 @@ def describe_build(args: argparse.Namespace, options: "Options", left_out: int) 
     return {
         "dataset_name": args.dataset_name,
         "seed": args.seed,
-        "train_fraction": args.train_fraction,
+        "train_fraction": None if args.fold or args.test_list else args.train_fraction,
         "split_by": args.split_by and args.split_by.pattern,
+        "fold": args.fold and str(args.fold),
+        "test_list": args.test_list and str(args.test_list),
         "tile_size": options.tile_size,
         "label_map": options.label_map and options.label_map.text,
         "image_no_data": options.image_no_data,
@@ -576,20 +602,82 @@ def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
 
 
 def split_pairs(
-    pairs: Sequence[Pair], train_fraction: float, seed: int, split_by: "Optional[re.Pattern[str]]"
+    pairs: Sequence[Pair], problems: Sequence[Problem], args: argparse.Namespace
 ) -> tuple[list[Pair], list[Pair]]:
-    """Split at random but reproducibly, by image or by group of images, with at least one on each side."""
+    """Split by image or by group of images, with at least one on each side; return the pairs to train and to test with.
+
+    At random but reproducibly, unless the test images are listed. `problems` are those of images without a pair.
+    """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(group_of(pair, split_by), []).append(pair)
-    if len(groups) < 2:
-        what = "images with masks" if split_by is None else "groups of images (--split_by)"
-        raise InputError(f"expected at least 2 {what}, one to train and one to test, found {len(groups)}")
+        groups.setdefault(group_of(pair, args.split_by), []).append(pair)
+    least = args.fold.parts if args.fold else 2
+    if len(groups) < least:
+        what = "images with masks" if args.split_by is None else "groups of images (--split_by)"
+        needed = "one for each fold" if args.fold else "one to train and one to test"
+        raise InputError(f"expected at least {least} {what}, {needed}, found {len(groups)}")
     members = list(groups.values())
-    order = [members[index] for index in np.random.default_rng(seed).permutation(len(members))]
-    counts = np.cumsum([len(group) for group in order])[:-1]
-    cut = int(np.argmin(np.abs(counts - train_fraction * len(pairs)))) + 1
-    return sorted(itertools.chain(*order[:cut])), sorted(itertools.chain(*order[cut:]))
+    order = [members[index] for index in np.random.default_rng(args.seed).permutation(len(members))]
+    if args.test_list:
+        test = listed_groups(members, read_names(args.test_list), {Path(problem.path) for problem in problems}, args)
+    elif args.fold:
+        test = folds_of(order, args.fold.parts)[args.fold.part - 1]
+    else:
+        counts = np.cumsum([len(group) for group in order])[:-1]
+        test = order[int(np.argmin(np.abs(counts - args.train_fraction * len(pairs)))) + 1 :]
+    tested = set(itertools.chain(*test))
+    return sorted(set(pairs) - tested), sorted(tested)
+
+
+def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]:
+    """Return the groups of each fold: each group goes to the fold that has the fewest images so far."""
+    parts: list[list[list[Pair]]] = [[] for _ in range(folds)]
+    sizes = [(0, fold) for fold in range(folds)]
+    for group in groups:
+        size, fold = heapq.heappop(sizes)
+        parts[fold].append(group)
+        heapq.heappush(sizes, (size + len(group), fold))
+    return parts
+
+
+def listed_groups(
+    groups: Sequence[list[Pair]], names: Sequence[str], unpaired: Collection[Path], args: argparse.Namespace
+) -> list[list[Pair]]:
+    """Return the groups of the images that are named; refuse unknown and repeated names, and parts of a group."""
+    ids: dict[str, str] = {}  # by name with and without extension
+    for path in (*(Path(pair.image) for pair in itertools.chain(*groups)), *unpaired):
+        ids |= {composed(path.name): composed(path.stem), composed(path.stem): composed(path.stem)}
+    unknown = [name for name in names if name not in ids]
+    listed = collections.Counter(ids[name] for name in names if name in ids)
+    repeated = [stem for stem, count in listed.items() if count > 1]
+    for wrong, what in ((unknown, f"not in {args.image_folder}"), (repeated, "more than once")):
+        if wrong:
+            shown = ", ".join(wrong[:SHOWN_PROBLEMS]) + ", ..." * (len(wrong) > SHOWN_PROBLEMS)
+            raise InputError(f"expected each test image once in --test_list {args.test_list}, found {shown} {what}")
+    test = []
+    for group in groups:
+        chosen = [pair for pair in group if composed(Path(pair.image).stem) in listed]
+        if 0 < len(chosen) < len(group):
+            raise InputError(
+                f"--test_list {args.test_list} has {len(chosen)} of the {len(group)} images of the group of "
+                f"{chosen[0].image} (--split_by), expected all or none; complete the list"
+            )
+        test += [group] if chosen else []
+    if not 0 < len(test) < len(groups):
+        raise InputError(
+            f"expected some of the images with masks in --test_list {args.test_list}, to test with, and not all; found "
+            f"{len(listed)} names, {'all' if test else 'none'} of them"
+        )
+    return test
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, as names of files."""
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read --test_list {path}: {cause_of(error)}") from error
+    return [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
 
 
 def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
@@ -1279,7 +1367,9 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         f"{filepath}: {len(metadata.names)} images, {metadata.count} {kind} of "
         f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
-    names = ("seed", "train_fraction", "split_by", "label_map", "image_no_data", "channels", "left_out")
+    names = (
+        "seed", "train_fraction", "fold", "test_list", "split_by", "label_map", "image_no_data", "channels", "left_out",
+    )  # fmt: skip
     made = {name: info.get(name) for name in names}
     shown = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
     yield f"  the {info.get('side')} side of dataset {info.get('dataset_name')}: {shown}"

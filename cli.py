@@ -33,7 +33,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -281,6 +281,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_flag(group: Any, name: str, default: int, text: str) -> None:
     """Add an option that takes 0 or 1 to an argument group."""
     group.add_argument(name, metavar=name[2:].upper(), type=flag, default=default, help=text)
+
+
+class Part(NamedTuple):
+    """One of several equal parts, counted from 1, such as 2/8; its `parse` is the ``type`` of a command-line option."""
+
+    part: int
+    parts: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Return ``"2/8"`` as a part."""
+        part, _, parts = text.partition("/")
+        if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not 1 <= int(part) <= int(parts):
+            raise argparse.ArgumentTypeError(f"expected a part and the number of parts, such as 2/8, got {text!r}")
+        return cls(int(part), int(parts))
+
+    def __str__(self) -> str:
+        """Return the part as it is given."""
+        return f"{self.part}/{self.parts}"
 
 
 def number_type(

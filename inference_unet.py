@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import logging
 import queue
-import re
 import subprocess
 import threading
 import time
@@ -40,6 +39,7 @@ from cli import (
     Claims,
     InputError,
     Parser,
+    Part,
     PathLike,
     Progress,
     StopRequest,
@@ -162,7 +162,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
-    parser.add_argument("--shard", metavar="PART/PARTS", type=Shard.parse, help=text)
+    parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -228,22 +228,7 @@ def own_work(targets: "Targets", claims: Claims, overwrite: bool) -> Iterator[bo
 # ---------------------------------------------------------------------------------------------- many processes
 
 
-class Shard(NamedTuple):
-    """Which share of the images this process does: part 2 of 8 is every eighth, beginning with the second."""
-
-    part: int
-    parts: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Return ``"2/8"`` as a shard; the ``type`` of a command-line option."""
-        part, _, parts = text.partition("/")
-        if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not 1 <= int(part) <= int(parts):
-            raise argparse.ArgumentTypeError(f"expected a part and the number of parts, such as 2/8, got {text!r}")
-        return cls(int(part), int(parts))
-
-
-def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
+def shard_from_slurm(environment: Mapping[str, str]) -> Part:
     """Return the part of this process among the elements of a job array and the tasks of an ``srun``.
 
     Notes
@@ -271,7 +256,7 @@ def shard_from_slurm(environment: Mapping[str, str]) -> Shard:
         raise InputError(
             f"expected a task of this srun, 0 to {count - 1}, found {index}; set --shard 1/1 for one process"
         )
-    return Shard(index + 1, count)
+    return Part(index + 1, count)
 
 
 # ---------------------------------------------------------------------------------------------- the model

@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shutil
@@ -895,3 +896,86 @@ def test_results_come_through_shared_memory_in_the_order_of_the_tasks_and_leave_
         assert sum(memory.size for memory in workers._idle) == 6 * 2**22  # whatever large results there were
         next(workers.run(np.copy, tasks, str, lambda task: task.nbytes))
     # What was not asked for is gone as well (conftest.py).
+
+
+def names_of_sides(folder):
+    """Return the names in the train and in the test database."""
+    sides = []
+    for side in "train", "test":
+        with Database(folder / "db" / f"{side}-t.lmdb") as database:
+            sides.append(set(database.metadata.names))
+    assert not sides[0] & sides[1]
+    return sides
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_each_image_is_tested_in_exactly_one_fold(tmp_path, grouped):
+    images, masks = write_folders(tmp_path, count=11)
+    names = [f"slide{index % 4 if grouped else index}_{index}.tif" for index in range(11)]
+    for index, name in enumerate(names):
+        for folder in (images, masks):
+            (folder / f"cell{index}.tif").rename(folder / name)
+    folds, tested = (3 if grouped else 5), []
+    for fold in range(1, folds + 1):
+        options = ["--fold", f"{fold}/{folds}", *(["--split_by", "^[^_]+"] if grouped else [])]
+        done = start(tmp_path, *options)
+        assert f"seed 0, fold {fold}/{folds}, " in done.stdout
+        train, test = names_of_sides(tmp_path)
+        assert train | test == set(names)
+        assert not grouped or not {name[:6] for name in train} & {name[:6] for name in test}
+        tested.append(test)
+    assert sorted(itertools.chain(*tested)) == sorted(names)
+    # Groups of 3, 3, 3 and 2 images in three folds; single images in five.
+    assert sorted(map(len, tested)) in ([[3, 3, 5], [2, 3, 6]] if grouped else [[2, 2, 2, 2, 3]])
+
+
+def test_more_folds_than_groups_are_refused(tmp_path):
+    write_folders(tmp_path, count=4)
+    refused(tmp_path, "expected at least 5 images with masks, one for each fold, found 4", arguments=["--fold", "5/5"])
+    for wrong in ("1/1", "0/5", "6/5", "2", "2/"):
+        refused(tmp_path, "--fold", repr(wrong), arguments=["--fold", wrong])
+    refused(tmp_path, "not allowed with", arguments=["--fold", "1/2", "--test_list", "a"])
+
+
+def test_the_test_images_can_be_listed(tmp_path):
+    write_folders(tmp_path, count=6)
+    listed = tmp_path / "test.txt"
+    listed.write_bytes("\ufeffcell4.tif\r\n\r\n  cell1 \r\n".encode())
+    assert start(tmp_path, "--test_list", listed).returncode == 0
+    assert names_of_sides(tmp_path) == [{f"cell{index}.tif" for index in (0, 2, 3, 5)}, {"cell1.tif", "cell4.tif"}]
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ("cell1\ncell9\ncell8.tif\n", "found cell9, cell8.tif not in"),
+        ("cell1\ncell2\ncell1.tif\n", "found cell1 more than once"),
+        ("\n", "found 0 names, none of them"),
+        ("cell0\ncell1\ncell2\ncell3\n", "found 4 names, all of them"),
+        (None, "cannot read --test_list"),
+    ],
+)
+def test_a_list_of_test_images_that_cannot_be_is_refused(tmp_path, names, words):
+    write_folders(tmp_path, count=4)
+    if names is not None:
+        (tmp_path / "test.txt").write_text(names)
+    refused(tmp_path, words, arguments=["--test_list", tmp_path / "test.txt"])
+
+
+def test_a_list_that_parts_a_group_is_refused(tmp_path):
+    write_folders(tmp_path, count=4)
+    (tmp_path / "test.txt").write_text("cell0\n")
+    arguments = ["--test_list", tmp_path / "test.txt", "--split_by", "ce(?=ll[01])|cell(?=[23])"]
+    refused(tmp_path, "has 1 of the 2 images of the group of", "cell0.tif", arguments=arguments)
+    (tmp_path / "test.txt").write_text("cell0\ncell1\n")
+    assert start(tmp_path, *arguments).returncode == 0
+    assert names_of_sides(tmp_path)[1] == {"cell0.tif", "cell1.tif"}
+
+
+def test_a_listed_image_without_a_mask_is_reported_as_that(tmp_path):
+    _, masks = write_folders(tmp_path, count=4)
+    (masks / "cell3.tif").unlink()
+    (tmp_path / "test.txt").write_text("cell0\ncell3\n")
+    refused(tmp_path, "1 images without a mask", arguments=["--test_list", tmp_path / "test.txt"])
+    assert start(tmp_path, "--test_list", tmp_path / "test.txt", "--skip_bad", 1).returncode == 0
+    assert names_of_sides(tmp_path)[1] == {"cell0.tif"}
