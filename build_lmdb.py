@@ -34,7 +34,6 @@ import pickle
 import queue
 import re
 import traceback
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +55,7 @@ from cli import (
     attach_shared_memory,
     cause_of,
     end_with_parent,
+    file_stem,
     log_settings,
     number_type,
     printable,
@@ -69,18 +69,23 @@ from cli import (
     whole_number,
 )
 from image_files import (
-    IMAGE_FORMATS,
+    MASK_FORMATS,
     ChannelStatistics,
     ImageFile,
     UnusablePixels,
+    by_stem,
     clipped,
+    composed,
+    guess_suffix,
     image_format,
-    list_files,
     list_images,
+    list_masks,
+    mask_fault,
     reflect_to,
     without_data,
 )
 from lmdb_utils import (
+    IGNORED,
     IMAGE_DTYPES,
     LARGEST_RECORD,
     MANY_CLASSES,
@@ -89,15 +94,17 @@ from lmdb_utils import (
     SIZE_FACTOR,
     Database,
     DatabaseWriter,
+    LabelMap,
     Metadata,
     Record,
+    UnnamedValues,
     advise_label_map,
+    any_int,
     ignored_id,
     new_databases,
     record_bytes,
 )
 
-MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 SIDES = ("train", "test")
 LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
 
@@ -110,7 +117,6 @@ CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each 
 PREFETCHED_CHUNKS = 3  # for each process
 PREFETCHED_BYTES = 256 * 2**20  # of records that may wait for being appended
 SHOWN_PROBLEMS = 3  # of each kind
-IGNORED, UNNAMED = -1, -2  # what LabelMap has in place of a class for values to ignore, and for those it does not name
 FLOOR_FRACTION = 0.01  # of the median deviation of the training images: float32 channels are divided by at least that
 
 Task = TypeVar("Task")
@@ -261,13 +267,6 @@ def add_work_options(group: Any) -> None:
     group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=some_path, help=text)
 
 
-def file_stem(text: str) -> str:
-    """Return `text` if it can be part of a file name; the ``type`` of ``--dataset_name``."""
-    if not text or "/" in text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected a name without slashes, got {text!r}")
-    return text
-
-
 def mask_format(text: str) -> str:
     """Return `text` as the format of masks, tif or png; the ``type`` of ``--mask_format``."""
     name = image_format(text)
@@ -276,7 +275,6 @@ def mask_format(text: str) -> str:
     return name
 
 
-any_int = whole_number(-(2**63), 2**63 - 1)
 open_fraction = number_type(float, lambda value: 0 < value < 1, "a number between 0 and 1, both excluded, such as 0.8")
 
 
@@ -322,91 +320,15 @@ def channel_list(text: str) -> tuple[int, ...]:
     return channels
 
 
-class LabelMap(NamedTuple):
-    """Which class each mask value becomes; the ``type`` of ``--label_map``."""
-
-    text: str  # as it was given
-    ranges: tuple[tuple[int, int, int], ...]  # (first, last, class or IGNORED), ascending; last is included
-
-    @classmethod
-    def parse(cls, text: str) -> "LabelMap":
-        """Read ``VALUE:CLASS`` and ``FIRST-LAST:CLASS``, separated by commas; the class may be ``ignore``."""
-        ranges = []
-        for part in text.split(","):
-            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+|ignore)\s*", part)
-            if not match:
-                raise argparse.ArgumentTypeError(
-                    f"expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore, got {part!r}; try 0:0,255:1 or "
-                    "0:0,1-65535:1"
-                )
-            first, last = any_int(match[1]), any_int(match[2] or match[1])
-            class_id = IGNORED if match[3] == "ignore" else any_int(match[3])
-            if last < first or class_id >= ignored_id(np.int32):
-                raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
-            ranges.append((first, last, class_id))
-        ranges.sort()
-        for (_, last, _), (first, _, _) in zip(ranges, ranges[1:]):
-            if first <= last:
-                raise argparse.ArgumentTypeError(f"expected each value once, got {first} twice in {text!r}")
-        return cls(text, tuple(ranges))
-
-    def __str__(self) -> str:
-        """Return the map as it was given."""
-        return self.text
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Optional[LabelMap]":
-        """Return what --label_map and --ignore_value say together, None if neither is given."""
-        parts = [args.label_map.text] if args.label_map is not None else []
-        if args.ignore_value is not None:
-            parts.append(f"{args.ignore_value}:ignore")
-        try:
-            return cls.parse(",".join(parts)) if parts else None
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--label_map and --ignore_value do not fit together: {error}") from None
-
-    @property
-    def ignores(self) -> bool:
-        """Whether some values are to be ignored."""
-        return any(class_id == IGNORED for _, _, class_id in self.ranges)
-
-    @property
-    def largest_class(self) -> int:
-        """The largest class; `IGNORED` if there is none."""
-        return max(class_id for _, _, class_id in self.ranges)
-
-    @property
-    def only_ignores(self) -> bool:
-        """Whether the map only says what to ignore: other values are the classes then that they are."""
-        return self.largest_class == IGNORED
-
-    def apply(self, mask: np.ndarray) -> np.ndarray:
-        """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse values that have none."""
-        if mask.dtype.itemsize <= 2:
-            unsigned = mask.view(f"u{mask.dtype.itemsize}")
-            classes = _lookup_table(self, mask.dtype.str)[unsigned]
-        else:
-            classes = self.find(mask)
-        if classes.min() == UNNAMED:
-            unknown = np.unique(mask[classes == UNNAMED])
-            shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
-            raise Unusable(ProblemKind.UNMAPPED, f"found {shown}, which --label_map {self} does not name; add them")
-        return classes
-
-    def find(self, values: np.ndarray) -> np.ndarray:
-        """Return the class of each value as int32, or `IGNORED` or `UNNAMED`."""
-        firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
-        position = np.searchsorted(firsts, values, side="right") - 1
-        inside = (position >= 0) & (values <= lasts[position])
-        others = np.where(values >= 0, values, UNNAMED) if self.only_ignores else UNNAMED
-        return np.where(inside, classes[position], others).astype(np.int32)
-
-
-@functools.lru_cache(maxsize=4)
-def _lookup_table(label_map: LabelMap, dtype: str) -> np.ndarray:
-    """Return the class of each value of a type of 8 or 16 bits, in the order of their unsigned patterns."""
-    size = np.dtype(dtype).itemsize
-    return label_map.find(np.arange(256**size, dtype=f"u{size}").view(dtype))
+def label_map_of(args: argparse.Namespace) -> Optional[LabelMap]:
+    """Return what --label_map and --ignore_value say together, None if neither is given."""
+    parts = [args.label_map.text] if args.label_map is not None else []
+    if args.ignore_value is not None:
+        parts.append(f"{args.ignore_value}:ignore")
+    try:
+        return LabelMap.parse(",".join(parts)) if parts else None
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--label_map and --ignore_value do not fit together: {error}") from None
 
 
 def smallest_mask_type(class_id: int) -> np.dtype:
@@ -433,7 +355,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     if len(pairs) < 2:
         report_problems(problems, bool(args.skip_bad))
     sides = split_pairs(pairs, problems, args)
-    tile_size, label_map = args.tile_size if args.use_tiling else None, LabelMap.of(args)
+    tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
     options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
@@ -562,43 +484,6 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     return [
         Pair(str(images[stem][0]), str(masks[stem][0])) for stem in shared if len(images[stem] + masks[stem]) == 2
     ], problems
-
-
-def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
-    """Return the masks in a folder, whose names without extension end in `suffix`."""
-    formats = [mask_format] if mask_format else list(MASK_FORMATS)
-    extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
-    entries = list_files(folder)
-    masks = [path for path in entries if path.suffix.lower() in extensions and composed(path.stem).endswith(suffix)]
-    if not masks:
-        found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
-        raise InputError(
-            f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder}, found "
-            f"{len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
-        )
-    return masks
-
-
-def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
-    """Return the paths by name without extension and suffix."""
-    stems: dict[str, list[Path]] = {}
-    for path in paths:
-        stem = composed(path.stem)
-        stems.setdefault(stem[: len(stem) - len(suffix)], []).append(path)
-    return stems
-
-
-def composed(name: str) -> str:
-    """Return a name with one character for each accented letter; macOS writes two for the same name."""
-    return unicodedata.normalize("NFC", name)
-
-
-def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
-    """Return the advice to set ``--mask_suffix``, if that would bring names without a partner together."""
-    known = set(masks)
-    starts = [stem for stem in images if masks and masks[0].startswith(stem)]
-    suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
-    return f"; try --mask_suffix {suffix}" if suffix and all(stem + suffix in known for stem in images) else ""
 
 
 def split_pairs(
@@ -861,18 +746,14 @@ def describe_image_fault(image: ImageFile) -> str:
 
 def describe_mask_fault(mask: ImageFile, options: Options) -> str:
     """Return why a mask contains no class ids, from its header, or nothing."""
-    if mask.shape[2] != 1:
-        found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
-        return f"{found}; save class ids as a grayscale image"
-    if mask.lossy:
-        return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it without"
-    if mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING) and mask.dtype.kind != "f":
-        return ""
-    found = f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}"
-    if mask.dtype.kind not in "iu":
-        return f"{found}; save class ids as whole numbers"
+    fault = mask_fault(mask)
+    if fault or mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING):
+        return fault
     if options.label_map is None or options.label_map.only_ignores:
-        return f"{found}; convert it, or map its values with --label_map, such as 0:0,1-4294967295:1"
+        return (
+            f"expected a mask of {', '.join(MASK_DTYPES)} in {mask.path}, found {mask.dtype}; convert it, or map its "
+            "values with --label_map, such as 0:0,1-4294967295:1"
+        )
     return ""
 
 
@@ -1022,8 +903,8 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     if options.label_map is not None:
         try:
             ids = options.label_map.apply(mask)
-        except Unusable as error:
-            raise Unusable(error.kind, f"{path}: {error}") from None
+        except UnnamedValues as error:
+            raise Unusable(ProblemKind.UNMAPPED, f"{path}: {error}; add them") from None
     elif mask.dtype.kind == "i" and mask.min() < 0:
         values = np.unique(mask)
         raise Unusable(ProblemKind.NEGATIVE, f"{path}: {advise_label_map(values.tolist())}")

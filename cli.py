@@ -283,6 +283,13 @@ def add_flag(group: Any, name: str, default: int, text: str) -> None:
     group.add_argument(name, metavar=name[2:].upper(), type=flag, default=default, help=text)
 
 
+def file_stem(text: str) -> str:
+    """Return `text` if it can be part of a file name; the ``type`` of a command-line option."""
+    if not text or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a name without slashes, got {text!r}")
+    return text
+
+
 class Part(NamedTuple):
     """One of several equal parts, counted from 1, such as 2/8; its `parse` is the ``type`` of a command-line option."""
 

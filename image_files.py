@@ -14,6 +14,7 @@ import math
 import os
 import re
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from cli import InputError, PathLike, Progress, free_host_memory
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
+MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
@@ -103,6 +105,47 @@ def list_images(folder: PathLike, image_format: str) -> list[Path]:
     return images
 
 
+def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
+    """Return the masks in a folder, whose names without extension end in `suffix`."""
+    formats = [mask_format] if mask_format else list(MASK_FORMATS)
+    extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
+    entries = list_files(folder)
+    masks = [path for path in entries if path.suffix.lower() in extensions and composed(path.stem).endswith(suffix)]
+    if not masks:
+        found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
+        raise InputError(
+            f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder}, found "
+            f"{len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
+        )
+    return masks
+
+
+def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
+    """Return the paths by name without extension and suffix."""
+    stems: dict[str, list[Path]] = {}
+    for path in paths:
+        stem = composed(path.stem)
+        stems.setdefault(stem[: len(stem) - len(suffix)], []).append(path)
+    return stems
+
+
+def composed(name: str) -> str:
+    """Return a name with one character for each accented letter; macOS writes two for the same name."""
+    return unicodedata.normalize("NFC", name)
+
+
+def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
+    """Return the advice to set ``--mask_suffix``, if that would bring names without a partner together."""
+    known = set(masks)
+    starts = [stem for stem in images if masks and masks[0].startswith(stem)]
+    suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
+    return (
+        f"; try --mask_suffix {suffix}"
+        if suffix and 2 * sum(stem + suffix in known for stem in images) > len(images)
+        else ""
+    )
+
+
 def list_files(folder: PathLike) -> list[Path]:
     """Return what is in a folder and neither hidden nor a folder, sorted by name.
 
@@ -139,6 +182,19 @@ def read_image(
     """
     with ImageFile(filepath, size, channels, as_mask) as image:
         return next(image.windows([image.extent]))
+
+
+def mask_fault(mask: "ImageFile") -> str:
+    """Return why a file contains no class ids, from its header, or nothing."""
+    if mask.shape[2] != 1:
+        found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
+        return f"{found}; save class ids as a grayscale image"
+    if mask.lossy:
+        return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it without"
+    if mask.dtype.kind not in "biu":
+        found = f"expected a mask of whole numbers in {mask.path}, found {mask.dtype}"
+        return f"{found}; save class ids as whole numbers"
+    return ""
 
 
 class ImageFile(contextlib.AbstractContextManager["ImageFile"]):

@@ -50,12 +50,14 @@ from cli import (
     check_values,
     describe_error,
     existing_folder,
+    file_stem,
     free_host_memory,
     gpus_of_task,
     is_out_of_memory,
     list_of,
     log_settings,
     optional,
+    printable,
     read_json,
     real,
     real_number,
@@ -73,22 +75,36 @@ from image_files import (
     ChannelStatistics,
     ImageFile,
     Window,
+    by_stem,
     clipped,
+    composed,
     displayable,
+    guess_suffix,
     image_format,
     list_images,
+    list_masks,
+    mask_fault,
     normalize,
     reflect_to,
     without_data,
 )
-from lmdb_utils import MODEL_METADATA_FILE, RADIUS, SIZE_FACTOR, count_classes
+from lmdb_utils import (
+    IGNORED,
+    MODEL_METADATA_FILE,
+    RADIUS,
+    SIZE_FACTOR,
+    LabelMap,
+    UnnamedValues,
+    count_classes,
+)
+from reports import FIGURES_FOLDER, SCORES_FILE, Figures, count_confusion, report_scores
 
 Item = TypeVar("Item")
 
 TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
-SUBFOLDERS = ("probabilities", "overlays")  # of the output folder
+SUBFOLDERS = ("probabilities", "overlays", FIGURES_FOLDER)  # of the output folder
 OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
 
 # Of the classes 1, 2, ...: colors that people with any color vision tell apart (Okabe and Ito, 2008).
@@ -96,6 +112,8 @@ OUTLINE_COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]],
     np.uint8,
 )
+# Of wrong pixels: that are background, that are taken for background, and of another class.
+FALSE_COLOR, MISSED_COLOR, CONFUSED_COLOR = np.array([[255, 0, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
 
 MAX_TILE_PIXELS = 1824**2  # whose halos of 96 add a quarter to the work; with four times as much it would be a tenth
 BATCH_PIXELS = 2**20  # beyond which more tiles at once gain nothing
@@ -106,6 +124,7 @@ PAPER_FEATURES = 64  # of a model that does not tell its own
 LARGEST_TILE = 2**14  # pixels; edge
 LARGEST_RADIUS = 2**12  # pixels; of any network that this could be asked to run
 LOAD_ATTEMPTS = 10  # if a training replaces the model meanwhile
+SHOWN_IMAGES = 5  # in a line of the log
 LARGE_SCALE = 1000  # times the range of the training images, beyond which the units must differ
 
 
@@ -163,6 +182,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
+    text = (
+        "folder with true masks, named as for build_lmdb.py, whose values become classes as in the training databases; "
+        f"accuracy, IoU and Dice of each image and of all are written to OUTPUT_FOLDER/{SCORES_FILE}, and wrong "
+        "pixels drawn into overlays"
+    )
+    parser.add_argument("--mask_folder", type=existing_folder, help=text)
+    text = "suffix that the names of true masks add to the image name, such as _mask for cell1.tif and cell1_mask.tif"
+    parser.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -179,6 +206,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     images = list_images(args.image_folder, args.image_format)
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
+    truths = find_truths(images, args)
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
         logging.info(
@@ -199,15 +227,20 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             try:
                 with own_work(targets[path], claims, bool(args.overwrite)) as is_mine:
                     if is_mine:
-                        logging.info("%d/%d %s", number, len(waiting), segment_file(path, targets[path], model, sizer))
+                        about = segment_file(path, targets[path], model, sizer, truths.get(path))
+                        logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
                 failed.append(path.name)
                 logging.error("%s", error)
+        if args.mask_folder:
+            failed += score_masks(sorted(set(images) - set(waiting)), targets, truths, model)
     if others:
         logging.info("%d images were left to another process, which writes into the same folder", others)
     done = len(images) - len(failed) - others
     logging.info("%d of %d images done; the masks are in %s", done, len(images), args.output_folder)
+    if args.mask_folder:
+        report_scores(args.output_folder, model.number_classes)
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
@@ -280,6 +313,7 @@ class Model:
     deviation_floor: Sequence[float] = (1.0,)  # least deviation by which each channel (or any) is divided
     value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
     image_dtype: Optional[str] = None  # of the training images
+    label_map: Optional[LabelMap] = None  # from the values of the training masks to classes
     image_no_data: Optional[float] = None  # value of pixels without data, besides what a file itself declares
     no_data_class: Optional[int] = None  # what a mask has there, if it is to declare a value for it; otherwise 0
 
@@ -354,6 +388,7 @@ def load_model_once(folder: Path) -> Model:
         metadata.get("deviation_floor", (1.0,)),
         metadata.get("value_range"),
         metadata.get("image_dtype"),
+        parsed_label_map(metadata, folder),
         metadata.get("image_no_data"),
     )
 
@@ -393,10 +428,20 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
         "deviation_floor": list_of(real(np.finfo(np.float32).tiny)),
         "value_range": optional(list_of(list_of(real(), 2))),
         "image_dtype": optional(any_text),
+        "label_map": optional(any_text),
         "image_no_data": optional(real()),
     }
     check_values(metadata, {name: known[name] for name in known if name in metadata}, folder / file.name)
     return metadata
+
+
+def parsed_label_map(metadata: Mapping[str, Any], folder: Path) -> Optional[LabelMap]:
+    """Return the label map of the training masks; None if their values were the classes."""
+    text = metadata.get("label_map")
+    try:
+        return None if text is None else LabelMap.parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{folder / MODEL_METADATA_FILE}: label_map: {error}; export the model again") from None
 
 
 def check_lengths(metadata: Mapping[str, Any], channels: int, folder: Path) -> None:
@@ -576,6 +621,7 @@ class Block(NamedTuple):
     softmax: np.ndarray  # float32 (rows, columns, classes); NaN where no channel has data
     classes: np.ndarray  # the most probable class of each pixel, unsigned (rows, columns)
     missing: Optional[np.ndarray]  # where no channel has data, bool (rows, columns); None if nowhere
+    truth: Optional[np.ndarray] = None  # true class or `IGNORED` of each pixel, (rows, columns); None if not known
 
 
 class Contents:
@@ -604,13 +650,24 @@ class Contents:
         return ", ".join(shares)
 
 
-def segment_file(path: Path, targets: "Targets", model: Model, sizer: TileSizer) -> str:
-    """Segment an image file into files; return what there is to say about it."""
-    start = time.monotonic()
+@contextlib.contextmanager
+def open_image(path: Path, model: Model) -> Iterator[ImageFile]:
+    """Yield an image with the channels that the model takes."""
     with ImageFile(path, channels=model.channels, no_data=model.image_no_data) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
         check_image(image, model)
+        yield image
+
+
+def segment_file(
+    path: Path, targets: "Targets", model: Model, sizer: TileSizer, truth_path: Optional[Path] = None
+) -> str:
+    """Segment an image file into files; return what there is to say about it."""
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(open_image(path, model))
+        truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
         for note in image.notes:
             logging.info("%s: %s", path, note)
         statistics = ChannelStatistics.of_file(image)
@@ -621,7 +678,7 @@ def segment_file(path: Path, targets: "Targets", model: Model, sizer: TileSizer)
             tiles = plan_tiles(image.shape, tile, model)
             batch_size = min(sizer.batch_size(tile), len(tiles))
             try:
-                contents = write_results(image, statistics, tiles, batch_size, targets, model)
+                contents = write_results(image, statistics, tiles, batch_size, targets, model, truth)
                 size, seconds = " x ".join(map(str, image.shape)), time.monotonic() - start
                 return f"{targets.mask.name}: {size}, {seconds:.1f} s, {contents}"
             except TileTooLarge as error:
@@ -670,12 +727,15 @@ def write_results(
     batch_size: int,
     targets: "Targets",
     model: Model,
+    truth: "Optional[Truth]" = None,
 ) -> Contents:
     """Segment an image tile by tile and write the files; return what its mask contains."""
     contents = Contents()
     progress = Progress(f"segmenting {image.path.name}", len(tiles), "tiles")
     blocks = segment(image, statistics, tiles, batch_size, model)
-    with targets.open(image, model) as outputs, contextlib.closing(blocks):
+    if truth is not None:
+        blocks = truth.added_to(blocks, [clipped(tile.zone, image.shape) for tile in tiles])
+    with targets.open(image, model, truth) as outputs, contextlib.closing(blocks):
         for done, block in enumerate(blocks, 1):
             contents.add(block)
             for add in outputs:
@@ -799,6 +859,168 @@ def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
             items.close()
 
 
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def find_truths(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, Path]:
+    """Return the true mask of each image that has one."""
+    if args.mask_folder is None:
+        if args.mask_suffix is not None:
+            raise InputError("expected --mask_folder beside --mask_suffix, found none; give the folder of true masks")
+        return {}
+    suffix = composed(args.mask_suffix or "")
+    masks = by_stem(list_masks(args.mask_folder, None, suffix), suffix)
+    truths, lone = {}, []
+    for path in images:
+        found = masks.get(composed(path.stem), [])
+        if len(found) > 1:
+            names = ", ".join(mask.name for mask in found)
+            raise InputError(f"expected one mask of {path.name} in {args.mask_folder}, found {names}; move one away")
+        if found and os.path.samefile(found[0], path):
+            raise InputError(f"{path} is its own mask; check --mask_folder and --mask_suffix")
+        truths.update({path: found[0]} if found else {})
+        lone += [] if found else [path]
+    if not truths:
+        advice = guess_suffix([composed(path.stem) for path in lone], sorted(masks))
+        found_none = f"expected masks in {args.mask_folder} with the names of the images, found none"
+        raise InputError(f"{found_none}{advice or '; check the folder'}")
+    if lone:
+        shown = ", ".join(path.name for path in lone[:SHOWN_IMAGES]) + ", ..." * (len(lone) > SHOWN_IMAGES)
+        logging.warning("%d images have no mask in %s and no scores: %s", len(lone), args.mask_folder, shown)
+    return truths
+
+
+class Truth(contextlib.AbstractContextManager["Truth"]):
+    """The true classes of an image, window by window, from a mask file; a context manager.
+
+    Parameters
+    ----------
+    path : Path
+        The mask file.
+    image : ImageFile
+        The image.
+    model : Model
+        Has the label map, and the number of classes.
+
+    Raises
+    ------
+    InputError
+        If the file is no mask of the image's size, or later if it contains classes that the model does not have.
+    """
+
+    def __init__(self, path: Path, image: ImageFile, model: Model) -> None:
+        self._file, self._model = ImageFile(path, as_mask=True), model
+        status = os.stat(path)
+        self.identity = [printable(path.name), status.st_size, status.st_mtime_ns]
+        fault = mask_fault(self._file)
+        if not fault and self._file.shape[:2] != image.shape[:2]:
+            sizes = [" x ".join(map(str, shape[:2])) for shape in (image.shape, self._file.shape)]
+            fault = f"{image.path} is {sizes[0]}, its mask {path} is {sizes[1]}; is the mask that of another image?"
+        if fault:
+            self._file.close()
+            raise InputError(fault)
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def windows(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Yield the class or `IGNORED` of each pixel (rows, columns) of windows."""
+        for values in self._file.windows(windows):
+            yield self._classes_of(values[..., 0])
+
+    def _classes_of(self, values: np.ndarray) -> np.ndarray:
+        """Return what values of the file mean."""
+        label_map, classes = self._model.label_map, self._model.number_classes
+        try:
+            ids = values if label_map is None else label_map.apply(values)
+        except UnnamedValues as error:
+            raise InputError(f"{self._file.path}: {error}; give masks like those of training") from None
+        known = np.zeros(ids.shape, bool) if label_map is None else ids == IGNORED
+        unknown = ~known & ((ids < 0) | (ids >= classes))
+        if unknown.any():
+            raise InputError(
+                f"expected classes 0 to {classes - 1} in {self._file.path}, as the model has, found "
+                f"{ids[unknown][0]}; are these masks of another data set, or were they mapped before training?"
+            )
+        return ids.astype(np.int32)
+
+    def added_to(self, blocks: Generator[Block, None, None], zones: Sequence[Window]) -> Generator[Block, None, None]:
+        """Yield blocks, of which the zones are, with their truth; pixels without data are ignored."""
+        with contextlib.closing(blocks):
+            for block, ids in zip(blocks, self.windows(zones)):
+                if block.missing is not None:
+                    ids[block.missing] = IGNORED
+                yield block._replace(truth=ids)
+
+
+@contextlib.contextmanager
+def measured(target: Path, image: ImageFile, model: Model, truth: Optional[Truth]) -> Iterator[Callable[[Block], None]]:
+    """Begin the file of an image's figures; yield a function that takes blocks. It goes if there are none."""
+    if truth is None:
+        yield lambda block: None
+        with file_errors(target):
+            target.unlink(missing_ok=True)  # of an earlier mask
+        return
+    confusion = np.zeros((model.number_classes, model.number_classes), np.int64)
+
+    def add(block: Block) -> None:
+        if block.truth is not None:
+            confusion[...] += count_confusion(block.truth, block.classes, model.number_classes)
+
+    yield add
+    with atomic_output(target) as temporary:
+        Figures(image.path.name, truth.identity, confusion).write(temporary)
+
+
+def score_masks(
+    images: Sequence[Path], targets: Mapping[Path, "Targets"], truths: Mapping[Path, Path], model: Model
+) -> list[str]:
+    """Score masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
+    failed = []
+    for path in images:
+        if path in truths:
+            try:
+                score_mask(path, targets[path], truths[path], model)
+            except InputError as error:
+                failed.append(path.name)
+                logging.error("%s", error)
+    return failed
+
+
+def score_mask(path: Path, targets: "Targets", truth_path: Path, model: Model) -> None:
+    """Write the figures of a mask that exists, unless they are there."""
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(open_image(path, model))
+        truth = stack.enter_context(Truth(truth_path, image, model))
+        with contextlib.suppress(InputError, OSError):
+            if Figures.read(targets.figures, model.number_classes).truth == truth.identity:
+                return
+        mask = stack.enter_context(ImageFile(targets.mask, as_mask=True))
+        if mask.shape != (*image.shape[:2], 1):
+            raise InputError(f"{targets.mask} is no mask of {path}, whose size differs; --overwrite 1 replaces it")
+        height, width, _ = mask.shape
+        strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
+        missing = strips_without_data(image, strips)
+        add = stack.enter_context(measured(targets.figures, image, model, truth))
+        for (rows, _), ids, classes, lacking in zip(strips, truth.windows(strips), mask.windows(strips), missing):
+            ids[lacking] = IGNORED
+            if np.any((classes[..., 0] >= model.number_classes) & (ids != IGNORED)):
+                raise InputError(f"{targets.mask} has classes that the model lacks; --overwrite 1 replaces it")
+            nothing = np.empty((0, 0, 0), np.float32)
+            add(Block(rows.start, 0, nothing, nothing, classes[..., 0], None, ids))
+
+
+def strips_without_data(image: ImageFile, strips: Sequence[Window]) -> Iterator[np.ndarray]:
+    """Yield where no channel of an image has data, bool (rows, columns) or one for all."""
+    if image.no_data is None:
+        yield from (np.zeros((), bool) for _ in strips)
+    else:
+        for pixels in image.windows(strips):
+            missing = without_data(pixels, image.no_data)
+            yield np.zeros((), bool) if missing is None else np.all(missing, axis=2)
+
+
 # ---------------------------------------------------------------------------------------------- results on disk
 
 
@@ -859,12 +1081,19 @@ class Targets(NamedTuple):
             folder / SUBFOLDERS[1] / name.with_suffix(".png") if args.save_overlay else None,
         )
 
+    @property
+    def figures(self) -> Path:
+        """The file of what is measured of the mask, for those who ask for scores."""
+        return self.mask.parent / FIGURES_FOLDER / f"{self.mask.name}.json"
+
     def exist(self) -> bool:
         """Whether all are there."""
         return all(path.is_file() for path in self if path is not None)
 
     @contextlib.contextmanager
-    def open(self, image: ImageFile, model: Model) -> Iterator[list[Callable[[Block], None]]]:
+    def open(
+        self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None
+    ) -> Iterator[list[Callable[[Block], None]]]:
         """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
         with contextlib.ExitStack() as stack:
             if self.mask.suffix.lower() == ".png":
@@ -872,7 +1101,7 @@ class Targets(NamedTuple):
             else:
                 declared = model.no_data_class
                 mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared)
-            outputs = [stack.enter_context(mask)]
+            outputs = [stack.enter_context(mask), stack.enter_context(measured(self.figures, image, model, truth))]
             if self.probabilities is not None:
                 softmax = tiff_of(
                     self.probabilities, image, np.dtype(np.float32), lambda block: block.softmax, model.number_classes
@@ -1066,6 +1295,7 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
         factor *= 2
     picture = np.zeros((-(-height // factor), -(-width // factor), 3), np.uint8)
     classes = np.zeros(picture.shape[:2], model.mask_dtype)
+    truth = np.full(picture.shape[:2], IGNORED)
 
     def add(block: Block) -> None:
         small = displayable(downscale_local_mean(block.image, (factor, factor, 1)))
@@ -1075,8 +1305,13 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[
         classes[place] = block.classes[::factor, ::factor]
         if block.missing is not None:
             classes[place][block.missing[::factor, ::factor]] = 0
+        if block.truth is not None:
+            truth[place] = block.truth[::factor, ::factor]
 
     yield add
+    wrong = (truth != IGNORED) & (truth != classes)
+    for kind, color in ((truth == 0, FALSE_COLOR), (classes == 0, MISSED_COLOR), (truth * classes > 0, CONFUSED_COLOR)):
+        picture[wrong & kind] = picture[wrong & kind] // 2 + color // 2
     outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
     picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
     with atomic_output(target) as temporary:

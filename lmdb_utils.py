@@ -10,12 +10,15 @@ value of pixels without data (``2 C + 1`` float64), the image as raw row-major `
 (`Metadata`).
 """
 
+import argparse
 import array
 import contextlib
+import functools
 import glob
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -43,6 +46,7 @@ from cli import (
     replacing_together,
     survive,
     whole,
+    whole_number,
 )
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
@@ -56,6 +60,7 @@ METADATA_KEY = b"metadata"
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 LARGEST_RECORD = 2**32 - 1  # bytes, for LMDB
 
+IGNORED, UNNAMED = -1, -2  # what LabelMap has in place of a class for values to ignore, and for those it does not name
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
 MASK_DTYPES = ("uint8", "uint16", "int32")
 
@@ -560,6 +565,89 @@ def count_classes(mask: np.ndarray) -> dict[int, int]:
         return dict(zip(classes.tolist(), counts[classes].tolist()))
     classes, counts = np.unique(mask, return_counts=True)
     return dict(zip(classes.tolist(), counts.tolist()))
+
+
+any_int = whole_number(-(2**63), 2**63 - 1)
+
+
+class UnnamedValues(InputError):
+    """A mask contains values to which a label map gives no class."""
+
+
+class LabelMap(NamedTuple):
+    """Which class each mask value becomes; the ``type`` of ``--label_map``."""
+
+    text: str  # as it was given
+    ranges: tuple[tuple[int, int, int], ...]  # (first, last, class or IGNORED), ascending; last is included
+
+    @classmethod
+    def parse(cls, text: str) -> "LabelMap":
+        """Read ``VALUE:CLASS`` and ``FIRST-LAST:CLASS``, separated by commas; the class may be ``ignore``."""
+        ranges = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?:(\d+|ignore)\s*", part)
+            if not match:
+                raise argparse.ArgumentTypeError(
+                    f"expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore, got {part!r}; try 0:0,255:1 or "
+                    "0:0,1-65535:1"
+                )
+            first, last = any_int(match[1]), any_int(match[2] or match[1])
+            class_id = IGNORED if match[3] == "ignore" else any_int(match[3])
+            if last < first or class_id >= ignored_id(np.int32):
+                raise argparse.ArgumentTypeError(f"expected an ascending range and a 32-bit class, got {part!r}")
+            ranges.append((first, last, class_id))
+        ranges.sort()
+        for (_, last, _), (first, _, _) in zip(ranges, ranges[1:]):
+            if first <= last:
+                raise argparse.ArgumentTypeError(f"expected each value once, got {first} twice in {text!r}")
+        return cls(text, tuple(ranges))
+
+    def __str__(self) -> str:
+        """Return the map as it was given."""
+        return self.text
+
+    @property
+    def ignores(self) -> bool:
+        """Whether some values are to be ignored."""
+        return any(class_id == IGNORED for _, _, class_id in self.ranges)
+
+    @property
+    def largest_class(self) -> int:
+        """The largest class; `IGNORED` if there is none."""
+        return max(class_id for _, _, class_id in self.ranges)
+
+    @property
+    def only_ignores(self) -> bool:
+        """Whether the map only says what to ignore: other values are the classes then that they are."""
+        return self.largest_class == IGNORED
+
+    def apply(self, mask: np.ndarray) -> np.ndarray:
+        """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse `UnnamedValues`."""
+        if mask.dtype.itemsize <= 2:
+            unsigned = mask.view(f"u{mask.dtype.itemsize}")
+            classes = _lookup_table(self, mask.dtype.str)[unsigned]
+        else:
+            classes = self.find(mask)
+        if classes.min() == UNNAMED:
+            unknown = np.unique(mask[classes == UNNAMED])
+            shown = ", ".join(map(str, unknown[:8])) + ", ..." * (len(unknown) > 8)
+            raise UnnamedValues(f"found {shown}, which --label_map {self} does not name")
+        return classes
+
+    def find(self, values: np.ndarray) -> np.ndarray:
+        """Return the class of each value as int32, or `IGNORED` or `UNNAMED`."""
+        firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
+        position = np.searchsorted(firsts, values, side="right") - 1
+        inside = (position >= 0) & (values <= lasts[position])
+        others = np.where(values >= 0, values, UNNAMED) if self.only_ignores else UNNAMED
+        return np.where(inside, classes[position], others).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _lookup_table(label_map: LabelMap, dtype: str) -> np.ndarray:
+    """Return the class of each value of a type of 8 or 16 bits, in the order of their unsigned patterns."""
+    size = np.dtype(dtype).itemsize
+    return label_map.find(np.arange(256**size, dtype=f"u{size}").view(dtype))
 
 
 def advise_label_map(values: Sequence[int]) -> str:

@@ -6,16 +6,17 @@ Nothing here changes what is trained or segmented. TensorFlow and matplotlib are
 import contextlib
 import csv
 import io
+import json
 import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cli import InputError, printable, read_own_file, replacing, whole
+from cli import InputError, any_text, check_values, list_of, printable, read_json, read_own_file, replacing, whole
 from image_files import displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LARGEST_FIGURE = 1e38  # in a CSV file; beyond what training computes with, and still drawn
 EXAMPLES = 4  # test images in the picture of predictions
+FIGURES_FOLDER = "figures"  # of inference: what is measured of each image, one file for each
+SCORES_FILE, CONFUSION_FILE = "scores.csv", "confusion.csv"
+SHOWN_WORST = 5  # images
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
 CONFUSION_CLASSES = 16  # in a picture; more take long to draw, and nobody reads them
 
@@ -240,6 +244,82 @@ def mean_of_present(scores: np.ndarray) -> float:
 def text_of_score(score: float) -> str:
     """Return a score for a CSV file; an absent class has none."""
     return "" if math.isnan(score) else f"{score:.6f}"
+
+
+# ---------------------------------------------------------------------------------------------- scores of inference
+
+
+class Figures(NamedTuple):
+    """What is measured of the mask of one image; a small JSON file, so that processes and runs share the work."""
+
+    image: str  # name of the file
+    truth: list[Any]  # name, bytes and time of change (ns) of the file with the true classes
+    confusion: np.ndarray  # int64 (classes, classes); rows are true classes, columns predicted ones
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        values = {**self._asdict(), "image": printable(self.image), "confusion": self.confusion.tolist()}
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path, number_classes: int) -> "Figures":
+        """Read the file; raise `InputError` if it is not what `write` writes, for a model of so many classes."""
+        values = read_json(path)
+        pixels = list_of(list_of(whole(0), number_classes), number_classes)
+        check_values(values, {"image": any_text, "truth": list_of(lambda value: True, 3), "confusion": pixels}, path)
+        return cls(values["image"], values["truth"], np.array(values["confusion"], np.int64))
+
+
+def count_confusion(truth: np.ndarray, predicted: np.ndarray, number_classes: int) -> np.ndarray:
+    """Return the confusion matrix, int64 (classes, classes), of the pixels whose truth is not negative (ignored)."""
+    counted = truth >= 0
+    cells = truth[counted].astype(np.int64) * number_classes + predicted[counted]
+    return np.bincount(cells, minlength=number_classes**2).reshape(number_classes, number_classes)
+
+
+def report_scores(folder: Path, number_classes: int) -> None:
+    """Write scores and confusion matrix of all images with figures and a mask, and log the total and the worst ones."""
+    while True:  # another process may finish an image meanwhile, and have written the scores before this one does
+        paths = scored_masks(folder)
+        found = [Figures.read(path, number_classes) for path in paths]
+        if not found:
+            return
+        total = np.sum([each.confusion for each in found], axis=0)
+        rows = [row_of_scores(each.image, each.confusion) for each in found]
+        scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in range(number_classes)]
+        head = ["image", "pixels", "accuracy", "mean_iou", *scores]
+        write_csv(folder / SCORES_FILE, [head, *rows, row_of_scores("total", total)])
+        columns = [f"predicted_{class_id}" for class_id in range(number_classes)]
+        write_csv(folder / CONFUSION_FILE, [["true_class", *columns], *([i, *row] for i, row in enumerate(total))])
+        if scored_masks(folder) == paths:
+            break
+    figures = score_confusion(total)
+    logging.info(
+        "scores of %d images: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", len(found),
+        figures["accuracy"], mean_of_present(figures["iou"]), ", ".join(f"{dice:.4f}" for dice in figures["dice"]),
+        folder / SCORES_FILE,
+    )  # fmt: skip
+    worst = sorted((row for row in rows if row[3]), key=lambda row: float(row[3]))[:SHOWN_WORST]
+    logging.info("lowest mean IoU: %s", ", ".join(f"{row[0]} {float(row[3]):.4f}" for row in worst))
+
+
+def scored_masks(folder: Path) -> list[Path]:
+    """Return the figures of the masks that are there."""
+    paths = sorted((folder / FIGURES_FOLDER).glob("*.json"))
+    return [path for path in paths if (folder / path.stem).is_file()]
+
+
+def row_of_scores(name: str, confusion: np.ndarray) -> list[str]:
+    """Return the row of an image in the scores."""
+    scores = score_confusion(confusion)
+    values = (scores["accuracy"], mean_of_present(scores["iou"]), *scores["iou"], *scores["dice"])
+    return [name, str(confusion.sum()), *map(text_of_score, values)]
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Write a CSV file, which appears when it is complete."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 # ---------------------------------------------------------------------------------------------- pictures

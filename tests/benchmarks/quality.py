@@ -141,7 +141,7 @@ def train(args, training, work, variant, seed):
 def score(pairs, masks, build_args, classes):
     """Return the Dice of each class over all pixels of pairs; what the label map ignores is left out."""
     confusion = np.zeros((classes, classes), np.int64)
-    label_map = build_lmdb.LabelMap.of(build_args)
+    label_map = build_lmdb.label_map_of(build_args)
     for pair in pairs:
         truth = read_image(pair.mask, as_mask=True)[..., 0]
         truth = truth if label_map is None else label_map.apply(truth)
