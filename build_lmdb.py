@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import argparse
 import array
-import codecs
 import collections
 import contextlib
 import enum
@@ -34,7 +33,7 @@ import pickle
 import queue
 import re
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
@@ -53,7 +52,6 @@ from cli import (
     add_flag,
     allocate_shared_memory,
     attach_shared_memory,
-    cause_of,
     end_with_parent,
     file_stem,
     log_settings,
@@ -80,6 +78,7 @@ from image_files import (
     image_format,
     list_images,
     list_masks,
+    listed_stems,
     mask_fault,
     reflect_to,
     without_data,
@@ -222,8 +221,8 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
     text = (
         "cross-validation: fold 2/5 tests on the second fifth of the images (or of the groups that --split_by makes), "
-        "and trains on the others; each image is in the test set of exactly one fold; takes the place of "
-        "--train_fraction"
+        "and trains on the others; each image is in the test set of exactly one fold; lists the test images "
+        "in OUTPUT_FOLDER/test-NAME.txt; takes the place of --train_fraction"
     )
     either = group.add_mutually_exclusive_group()
     either.add_argument("--fold", metavar="FOLD/FOLDS", type=fold, help=text)
@@ -387,6 +386,12 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
                 of_images = {"value_range": contents.value_range, "missing_shares": contents.missing_shares}
                 writer.finish({**about, "side": side, **of_images})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
+            if args.fold:
+                left_out = {problem.path for problem in problems}
+                list_images_of(
+                    [pair for pair in sides[1] if pair.image not in left_out],
+                    args.output_folder / f"test-{args.dataset_name}.txt",
+                )
     describe_databases(targets, bool(args.preview))
 
 
@@ -457,6 +462,12 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
     logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
 
 
+def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
+    """Write the names of images, one per line, as --test_list and --image_list of inference take them."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(os.fsencode(Path(pair.image).name) + b"\n" for pair in pairs))
+
+
 # ---------------------------------------------------------------------------------------------- pairing and splitting
 
 
@@ -504,7 +515,7 @@ def split_pairs(
     members = list(groups.values())
     order = [members[index] for index in np.random.default_rng(args.seed).permutation(len(members))]
     if args.test_list:
-        test = listed_groups(members, read_names(args.test_list), {Path(problem.path) for problem in problems}, args)
+        test = listed_groups(members, [Path(problem.path) for problem in problems], args)
     elif args.fold:
         test = folds_of(order, args.fold.parts)[args.fold.part - 1]
     else:
@@ -525,20 +536,10 @@ def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]
     return parts
 
 
-def listed_groups(
-    groups: Sequence[list[Pair]], names: Sequence[str], unpaired: Collection[Path], args: argparse.Namespace
-) -> list[list[Pair]]:
-    """Return the groups of the images that are named; refuse unknown and repeated names, and parts of a group."""
-    ids: dict[str, str] = {}  # by name with and without extension
-    for path in (*(Path(pair.image) for pair in itertools.chain(*groups)), *unpaired):
-        ids |= {composed(path.name): composed(path.stem), composed(path.stem): composed(path.stem)}
-    unknown = [name for name in names if name not in ids]
-    listed = collections.Counter(ids[name] for name in names if name in ids)
-    repeated = [stem for stem, count in listed.items() if count > 1]
-    for wrong, what in ((unknown, f"not in {args.image_folder}"), (repeated, "more than once")):
-        if wrong:
-            shown = ", ".join(wrong[:SHOWN_PROBLEMS]) + ", ..." * (len(wrong) > SHOWN_PROBLEMS)
-            raise InputError(f"expected each test image once in --test_list {args.test_list}, found {shown} {what}")
+def listed_groups(groups: Sequence[list[Pair]], unpaired: Sequence[Path], args: argparse.Namespace) -> list[list[Pair]]:
+    """Return the groups of the images that --test_list names; refuse parts of a group, and all or none of them."""
+    images = [Path(pair.image) for pair in itertools.chain(*groups)]
+    listed = listed_stems(args.test_list, "--test_list", [*images, *unpaired], args.image_folder)
     test = []
     for group in groups:
         chosen = [pair for pair in group if composed(Path(pair.image).stem) in listed]
@@ -554,15 +555,6 @@ def listed_groups(
             f"{len(listed)} names, {'all' if test else 'none'} of them"
         )
     return test
-
-
-def read_names(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank, as names of files."""
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read --test_list {path}: {cause_of(error)}") from error
-    return [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
 
 
 def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:

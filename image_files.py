@@ -5,6 +5,7 @@ channels, and the one mapping from an image to something that can be displayed.
 """
 
 import argparse
+import codecs
 import collections
 import contextlib
 import functools
@@ -22,11 +23,12 @@ from typing import IO, Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
-from cli import InputError, PathLike, Progress, free_host_memory
+from cli import InputError, PathLike, Progress, cause_of, free_host_memory, printable
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
+SHOWN_NAMES = 3  # in a message
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -134,16 +136,36 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def listed_stems(file: Path, option: str, images: Sequence[Path], folder: PathLike) -> set[str]:
+    """Return the names without extension of the images that a text file lists, one per line, with or without extension.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or has a name that is none of `images` or stands there more than once.
+    """
+    try:
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {option} {file}: {cause_of(error)}") from error
+    names = [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
+    stems = {form: composed(path.stem) for path in images for form in (composed(path.name), composed(path.stem))}
+    listed = collections.Counter(stems[name] for name in names if name in stems)
+    unknown, repeated = [name for name in names if name not in stems], [name for name in listed if listed[name] > 1]
+    for wrong, what in ((unknown, f"not in {folder}"), (repeated, "more than once")):
+        if wrong:
+            shown = ", ".join(map(printable, wrong[:SHOWN_NAMES])) + ", ..." * (len(wrong) > SHOWN_NAMES)
+            raise InputError(f"expected names of images in {option} {file}, each once, found {shown} {what}")
+    return set(listed)
+
+
 def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
     """Return the advice to set ``--mask_suffix``, if that would bring names without a partner together."""
     known = set(masks)
     starts = [stem for stem in images if masks and masks[0].startswith(stem)]
     suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
-    return (
-        f"; try --mask_suffix {suffix}"
-        if suffix and 2 * sum(stem + suffix in known for stem in images) > len(images)
-        else ""
-    )
+    matched = sum(stem + suffix in known for stem in images)
+    return f"; try --mask_suffix {suffix}" if suffix and 2 * matched > len(images) else ""
 
 
 def list_files(folder: PathLike) -> list[Path]:

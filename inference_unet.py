@@ -83,6 +83,7 @@ from image_files import (
     image_format,
     list_images,
     list_masks,
+    listed_stems,
     mask_fault,
     normalize,
     reflect_to,
@@ -182,6 +183,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
+    text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
+    parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
     text = (
         "folder with true masks, named as for build_lmdb.py, whose values become classes as in the training databases; "
         f"accuracy, IoU and Dice of each image and of all are written to OUTPUT_FOLDER/{SCORES_FILE}, and wrong "
@@ -204,6 +207,11 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Segment all images; a bad one is reported and does not keep the others from being segmented."""
     log_settings(args)
     images = list_images(args.image_folder, args.image_format)
+    if args.image_list is not None:
+        listed = listed_stems(args.image_list, "--image_list", images, args.image_folder)
+        images = [path for path in images if composed(path.stem) in listed]
+        if not images:
+            raise InputError(f"expected names of images in --image_list {args.image_list}, found none")
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
     truths = find_truths(images, args)

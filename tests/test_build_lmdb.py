@@ -924,6 +924,7 @@ def test_each_image_is_tested_in_exactly_one_fold(tmp_path, grouped):
         assert train | test == set(names)
         assert not grouped or not {name[:6] for name in train} & {name[:6] for name in test}
         tested.append(test)
+        assert set((tmp_path / "db" / "test-t.txt").read_text().splitlines()) == test
     assert sorted(itertools.chain(*tested)) == sorted(names)
     # Groups of 3, 3, 3 and 2 images in three folds; single images in five.
     assert sorted(map(len, tested)) in ([[3, 3, 5], [2, 3, 6]] if grouped else [[2, 2, 2, 2, 3]])

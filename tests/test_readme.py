@@ -72,6 +72,22 @@ def run_in(folder, *command, **variables):
     )
 
 
+def test_the_recipe_of_cross_validation_pools_the_scores_of_its_folds(project, tmp_path):
+    [recipe] = re.findall(r"^```sh\n(#!/bin/bash\n#SBATCH --array=1-5.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    recipe = recipe.replace("python ", f"python {shlex.quote(str(project))}/").replace(
+        "train_unet.py", f"train_unet.py {shlex.join(TINY)}"
+    )
+    for name in ("images", "masks"):
+        (tmp_path / name).symlink_to(project / "data" / name)
+    for fold in (1, 2):
+        array = {"ID": fold, "MIN": 1, "MAX": 5, "COUNT": 5}
+        variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
+        done = run_in(tmp_path, "bash", "-e", "-c", recipe, **variables)
+        assert done.returncode == 0, done.stdout
+    rows = (tmp_path / "folds" / "masks" / "scores.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 8 + 1 and rows[-1].startswith(f"total,{2 * 8 * 256 * 256},")
+
+
 def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
     databases, masks = (sorted((project / "data" / "example").glob(name)) for name in ("*.lmdb", "masks/*.tif"))
     assert (len(databases), len(masks)) == (2, 40)

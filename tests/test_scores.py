@@ -193,3 +193,22 @@ def test_options_that_lead_to_no_truth_are_refused(tmp_path, model, folders):
     done = infer(model, folders[0], tmp_path / "masks", "--mask_folder", folders[0])
     assert done.returncode == 2 and "is its own mask" in "".join(errors_of(done.stdout))
     assert not (tmp_path / "masks").exists()
+
+
+def test_folds_are_pooled(tmp_path, model, folders):
+    masks = tmp_path / "masks"
+    for names in "cell0.tif\ncell2\n", "cell1.tif\n":
+        (tmp_path / "list.txt").write_text(names)
+        done = score(model, folders, masks, "--image_list", tmp_path / "list.txt")
+        assert done.returncode == 0 and "no mask in" not in done.stdout
+    check_scores(folders, masks)
+    assert not (masks / "cell3.tif").exists()
+
+
+@pytest.mark.parametrize(
+    "names, words", [("cell7", "cell7 not in"), ("cell1\ncell1.tif", "more than once"), ("", "none")]
+)
+def test_a_list_of_images_that_cannot_be_is_refused(tmp_path, model, folders, names, words):
+    (tmp_path / "list.txt").write_text(names)
+    done = score(model, folders, tmp_path / "masks", "--image_list", tmp_path / "list.txt")
+    assert done.returncode == 2 and words in "".join(errors_of(done.stdout))
