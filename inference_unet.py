@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 import queue
 import subprocess
 import threading
@@ -116,6 +117,7 @@ OUTLINE_COLORS = np.array(
 # Of wrong pixels: that are background, that are taken for background, and of another class.
 FALSE_COLOR, MISSED_COLOR, CONFUSED_COLOR = np.array([[255, 0, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
 
+MIRROR_IMAGES = ((), (1,), (2,), (1, 2))  # axes of a batch (N, H, W, C): itself, and turned about rows, columns, both
 MAX_TILE_PIXELS = 1824**2  # whose halos of 96 add a quarter to the work; with four times as much it would be a tenth
 BATCH_PIXELS = 2**20  # beyond which more tiles at once gain nothing
 MEMORY_SHARE = 0.5  # of what is free, for the network's activations
@@ -140,8 +142,11 @@ def build_parser() -> argparse.ArgumentParser:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add what the specification lists: the model, the images, and where masks go."""
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
-    text = "SavedModel filepath to the model to use: the folder saved_model of a training run (Required)"
-    parser.add_argument("--saved_model_filepath", type=some_path, **required, help=text)
+    text = (
+        "SavedModel filepath to the model to use: the folder saved_model of a training run (Required); the softmax of "
+        "several models is averaged"
+    )
+    parser.add_argument("--saved_model_filepath", type=some_path, nargs="+", **required, help=text)
     text = "filepath to the folder containing the images to inference (Required)"
     parser.add_argument("--image_folder", type=existing_folder, **required, help=text)
     text = "filepath to the folder where the masks will be placed, under the names of their images (Required)"
@@ -183,6 +188,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
+    text = (
+        "whether to average the softmax over the four mirror images of each image, which takes four times as long and "
+        "mostly makes masks a little better [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--flips", 0, text)
     text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
     parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
     text = (
@@ -222,7 +232,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             "" if args.shard else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 does all",
         )  # fmt: skip
     prepare_output_folder(args.output_folder)
-    model = load_model(args.saved_model_filepath)
+    model = combine([load_model(filepath) for filepath in args.saved_model_filepath], args.saved_model_filepath)
+    if args.flips:
+        model = dataclasses.replace(model, views=MIRROR_IMAGES)
     no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
     model = dataclasses.replace(model, image_no_data=no_data, no_data_class=args.no_data_class)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
@@ -324,6 +336,18 @@ class Model:
     label_map: Optional[LabelMap] = None  # from the values of the training masks to classes
     image_no_data: Optional[float] = None  # value of pixels without data, besides what a file itself declares
     no_data_class: Optional[int] = None  # what a mask has there, if it is to declare a value for it; otherwise 0
+    members: Sequence["Model"] = ()  # of which the softmax is averaged, if this stands for several
+    views: Sequence[tuple[int, ...]] = ((),)  # axes by which batches are mirrored, for a mean over these views
+
+    @property
+    def networks(self) -> Sequence["Model"]:
+        """The models that are run: the members, or this one."""
+        return self.members or (self,)
+
+    @property
+    def floors(self) -> list[tuple[float, ...]]:
+        """The different deviation floors of the networks."""
+        return list(dict.fromkeys(tuple(network.deviation_floor) for network in self.networks))
 
     @property
     def halo(self) -> int:
@@ -339,6 +363,36 @@ class Model:
     def mask_dtype(self) -> np.dtype:
         """Smallest unsigned type that holds the classes."""
         return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
+
+
+def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
+    """Return a model that averages the softmax of several, which must take and give the same.
+
+    Its warnings about the scale of images are those of the first model.
+    """
+    first = models[0]
+    for model, filepath in zip(models, filepaths):
+        logging.info(
+            "model %s: %d channels, %d classes, %d features, radius %d, label map %s, deviation floors %s", filepath,
+            model.channels, model.number_classes, model.features, model.radius, model.label_map,
+            ", ".join(f"{floor:g}" for floor in model.deviation_floor),
+        )  # fmt: skip
+        for name in ("channels", "number_classes", "source_channels", "label_map", "image_no_data"):
+            expected, found = getattr(first, name), getattr(model, name)
+            if expected != found:
+                raise InputError(
+                    f"expected models that agree in {name.replace('_', ' ')}, found {expected} in {filepaths[0]} "
+                    f"and {found} in {filepath}; give models that were trained on the same kind of data"
+                )
+    if len(models) == 1:
+        return first
+    return dataclasses.replace(
+        first,
+        radius=max(model.radius for model in models),
+        size_factor=math.lcm(*(model.size_factor for model in models)),
+        features=max(model.features for model in models),
+        members=tuple(models),
+    )
 
 
 def load_model(filepath: PathLike) -> Model:
@@ -763,8 +817,8 @@ def segment(
 
     def predictions() -> Generator[tuple[Sequence[TileInput], np.ndarray, np.ndarray], None, None]:
         with contextlib.closing(prefetch(read_batches(image, statistics, tiles, batch_size, model))) as batches:
-            for part, batch in batches:
-                yield part, batch, model.predict(batch)
+            for part, inputs in batches:
+                yield part, inputs[0], mean_softmax(inputs, model)
 
     with contextlib.closing(prefetch(predictions())) as results:
         for part, batch, predicted in results:
@@ -779,6 +833,21 @@ def segment(
                 yield Block(rows.start, columns.start, window[kept], softmax, classes, missing)
 
 
+def mean_softmax(inputs: Sequence[np.ndarray], model: Model) -> np.ndarray:
+    """Return the softmax (N, H, W, classes) of a batch, the mean over all networks and views.
+
+    Mirroring keeps tiles on the network's grid, as their edges are multiples of it: the result is exact under tiling.
+    """
+    total: Optional[np.ndarray] = None
+    for network in model.networks:
+        batch = inputs[model.floors.index(tuple(network.deviation_floor))]
+        for axes in model.views:
+            softmax = np.flip(network.predict(np.flip(batch, axes)), axes) if axes else network.predict(batch)
+            total = softmax if total is None else total + softmax
+    count = len(model.networks) * len(model.views)
+    return total if count == 1 else total / np.float32(count)  # type: ignore[return-value]
+
+
 def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the class of greatest probability of each pixel; a few rows at a time, as argmax makes 64-bit numbers."""
     classes = np.empty(softmax.shape[:2], dtype)
@@ -789,8 +858,8 @@ def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def read_batches(
     image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
-) -> Generator[tuple[Sequence[TileInput], np.ndarray], None, None]:
-    """Yield tiles and their z-scores (N, H, W, C), as the network takes them.
+) -> Generator[tuple[Sequence[TileInput], list[np.ndarray]], None, None]:
+    """Yield tiles and their z-scores (N, H, W, C), as the networks take them: one array for each of `Model.floors`.
 
     Where the image ends before the network's grid does, it goes on by reflection.
     """
@@ -800,13 +869,15 @@ def read_batches(
     no_data = image.no_data if statistics.valid.min() < height * width else None
     for first in range(0, len(tiles), batch_size):
         part: list[TileInput] = []
-        batch = np.empty((min(batch_size, len(tiles) - first), *size, image.shape[2]), np.float32)
-        for tile, place, window in zip(tiles[first : first + batch_size], batch, windows):
+        shape = (min(batch_size, len(tiles) - first), *size, image.shape[2])
+        inputs = [np.empty(shape, np.float32) for _ in model.floors]
+        for index, (tile, window) in enumerate(zip(tiles[first : first + batch_size], windows)):
             pixels = reflect_to(window, size)
             missing = without_data(pixels, no_data)
             part.append(TileInput(tile, None if missing is None else np.all(missing, axis=2)))
-            normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, place, missing)
-        yield part, batch
+            for batch, floor in zip(inputs, model.floors):
+                normalize(pixels, statistics.mean, statistics.deviation, floor, batch[index], missing)
+        yield part, inputs
 
 
 def round_up(length: int, multiple: int) -> int:

@@ -226,7 +226,7 @@ def seen_by_inference(path, model):
         seen, gone = np.empty((*image.shape[:2], model.channels), np.float32), np.zeros(image.shape[:2], bool)
         tiles = inference_unet.plan_tiles(image.shape, (208, 208), model)
         statistics = ChannelStatistics.of_file(image)
-        for [(tile, missing)], [pixels] in inference_unet.read_batches(image, statistics, tiles, 1, model):
+        for [(tile, missing)], [[pixels]] in inference_unet.read_batches(image, statistics, tiles, 1, model):
             rows, columns = clipped(tile.window, image.shape)
             seen[rows, columns] = pixels[: rows.stop - rows.start, : columns.stop - columns.start]
             if missing is not None:
