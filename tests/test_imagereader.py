@@ -113,7 +113,7 @@ def seen_by_inference(path, model):
         seen = np.empty((*image.shape[:2], model.channels), np.float32)
         tiles = inference_unet.plan_tiles(image.shape, (208, 208), model)
         statistics = ChannelStatistics.of_file(image)
-        for [(tile, _)], [pixels] in inference_unet.read_batches(image, statistics, tiles, 1, model):
+        for [(tile, _)], [[pixels]] in inference_unet.read_batches(image, statistics, tiles, 1, model):
             rows, columns = clipped(tile.window, image.shape)
             seen[rows, columns] = pixels[: rows.stop - rows.start, : columns.stop - columns.start]
     return seen
