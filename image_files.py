@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, Optional
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -39,6 +40,13 @@ LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings
 # TIFF tags that place an image: pixel scale, tie points, transformation and keys of GeoTIFF. Not GDAL's own 42112 and
 # 42113, which describe the image's values.
 PLACEMENT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+RESOLUTION_PER_CENTIMETER = 3  # a code of TIFF
+PER_CENTIMETER = {"nm": 1e7, "µm": 1e4, "mm": 10.0, "cm": 1.0}
+UNIT_NAMES = {  # what programs call them, with either of the letters mu
+    **dict.fromkeys(("micron", "microns", "um", "\\u00B5m", "\\u00b5m", "\u03bcm"), "µm"),
+    **dict.fromkeys(("pixel", "pixels", "px"), ""),
+}
+PROJECTED_MODEL, LINEAR_UNITS = 1, {9001: "m", 9002: "ft", 9003: "US survey ft"}  # codes of GeoTIFF
 NO_DATA_TAG = 42113  # GDAL's, of a TIFF: the value of pixels without data, as text
 ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
 ORIENTATIONS = [
@@ -278,6 +286,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         self.placement: dict[str, Any] = {}
         self._white: Optional[int] = None  # the value of black, if the stored values count from white
         self._open_file: Any = None  # a TiffFile
+        self._keyframe: Any = None  # its page of which the pixels are
         self._channels: Optional[list[int]] = None
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
@@ -330,6 +339,11 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
                 "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
                 self.path, gibibytes,
             )  # fmt: skip
+
+    @property
+    def pixel_size(self) -> Optional["PixelSize"]:
+        """How large the pixels are, as stored; None if the file does not declare a length."""
+        return None if self._open_file is None else _pixel_size(self._open_file, self._keyframe)
 
     @property
     def nbytes(self) -> int:
@@ -445,7 +459,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         # Other files that this one names are not its pixels: a file is an image.
         self._open_file = tifffile.TiffFile(self.path, _multifile=False, is_mmstack=False, is_ndtiff=False)
         series, self.notes = _full_resolution_series(self._open_file)
-        page = series.keyframe
+        page = self._keyframe = series.keyframe
         _check_tags(page)
         if LOSSY_COMPRESSION.search(name_of(page.compression)):
             self.lossy = name_of(page.compression)
@@ -831,12 +845,82 @@ def _placement(file: Any, page: Any) -> dict[str, Any]:
     placement: dict[str, Any] = {}
     if "XResolution" in page.tags:
         placement.update(resolution=page.resolution, resolutionunit=int(page.resolutionunit))
+    declared = _ome_pixel_size(file)
+    if declared is not None and declared.unit in PER_CENTIMETER:
+        per_centimeter = [PER_CENTIMETER[declared.unit] / edge for edge in (declared.width, declared.height)]
+        placement.update(resolution=tuple(per_centimeter), resolutionunit=RESOLUTION_PER_CENTIMETER)
     tags = (page.tags.get(code) for code in PLACEMENT_TAGS)
     placement["extratags"] = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
     unit = (file.imagej_metadata or {}).get("unit") if file.is_imagej else None
     if unit:  # ImageJ has no code for it, but reads it here
         placement["description"] = f"ImageJ=1.53t\nunit={unit}\n"
     return placement
+
+
+class PixelSize(NamedTuple):
+    """The edges of a pixel in a unit of length."""
+
+    height: float
+    width: float
+    unit: str
+
+    @property
+    def area(self) -> float:
+        """In the square of the unit."""
+        return self.height * self.width
+
+    @classmethod
+    def of(cls, height: Any, width: Any, unit: Any) -> "Optional[PixelSize]":
+        """Return the size, or None if that is none."""
+        size = cls(float(height), float(width), UNIT_NAMES.get(str(unit).strip(), str(unit).strip()))
+        return size if size.unit and 0 < size.height < math.inf and 0 < size.width < math.inf else None
+
+
+def _pixel_size(file: Any, page: Any) -> Optional[PixelSize]:
+    """Return how large the pixels of a TIFF are; None if it does not declare a length.
+
+    Dots per inch are not taken for one: programs write 72 or 96 of them into files that know nothing of their scale.
+    """
+    with contextlib.suppress(Exception):  # whatever comes of reading damaged tags: the pixels do not depend on them
+        found = _ome_pixel_size(file) or _geographic_pixel_size(page)
+        if found is not None:
+            return found
+        per_unit = page.resolution
+        if file.is_imagej:
+            return PixelSize.of(1 / per_unit[1], 1 / per_unit[0], (file.imagej_metadata or {}).get("unit", ""))
+        if "XResolution" in page.tags and int(page.resolutionunit) == RESOLUTION_PER_CENTIMETER:
+            micrometers = PER_CENTIMETER["µm"]
+            return PixelSize.of(micrometers / per_unit[1], micrometers / per_unit[0], "µm")
+    return None
+
+
+def _ome_pixel_size(file: Any) -> Optional[PixelSize]:
+    """Return the size that OME metadata declare."""
+    if not file.is_ome:
+        return None
+    with contextlib.suppress(ElementTree.ParseError, TypeError, ValueError):
+        pixels = ElementTree.fromstring(file.ome_metadata).find(".//{*}Pixels")
+        described = {} if pixels is None else pixels.attrib
+        units = {described.get(f"PhysicalSize{axis}Unit", "µm") for axis in "YX"}
+        if len(units) == 1:
+            return PixelSize.of(described.get("PhysicalSizeY"), described.get("PhysicalSizeX"), units.pop())
+    return None
+
+
+def _geographic_pixel_size(page: Any) -> Optional[PixelSize]:
+    """Return the size in a projected coordinate system of which a GeoTIFF names the unit."""
+    tags = page.geotiff_tags if page.is_geotiff else {}
+    unit = LINEAR_UNITS.get(int(tags.get("ProjLinearUnitsGeoKey", 0)), "")
+    if int(tags.get("GTModelTypeGeoKey", 0)) != PROJECTED_MODEL:
+        return None
+    if "ModelPixelScale" in tags:
+        width, height, *_ = tags["ModelPixelScale"]
+        return PixelSize.of(height, width, unit)
+    if "ModelTransformation" in tags:  # its columns are the steps of a column and a row
+        steps = np.reshape(tags["ModelTransformation"], (4, 4))[:2, :2]
+        width, height = np.linalg.norm(steps, axis=0)
+        return PixelSize.of(height, width, unit)
+    return None
 
 
 class Described(NamedTuple):

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import queue
@@ -47,7 +48,6 @@ from cli import (
     add_flag,
     any_text,
     cause_of,
-    check_kinds,
     check_values,
     describe_error,
     existing_folder,
@@ -97,9 +97,20 @@ from lmdb_utils import (
     SIZE_FACTOR,
     LabelMap,
     UnnamedValues,
+    check_saved_model,
     count_classes,
 )
-from reports import FIGURES_FOLDER, SCORES_FILE, Figures, count_confusion, report_scores
+from reports import (
+    FIGURES_FOLDER,
+    NOTHING,
+    PAGE_FILE,
+    SCORES_FILE,
+    TABLE_FILE,
+    Figures,
+    Measurement,
+    Wanted,
+    report_masks,
+)
 
 Item = TypeVar("Item")
 
@@ -107,7 +118,8 @@ TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
 SUBFOLDERS = ("probabilities", "overlays", FIGURES_FOLDER)  # of the output folder
-OVERLAY_PIXELS = 2048  # edge that larger pictures are brought down to, as far as the network's grid allows
+OVERLAY_PIXELS, THUMBNAIL_PIXELS = 2048, 256  # edges that larger pictures are brought down to
+THUMBNAIL_QUALITY = 70  # of a JPEG
 
 # Of the classes 1, 2, ...: colors that people with any color vision tell apart (Okabe and Ito, 2008).
 OUTLINE_COLORS = np.array(
@@ -203,6 +215,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask_folder", type=existing_folder, help=text)
     text = "suffix that the names of true masks add to the image name, such as _mask for cell1.tif and cell1_mask.tif"
     parser.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
+    text = (
+        "whether to write how many pixels and connected regions of each class each mask has, and how probable its "
+        f"classes are, to OUTPUT_FOLDER/{TABLE_FILE} [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--save_table", 0, text)
+    text = (
+        f"whether to write OUTPUT_FOLDER/{PAGE_FILE}, a page for a browser: a row for each mask with its picture and "
+        "figures, the worst or least certain first [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--save_report", 0, text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -225,6 +247,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
     truths = find_truths(images, args)
+    wanted = Wanted(args.mask_folder is not None, bool(args.save_table), bool(args.save_report))
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
         logging.info(
@@ -232,8 +255,13 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             "" if args.shard else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 does all",
         )  # fmt: skip
     prepare_output_folder(args.output_folder)
-    model = combine([load_model(filepath) for filepath in args.saved_model_filepath], args.saved_model_filepath)
+    models = [load_model(filepath) for filepath in args.saved_model_filepath]
+    model = combine(models, args.saved_model_filepath)
+    descriptions = [f"model {filepath}: {each}" for each, filepath in zip(models, args.saved_model_filepath)]
+    for description in descriptions:
+        logging.info("%s", description)
     if args.flips:
+        descriptions.append("mean over the four mirror images of each image")
         model = dataclasses.replace(model, views=MIRROR_IMAGES)
     no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
     model = dataclasses.replace(model, image_no_data=no_data, no_data_class=args.no_data_class)
@@ -253,14 +281,14 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             except InputError as error:
                 failed.append(path.name)
                 logging.error("%s", error)
-        if args.mask_folder:
-            failed += score_masks(sorted(set(images) - set(waiting)), targets, truths, model)
+        if any(wanted):
+            failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model)
     if others:
         logging.info("%d images were left to another process, which writes into the same folder", others)
     done = len(images) - len(failed) - others
     logging.info("%d of %d images done; the masks are in %s", done, len(images), args.output_folder)
-    if args.mask_folder:
-        report_scores(args.output_folder, model.number_classes)
+    if any(wanted):
+        report_masks(args.output_folder, model.number_classes, wanted, descriptions)
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
@@ -339,6 +367,14 @@ class Model:
     members: Sequence["Model"] = ()  # of which the softmax is averaged, if this stands for several
     views: Sequence[tuple[int, ...]] = ((),)  # axes by which batches are mirrored, for a mean over these views
 
+    def __str__(self) -> str:
+        """Return what there is to know, in words."""
+        floors = ", ".join(f"{floor:g}" for floor in self.deviation_floor)
+        return (
+            f"{self.channels} channels, {self.number_classes} classes, {self.features} features, radius {self.radius}, "
+            f"label map {self.label_map}, deviation floors {floors}"
+        )
+
     @property
     def networks(self) -> Sequence["Model"]:
         """The models that are run: the members, or this one."""
@@ -372,11 +408,6 @@ def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
     """
     first = models[0]
     for model, filepath in zip(models, filepaths):
-        logging.info(
-            "model %s: %d channels, %d classes, %d features, radius %d, label map %s, deviation floors %s", filepath,
-            model.channels, model.number_classes, model.features, model.radius, model.label_map,
-            ", ".join(f"{floor:g}" for floor in model.deviation_floor),
-        )  # fmt: skip
         for name in ("channels", "number_classes", "source_channels", "label_map", "image_no_data"):
             expected, found = getattr(first, name), getattr(model, name)
             if expected != found:
@@ -453,18 +484,6 @@ def load_model_once(folder: Path) -> Model:
         parsed_label_map(metadata, folder),
         metadata.get("image_no_data"),
     )
-
-
-def check_saved_model(folder: Path) -> None:
-    """Refuse what is no SavedModel at first sight; needs no TensorFlow, which takes seconds to load."""
-    if not (folder / "saved_model.pb").is_file():
-        found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-        meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
-        raise InputError(
-            f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
-            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
-        )
-    check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))
 
 
 def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
@@ -679,11 +698,14 @@ class Block(NamedTuple):
 
     row: int  # where in the image the block begins
     column: int
-    image: np.ndarray  # z-scores, float32 (rows, columns, C)
-    softmax: np.ndarray  # float32 (rows, columns, classes); NaN where no channel has data
+    image: np.ndarray  # z-scores, float32 (rows, columns, C); may be `NOTHING`
+    softmax: np.ndarray  # float32 (rows, columns, classes); NaN where no channel has data; may be `NOTHING`
     classes: np.ndarray  # the most probable class of each pixel, unsigned (rows, columns)
     missing: Optional[np.ndarray]  # where no channel has data, bool (rows, columns); None if nowhere
     truth: Optional[np.ndarray] = None  # true class or `IGNORED` of each pixel, (rows, columns); None if not known
+
+
+Output = Callable[[Block], None]  # takes the blocks that become a file
 
 
 class Contents:
@@ -1033,71 +1055,92 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
                 yield block._replace(truth=ids)
 
 
+# ---------------------------------------------------------------------------------------------- figures
+
+
 @contextlib.contextmanager
-def measured(target: Path, image: ImageFile, model: Model, truth: Optional[Truth]) -> Iterator[Callable[[Block], None]]:
-    """Begin the file of an image's figures; yield a function that takes blocks. It goes if there are none."""
-    if truth is None:
+def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional[Truth]) -> Iterator[Output]:
+    """Begin the file of a mask's figures; yield a function that takes blocks."""
+    if not targets.is_measured:
         yield lambda block: None
-        with file_errors(target):
-            target.unlink(missing_ok=True)  # of an earlier mask
+        with file_errors(targets.figures):
+            for path in (targets.figures, targets.thumbnail):  # of an earlier mask
+                path.unlink(missing_ok=True)
         return
-    confusion = np.zeros((model.number_classes, model.number_classes), np.int64)
-
-    def add(block: Block) -> None:
-        if block.truth is not None:
-            confusion[...] += count_confusion(block.truth, block.classes, model.number_classes)
-
-    yield add
-    with atomic_output(target) as temporary:
-        Figures(image.path.name, truth.identity, confusion).write(temporary)
+    measurement = Measurement(model.number_classes, image.shape[1])
+    yield lambda block: measurement.add(*block[:2], block.classes, block.missing, block.softmax, block.truth)
+    figures = measurement.figures(image.path.name, image.pixel_size, truth.identity if truth else None)
+    with atomic_output(targets.figures) as temporary:
+        figures.write(temporary)
 
 
-def score_masks(
+def measure_masks(
     images: Sequence[Path], targets: Mapping[Path, "Targets"], truths: Mapping[Path, Path], model: Model
 ) -> list[str]:
-    """Score masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
+    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
     failed = []
     for path in images:
-        if path in truths:
-            try:
-                score_mask(path, targets[path], truths[path], model)
-            except InputError as error:
-                failed.append(path.name)
-                logging.error("%s", error)
+        try:
+            measure_mask(path, targets[path], truths.get(path), model)
+        except InputError as error:
+            failed.append(path.name)
+            logging.error("%s", error)
     return failed
 
 
-def score_mask(path: Path, targets: "Targets", truth_path: Path, model: Model) -> None:
-    """Write the figures of a mask that exists, unless they are there."""
+def measure_mask(path: Path, targets: "Targets", truth_path: Optional[Path], model: Model) -> None:
+    """Write the figures of a mask that exists, and its thumbnail, unless they are there."""
+    found = None
+    with contextlib.suppress(InputError, OSError):
+        found = Figures.read(targets.figures, model.number_classes)
+    is_drawn = targets.is_drawn and not targets.thumbnail.is_file()
+    if found is not None and truth_path is None and not is_drawn:
+        return
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(path, model))
-        truth = stack.enter_context(Truth(truth_path, image, model))
-        with contextlib.suppress(InputError, OSError):
-            if Figures.read(targets.figures, model.number_classes).truth == truth.identity:
-                return
+        truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
+        if found is not None and (truth is None or found.truth == truth.identity) and not is_drawn:
+            return
         mask = stack.enter_context(ImageFile(targets.mask, as_mask=True))
         if mask.shape != (*image.shape[:2], 1):
             raise InputError(f"{targets.mask} is no mask of {path}, whose size differs; --overwrite 1 replaces it")
-        height, width, _ = mask.shape
-        strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
-        missing = strips_without_data(image, strips)
-        add = stack.enter_context(measured(targets.figures, image, model, truth))
-        for (rows, _), ids, classes, lacking in zip(strips, truth.windows(strips), mask.windows(strips), missing):
-            ids[lacking] = IGNORED
-            if np.any((classes[..., 0] >= model.number_classes) & (ids != IGNORED)):
-                raise InputError(f"{targets.mask} has classes that the model lacks; --overwrite 1 replaces it")
-            nothing = np.empty((0, 0, 0), np.float32)
-            add(Block(rows.start, 0, nothing, nothing, classes[..., 0], None, ids))
+        measurement = Measurement(model.number_classes, image.shape[1])
+        drawing = Drawing(image, model, THUMBNAIL_PIXELS) if is_drawn else None
+        for block in blocks_of_mask(mask, image, truth, model, is_drawn):
+            measurement.add(*block[:2], block.classes, block.missing, block.softmax, block.truth)
+            if drawing is not None:
+                drawing.add(block)
+        if drawing is not None:
+            drawing.save_thumbnail(targets.thumbnail)
+        figures = measurement.figures(path.name, image.pixel_size, truth.identity if truth else None)
+        with atomic_output(targets.figures) as temporary:  # the mask does not tell how probable it is
+            figures._replace(probability=found and found.probability).write(temporary)
 
 
-def strips_without_data(image: ImageFile, strips: Sequence[Window]) -> Iterator[np.ndarray]:
-    """Yield where no channel of an image has data, bool (rows, columns) or one for all."""
-    if image.no_data is None:
-        yield from (np.zeros((), bool) for _ in strips)
-    else:
-        for pixels in image.windows(strips):
-            missing = without_data(pixels, image.no_data)
-            yield np.zeros((), bool) if missing is None else np.all(missing, axis=2)
+def blocks_of_mask(
+    mask: ImageFile, image: ImageFile, truth: Optional[Truth], model: Model, with_image: bool
+) -> Iterator[Block]:
+    """Yield a mask that exists in strips; without z-scores unless `with_image`, and without softmax."""
+    height, width, _ = mask.shape
+    strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
+    statistics = ChannelStatistics.of_file(image) if with_image else None
+
+    def blocks() -> Generator[Block, None, None]:
+        seen = image.windows(strips) if with_image or image.no_data is not None else itertools.repeat(None)
+        for (rows, _), pixels, classes in zip(strips, seen, mask.windows(strips)):
+            lacking = None if pixels is None else without_data(pixels, image.no_data)
+            scores = NOTHING
+            if statistics is not None and pixels is not None:
+                scores = normalize(
+                    pixels, statistics.mean, statistics.deviation, model.deviation_floor, missing=lacking
+                )
+            missing = None if lacking is None else np.all(lacking, axis=2)
+            unknown = classes[..., 0] >= model.number_classes
+            if np.any(unknown if missing is None else unknown & ~missing):
+                raise InputError(f"{mask.path} has classes that the model lacks; --overwrite 1 replaces it")
+            yield Block(rows.start, 0, scores, NOTHING, classes[..., 0], missing)
+
+    yield from truth.added_to(blocks(), strips) if truth is not None else blocks()
 
 
 # ---------------------------------------------------------------------------------------------- results on disk
@@ -1115,7 +1158,7 @@ def plan_targets(images: Sequence[Path], args: argparse.Namespace) -> dict[Path,
     originals = {os.path.realpath(path): path for path in images}
     sources: dict[str, Path] = {}
     for image, files in targets.items():
-        for path in filter(None, files):
+        for path in files.results:
             place = os.path.join(os.path.realpath(path.parent), path.name)
             if place in originals:
                 raise InputError(
@@ -1149,6 +1192,8 @@ class Targets(NamedTuple):
     mask: Path
     probabilities: Optional[Path] = None
     overlay: Optional[Path] = None
+    is_measured: bool = False  # whether figures are asked for, and
+    is_drawn: bool = False  # thumbnails; masks that are there already can have both made later
 
     @classmethod
     def of(cls, image: Path, args: argparse.Namespace) -> "Targets":
@@ -1158,21 +1203,31 @@ class Targets(NamedTuple):
             folder / name,
             folder / SUBFOLDERS[0] / name.with_suffix(".tif") if args.save_probabilities else None,
             folder / SUBFOLDERS[1] / name.with_suffix(".png") if args.save_overlay else None,
+            bool(args.mask_folder or args.save_table or args.save_report),
+            bool(args.save_report),
         )
 
     @property
     def figures(self) -> Path:
-        """The file of what is measured of the mask, for those who ask for scores."""
+        """The file of what is measured of the mask."""
         return self.mask.parent / FIGURES_FOLDER / f"{self.mask.name}.json"
 
+    @property
+    def thumbnail(self) -> Path:
+        """The small picture for a page about all masks."""
+        return self.figures.with_suffix(".jpg")
+
+    @property
+    def results(self) -> list[Path]:
+        """The files that only the network can make."""
+        return [path for path in (self.mask, self.probabilities, self.overlay) if path is not None]
+
     def exist(self) -> bool:
-        """Whether all are there."""
-        return all(path.is_file() for path in self if path is not None)
+        """Whether these are all there."""
+        return all(path.is_file() for path in self.results)
 
     @contextlib.contextmanager
-    def open(
-        self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None
-    ) -> Iterator[list[Callable[[Block], None]]]:
+    def open(self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None) -> Iterator[list[Output]]:
         """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
         with contextlib.ExitStack() as stack:
             if self.mask.suffix.lower() == ".png":
@@ -1180,7 +1235,7 @@ class Targets(NamedTuple):
             else:
                 declared = model.no_data_class
                 mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared)
-            outputs = [stack.enter_context(mask), stack.enter_context(measured(self.figures, image, model, truth))]
+            outputs = [stack.enter_context(mask), stack.enter_context(measured(self, image, model, truth))]
             if self.probabilities is not None:
                 softmax = tiff_of(
                     self.probabilities, image, np.dtype(np.float32), lambda block: block.softmax, model.number_classes
@@ -1188,6 +1243,8 @@ class Targets(NamedTuple):
                 outputs.append(stack.enter_context(softmax))
             if self.overlay is not None:
                 outputs.append(stack.enter_context(overlay(self.overlay, image, model)))
+            if self.is_drawn:
+                outputs.append(stack.enter_context(thumbnail(self.thumbnail, image, model)))
             yield outputs
 
 
@@ -1217,7 +1274,7 @@ def tiff_of(
     select: Callable[[Block], np.ndarray],
     samples: Optional[int] = None,
     no_data: Optional[int] = None,
-) -> Iterator[Callable[[Block], None]]:
+) -> Iterator[Output]:
     """Begin a TIFF that lies as the image's file does; yield a function that adds what `select` takes of a block."""
     shape = image.stored_size if samples is None else (*image.stored_size, samples)
     placement = image.placement
@@ -1339,7 +1396,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
 
 
 @contextlib.contextmanager
-def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
+def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
     """Begin a PNG that lies as the image's file does, gathered in memory; yield a function that takes blocks."""
     from PIL import Image  # comes with scikit-image
 
@@ -1358,43 +1415,89 @@ def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[
 
 
 @contextlib.contextmanager
-def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Callable[[Block], None]]:
-    """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks.
+def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
+    """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks."""
+    from PIL import Image  # comes with scikit-image
+
+    drawing = Drawing(image, model, OVERLAY_PIXELS)
+    yield drawing.add
+    with atomic_output(target) as temporary:
+        Image.fromarray(drawing.outlined()).save(temporary)
+
+
+@contextlib.contextmanager
+def thumbnail(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
+    """Begin a small picture of the image beside that of its mask; yield a function that takes blocks."""
+    drawing = Drawing(image, model, THUMBNAIL_PIXELS)
+    yield drawing.add
+    drawing.save_thumbnail(target)
+
+
+class Drawing:
+    """A picture of an image and its mask, block by block.
 
     Large images are brought down by a power of two that the network's grid is a multiple of, so that no pixel of the
     picture belongs to two blocks.
+
+    Parameters
+    ----------
+    image : ImageFile
+        The image.
+    model : Model
+        Has the grid and the number of classes.
+    largest : int
+        Pixels of the longer edge, as far as the grid allows.
     """
-    from PIL import Image  # comes with scikit-image
-    from skimage.segmentation import find_boundaries
-    from skimage.transform import downscale_local_mean
 
-    height, width, _ = image.shape
-    factor = 1
-    while max(height, width) > OVERLAY_PIXELS * factor and model.size_factor % (2 * factor) == 0:
-        factor *= 2
-    picture = np.zeros((-(-height // factor), -(-width // factor), 3), np.uint8)
-    classes = np.zeros(picture.shape[:2], model.mask_dtype)
-    truth = np.full(picture.shape[:2], IGNORED)
+    def __init__(self, image: ImageFile, model: Model, largest: int) -> None:
+        height, width, _ = image.shape
+        self._factor, self._largest = 1, largest
+        while max(height, width) > largest * self._factor and model.size_factor % (2 * self._factor) == 0:
+            self._factor *= 2
+        self.picture = np.zeros((-(-height // self._factor), -(-width // self._factor), 3), np.uint8)
+        self._classes = np.zeros(self.picture.shape[:2], model.mask_dtype)
+        self._truth = np.full(self.picture.shape[:2], IGNORED)
 
-    def add(block: Block) -> None:
+    def add(self, block: Block) -> None:
+        """Draw a block."""
+        from skimage.transform import downscale_local_mean
+
+        factor = self._factor
         small = displayable(downscale_local_mean(block.image, (factor, factor, 1)))
         row, column = block.row // factor, block.column // factor
         place = slice(row, row + small.shape[0]), slice(column, column + small.shape[1])
-        picture[place] = small
-        classes[place] = block.classes[::factor, ::factor]
+        self.picture[place] = small
+        self._classes[place] = block.classes[::factor, ::factor]
         if block.missing is not None:
-            classes[place][block.missing[::factor, ::factor]] = 0
+            self._classes[place][block.missing[::factor, ::factor]] = 0
         if block.truth is not None:
-            truth[place] = block.truth[::factor, ::factor]
+            self._truth[place] = block.truth[::factor, ::factor]
 
-    yield add
-    wrong = (truth != IGNORED) & (truth != classes)
-    for kind, color in ((truth == 0, FALSE_COLOR), (classes == 0, MISSED_COLOR), (truth * classes > 0, CONFUSED_COLOR)):
-        picture[wrong & kind] = picture[wrong & kind] // 2 + color // 2
-    outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
-    picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
-    with atomic_output(target) as temporary:
-        Image.fromarray(picture).save(temporary)
+    def outlined(self) -> np.ndarray:
+        """Return the picture, uint8 (rows, columns, 3), with outlines of all classes but 0 and errors in color."""
+        from skimage.segmentation import find_boundaries
+
+        picture, classes, truth = self.picture.copy(), self._classes, self._truth
+        wrong = (truth != IGNORED) & (truth != classes)
+        for kind, color in (
+            (truth == 0, FALSE_COLOR), (classes == 0, MISSED_COLOR), (truth * classes > 0, CONFUSED_COLOR),
+        ):  # fmt: skip
+            picture[wrong & kind] = picture[wrong & kind] // 2 + color // 2
+        outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
+        picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
+        return picture
+
+    def save_thumbnail(self, target: Path) -> None:
+        """Write a JPEG of the picture as it is and outlined, side by side."""
+        from PIL import Image  # comes with scikit-image
+        from skimage.transform import downscale_local_mean
+
+        step = -(-max(self.picture.shape) // self._largest)  # where the grid did not allow a smaller picture
+        self.picture = downscale_local_mean(self.picture, (step, step, 1)).astype(np.uint8)
+        self._classes, self._truth = self._classes[::step, ::step], self._truth[::step, ::step]
+        pair = Image.fromarray(np.concatenate([self.picture, self.outlined()], axis=1))
+        with atomic_output(target) as temporary:
+            pair.save(temporary, quality=THUMBNAIL_QUALITY, subsampling=0)  # colors as sharp as the rest: outlines
 
 
 if __name__ == "__main__":

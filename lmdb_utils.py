@@ -37,6 +37,7 @@ from cli import (
     PathLike,
     any_text,
     cause_of,
+    check_kinds,
     check_values,
     flush_to_disk,
     list_of,
@@ -848,3 +849,18 @@ class Database(contextlib.AbstractContextManager["Database"]):
     def __exit__(self, *exception: object) -> None:
         """Close the file."""
         self.close()
+
+
+# ---------------------------------------------------------------------------------------------- the SavedModel
+
+
+def check_saved_model(folder: Path) -> None:
+    """Refuse what is no SavedModel at first sight; needs no TensorFlow, which takes seconds to load."""
+    if not (folder / "saved_model.pb").is_file():
+        found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+        meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
+        raise InputError(
+            f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
+            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
+        )
+    check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))

@@ -3,21 +3,36 @@
 Nothing here changes what is trained or segmented. TensorFlow and matplotlib are imported inside functions.
 """
 
+import base64
 import contextlib
 import csv
+import html
 import io
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
-from cli import InputError, any_text, check_values, list_of, printable, read_json, read_own_file, replacing, whole
-from image_files import displayable, normalize, without_data
+from cli import (
+    InputError,
+    any_text,
+    check_values,
+    list_of,
+    optional,
+    printable,
+    read_json,
+    read_own_file,
+    real,
+    replacing,
+    whole,
+)
+from image_files import PixelSize, displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
 
 if TYPE_CHECKING:
@@ -26,10 +41,62 @@ if TYPE_CHECKING:
 LARGEST_FIGURE = 1e38  # in a CSV file; beyond what training computes with, and still drawn
 EXAMPLES = 4  # test images in the picture of predictions
 FIGURES_FOLDER = "figures"  # of inference: what is measured of each image, one file for each
-SCORES_FILE, CONFUSION_FILE = "scores.csv", "confusion.csv"
+SCORES_FILE, CONFUSION_FILE, TABLE_FILE, PAGE_FILE = "scores.csv", "confusion.csv", "table.csv", "report.html"
+TABLE_COLUMNS = (
+    "image", "class", "pixels", "share", "regions", "mean_region_pixels", "unit", "area", "mean_region_area",
+    "mean_probability",
+)  # fmt: skip
+PAGE_IMAGES, PAGE_CLASSES = 500, 8  # of a page, at most
+ERROR_COLORS = (
+    " Wrong pixels are red if they are background, blue if they were taken for background, and yellow between other "
+    "classes."
+)
 SHOWN_WORST = 5  # images
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
 CONFUSION_CLASSES = 16  # in a picture; more take long to draw, and nobody reads them
+PAGE_STYLE = """
+:root { color-scheme: light dark; --line: #c8ccd0; --soft: #f3f5f7; --accent: 31, 119, 180; }
+@media (prefers-color-scheme: dark) { :root { --line: #4a4f55; --soft: #26292d; --accent: 90, 160, 220; } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; max-width: 100rem; }
+h1 { font-size: 1.5rem; margin: 0 0 0.5rem; }
+h2 { font-size: 1.15rem; margin: 1.75rem 0 0.5rem; }
+p { margin: 0.3rem 0; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 0.5rem 0; }
+caption { text-align: left; padding: 0.3rem 0; white-space: nowrap; }
+th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: right; font-variant-numeric: tabular-nums; }
+th { background: var(--soft); font-weight: 600; }
+td:not([data-key]):not(.share) { text-align: left; }
+td[data-key=""] { text-align: left; }
+th button { all: unset; cursor: pointer; white-space: nowrap; }
+th button::after { content: " \\2195"; opacity: 0.4; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort] button::after { opacity: 1; }
+th[aria-sort="ascending"] button::after { content: " \\25B2"; }
+th[aria-sort="descending"] button::after { content: " \\25BC"; }
+.share { background: rgba(var(--accent), calc(var(--share) * 0.6)); }
+img { display: block; max-width: min(100%, 60rem); height: auto; }
+td img { max-width: none; max-height: 12rem; }
+@media (max-width: 50rem) { td img { max-height: 6rem; } }
+"""
+PAGE_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  const key = (row, column) => row.cells[column].dataset.key ?? row.cells[column].textContent;
+  heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    const order = head.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
+    const sign = order === "ascending" ? 1 : -1;
+    heads.forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", order);
+    const rows = [...body.rows].sort((a, b) => {
+      const [one, other] = [key(a, column), key(b, column)];
+      if (one === "" || other === "") return (one === "") - (other === "");  // those without stay at the end
+      return sign * (isNaN(one - other) ? one.localeCompare(other, undefined, {numeric: true}) : one - other);
+    });
+    body.append(...rows);
+  }));
+}
+"""
 
 
 class Report:
@@ -101,6 +168,11 @@ class Report:
                 pictures[name].savefig(path, dpi=100)
         self._write_tensorboard(state.step, train, {**test, "mean_iou": mean_iou}, pictures)
         self._log(state, train, test)
+
+    def write_page(self, state: "RunState", test: dict[str, Any]) -> None:
+        """Write the page about the network that is exported after this test epoch."""
+        with replacing(self._folder / PAGE_FILE) as path:
+            path.write_text(page_of_training(self._folder, state, test), encoding="utf-8")
 
     def conclude(self, reason: str, state: "RunState") -> None:
         """Log how the run ended, the best figures of each class, and where everything lies."""
@@ -253,21 +325,149 @@ class Figures(NamedTuple):
     """What is measured of the mask of one image; a small JSON file, so that processes and runs share the work."""
 
     image: str  # name of the file
-    truth: list[Any]  # name, bytes and time of change (ns) of the file with the true classes
-    confusion: np.ndarray  # int64 (classes, classes); rows are true classes, columns predicted ones
+    pixels: np.ndarray  # int64 (classes,): of each class, without those that have no data
+    regions: np.ndarray  # int64 (classes,): connected ones of each class
+    pixel_size: Optional[PixelSize]
+    probability: Optional[float]  # mean of that of each pixel's class; None if it is not known any more
+    truth: Optional[list[Any]]  # name, bytes and time of change (ns) of the file with the true classes
+    confusion: Optional[np.ndarray]  # int64 (classes, classes); rows are true classes, columns predicted ones
 
     def write(self, path: Path) -> None:
         """Write the file."""
-        values = {**self._asdict(), "image": printable(self.image), "confusion": self.confusion.tolist()}
-        path.write_text(json.dumps(values), encoding="utf-8")
+        values = {**self._asdict(), "image": printable(self.image)}
+        lists = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
+        path.write_text(json.dumps({**values, **lists}), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path, number_classes: int) -> "Figures":
         """Read the file; raise `InputError` if it is not what `write` writes, for a model of so many classes."""
+        counts, anything = list_of(whole(0), number_classes), list_of(lambda value: True, 3)
+        checks = {
+            "image": any_text, "pixels": counts, "regions": counts, "pixel_size": optional(anything),
+            "probability": optional(real(0, 1)), "truth": optional(anything),
+            "confusion": optional(list_of(counts, number_classes)),
+        }  # fmt: skip
         values = read_json(path)
-        pixels = list_of(list_of(whole(0), number_classes), number_classes)
-        check_values(values, {"image": any_text, "truth": list_of(lambda value: True, 3), "confusion": pixels}, path)
-        return cls(values["image"], values["truth"], np.array(values["confusion"], np.int64))
+        check_values(values, checks, path)
+        if values["pixel_size"] is not None:
+            values["pixel_size"] = PixelSize(*values["pixel_size"])
+            check_values(values["pixel_size"]._asdict(), {"height": real(0), "width": real(0), "unit": any_text}, path)
+        for name in ("pixels", "regions", "confusion"):
+            values[name] = None if values[name] is None else np.array(values[name], np.int64)
+        return cls(**{name: values[name] for name in cls._fields})
+
+    @property
+    def mean_iou(self) -> float:
+        """Over the classes that occur; NaN without truth."""
+        return math.nan if self.confusion is None else mean_of_present(score_confusion(self.confusion)["iou"])
+
+
+NOTHING = np.empty((0, 0, 0), np.float32)
+
+
+class Measurement:
+    """Gathers the figures of one mask, block by block, row by row of blocks.
+
+    Parameters
+    ----------
+    number_classes : int
+        Classes, background included.
+    width : int
+        Columns of the mask. What is held in memory is proportional to it.
+    """
+
+    def __init__(self, number_classes: int, width: int) -> None:
+        self._classes = number_classes
+        self._pixels, self._regions = np.zeros(number_classes, np.int64), RegionCounter(number_classes, width)
+        self._confusion = np.zeros((number_classes, number_classes), np.int64)
+        self._probability = 0.0  # sum over all counted pixels; NaN if that of one is not known
+
+    def add(
+        self,
+        row: int,
+        column: int,
+        classes: np.ndarray,
+        missing: Optional[np.ndarray] = None,
+        softmax: np.ndarray = NOTHING,
+        truth: Optional[np.ndarray] = None,
+    ) -> None:
+        """Take a block that begins at a row and column.
+
+        `classes` (rows, columns) are those of the mask, `missing` says where there is no data, `softmax` has a channel
+        for each class or is empty, and `truth` is negative where it is to be ignored.
+        """
+        ids = classes.astype(np.int32)
+        if missing is not None:
+            ids[missing] = -1
+        self._pixels += np.bincount(ids[ids >= 0], minlength=self._classes)
+        self._regions.add(column, ids)
+        if softmax.size:
+            self._probability += float(np.max(softmax, axis=-1).sum(dtype=np.float64, where=ids >= 0))
+        else:
+            self._probability = math.nan
+        if truth is not None:
+            self._confusion += count_confusion(truth, classes, self._classes)
+
+    def figures(self, image: str, pixel_size: Optional[PixelSize], truth: Optional[list[Any]]) -> Figures:
+        """Return what was found; `truth` identifies the file of true classes, if there was one."""
+        probability = self._probability / max(int(self._pixels.sum()), 1)
+        known = None if math.isnan(probability) else min(probability, 1.0)
+        confusion = None if truth is None else self._confusion
+        return Figures(image, self._pixels, self._regions.counts, pixel_size, known, truth, confusion)
+
+
+class RegionCounter:
+    """Counts the connected regions of each class; pixels are connected over their edges, not over corners.
+
+    Remembered are the regions of the pixels next to blocks that are yet to come: the row above, the column to the left.
+    Region 0 stands for pixels of no class, which are -1.
+
+    Parameters
+    ----------
+    number_classes : int
+        Classes, background included.
+    width : int
+        Columns of the mask.
+    """
+
+    def __init__(self, number_classes: int, width: int) -> None:
+        self.counts = np.zeros(number_classes, np.int64)
+        self._class_of = np.array([-1])  # of each region that is remembered
+        self._above, self._left = np.zeros(width, np.int64), np.zeros(0, np.int64)  # regions
+
+    def add(self, column: int, ids: np.ndarray) -> None:
+        """Take the classes (rows, columns) of a block, from left to right and by rows of blocks."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+        from skimage.measure import label
+
+        labels, count = label(ids + 1, background=0, connectivity=1, return_num=True)
+        class_of_label = np.full(count + 1, -1)
+        class_of_label[labels.ravel()] = ids.ravel()
+        remembered, class_of = len(self._class_of), np.concatenate([self._class_of, class_of_label[1:]])
+        top, bottom, left, right = (
+            np.where(edge > 0, edge + remembered - 1, 0)
+            for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+        )
+        columns = slice(column, column + ids.shape[1])
+        if not column:
+            self._left = np.zeros(len(ids), np.int64)
+        neighbors = np.stack([np.append(self._above[columns], self._left), np.append(top, left)])
+        touching = neighbors[:, class_of[neighbors[0]] == class_of[neighbors[1]]]
+        graph = coo_array((np.ones(touching.shape[1]), tuple(touching)), shape=(len(class_of), len(class_of)))
+        total, region_of = connected_components(graph, directed=False)
+        class_of_region = np.empty(total, np.int64)
+        class_of_region[region_of] = class_of
+        self.counts += self._count(class_of_region) - self._count(self._class_of)
+        self._above[columns] = bottom
+        regions = region_of[np.concatenate([[0], self._above, right])]
+        kept, numbers = np.unique(regions, return_inverse=True)  # region 0 stays the first
+        self._class_of = class_of_region[kept]
+        self._above, self._left = np.split(numbers[1:], [len(self._above)])
+
+    def _count(self, class_of: np.ndarray) -> np.ndarray:
+        """Return how many regions of each class there are."""
+        return np.bincount(class_of + 1, minlength=len(self.counts) + 1)[1:]
 
 
 def count_confusion(truth: np.ndarray, predicted: np.ndarray, number_classes: int) -> np.ndarray:
@@ -277,49 +477,256 @@ def count_confusion(truth: np.ndarray, predicted: np.ndarray, number_classes: in
     return np.bincount(cells, minlength=number_classes**2).reshape(number_classes, number_classes)
 
 
-def report_scores(folder: Path, number_classes: int) -> None:
-    """Write scores and confusion matrix of all images with figures and a mask, and log the total and the worst ones."""
-    while True:  # another process may finish an image meanwhile, and have written the scores before this one does
-        paths = scored_masks(folder)
+class Wanted(NamedTuple):
+    """What inference is to write about all its masks."""
+
+    scores: bool = False
+    table: bool = False
+    page: bool = False
+
+
+def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Sequence[str]) -> None:
+    """Write what is wanted of all masks that have figures, and log their scores.
+
+    `about` says what the masks were made with, in lines of text.
+    """
+    while True:  # another process may finish an image meanwhile, and have written all this before this one does
+        paths = measured_masks(folder)
         found = [Figures.read(path, number_classes) for path in paths]
-        if not found:
-            return
-        total = np.sum([each.confusion for each in found], axis=0)
-        rows = [row_of_scores(each.image, each.confusion) for each in found]
-        scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in range(number_classes)]
-        head = ["image", "pixels", "accuracy", "mean_iou", *scores]
-        write_csv(folder / SCORES_FILE, [head, *rows, row_of_scores("total", total)])
-        columns = [f"predicted_{class_id}" for class_id in range(number_classes)]
-        write_csv(folder / CONFUSION_FILE, [["true_class", *columns], *([i, *row] for i, row in enumerate(total))])
-        if scored_masks(folder) == paths:
+        scored = [each for each in found if each.confusion is not None]
+        if wanted.scores and scored:
+            write_scores(folder, number_classes, scored)
+        if wanted.table:
+            write_csv(folder / TABLE_FILE, [TABLE_COLUMNS, *(row for each in found for row in rows_of_table(each))])
+        if wanted.page:
+            with replacing(folder / PAGE_FILE) as path:
+                path.write_text(page_of_masks(folder, number_classes, found, paths, about), encoding="utf-8")
+        if measured_masks(folder) == paths:
             break
-    figures = score_confusion(total)
-    logging.info(
-        "scores of %d images: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", len(found),
-        figures["accuracy"], mean_of_present(figures["iou"]), ", ".join(f"{dice:.4f}" for dice in figures["dice"]),
-        folder / SCORES_FILE,
-    )  # fmt: skip
-    worst = sorted((row for row in rows if row[3]), key=lambda row: float(row[3]))[:SHOWN_WORST]
-    logging.info("lowest mean IoU: %s", ", ".join(f"{row[0]} {float(row[3]):.4f}" for row in worst))
+    if wanted.scores and scored:
+        log_scores(folder, scored)
 
 
-def scored_masks(folder: Path) -> list[Path]:
+def measured_masks(folder: Path) -> list[Path]:
     """Return the figures of the masks that are there."""
     paths = sorted((folder / FIGURES_FOLDER).glob("*.json"))
     return [path for path in paths if (folder / path.stem).is_file()]
 
 
-def row_of_scores(name: str, confusion: np.ndarray) -> list[str]:
+def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -> None:
+    """Write scores and confusion matrix of the images with truth."""
+    scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in range(number_classes)]
+    total = total_confusion(scored)
+    rows = [row_of_scores(each.image, each.confusion) for each in scored]
+    head = ["image", "pixels", "accuracy", "mean_iou", *scores]
+    write_csv(folder / SCORES_FILE, [head, *rows, row_of_scores("total", total)])
+    columns = [f"predicted_{class_id}" for class_id in range(number_classes)]
+    write_csv(folder / CONFUSION_FILE, [["true_class", *columns], *([i, *row] for i, row in enumerate(total))])
+
+
+def total_confusion(scored: Sequence[Figures]) -> np.ndarray:
+    """Return the confusion matrix of all images with truth."""
+    return np.sum([each.confusion for each in scored if each.confusion is not None], axis=0)
+
+
+def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
+    """Log the scores in total, and the images with the lowest ones."""
+    figures = score_confusion(total_confusion(scored))
+    logging.info(
+        "scores of %d images: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", len(scored),
+        figures["accuracy"], mean_of_present(figures["iou"]), ", ".join(f"{dice:.4f}" for dice in figures["dice"]),
+        folder / SCORES_FILE,
+    )  # fmt: skip
+    worst = sorted((each for each in scored if not math.isnan(each.mean_iou)), key=lambda each: each.mean_iou)
+    shown = (f"{each.image} {each.mean_iou:.4f}" for each in worst[:SHOWN_WORST])
+    logging.info("lowest mean IoU: %s", ", ".join(shown))
+
+
+def row_of_scores(name: str, confusion: Any) -> list[str]:
     """Return the row of an image in the scores."""
     scores = score_confusion(confusion)
     values = (scores["accuracy"], mean_of_present(scores["iou"]), *scores["iou"], *scores["dice"])
     return [name, str(confusion.sum()), *map(text_of_score, values)]
 
 
+def rows_of_table(figures: Figures) -> Iterator[list[Any]]:
+    """Yield the row of each class of an image in the table."""
+    total, size = max(int(figures.pixels.sum()), 1), figures.pixel_size
+    for class_id, (pixels, regions) in enumerate(zip(figures.pixels.tolist(), figures.regions.tolist())):
+        mean = pixels / regions if regions else math.nan
+        areas = [f"{size.unit}²", f"{pixels * size.area:.6g}", f"{mean * size.area:.6g}"] if size else ["", "", ""]
+        areas[2] = areas[2] if regions else ""
+        yield [
+            figures.image, class_id, pixels, f"{pixels / total:.6f}", regions, f"{mean:.6g}" if regions else "",
+            *areas, text_of_score(math.nan if figures.probability is None else figures.probability),
+        ]  # fmt: skip
+
+
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """Write a CSV file, which appears when it is complete."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------- pages
+
+
+def page_of_masks(
+    folder: Path, number_classes: int, found: Sequence[Figures], paths: Sequence[Path], about: Sequence[str]
+) -> str:
+    """Return a page about masks: what they were made with, scores, and a row for each of the images worth a look.
+
+    `paths` are the files of the figures, beside which thumbnails may lie.
+    """
+    scored = [each for each in found if each.confusion is not None]
+    parts = [heading("Masks", about)]
+    if scored:
+        total = total_confusion(scored)
+        parts += [f"<h2>Scores of {len(scored)} images</h2>", scores_in_html(total), confusion_in_html(total)]
+    chosen = sorted(range(len(found)), key=lambda i: order_of_interest(found[i]))[:PAGE_IMAGES]
+    kind = "lowest scores" if scored else "least certain masks"
+    some = f": the {len(chosen)} of {len(found)} with the {kind}" if len(chosen) < len(found) else ""
+    parts.append(f"<h2>Images{some}</h2>")
+    parts.append(
+        f"<p>Image and mask, in which outlines enclose regions of the classes.{ERROR_COLORS if scored else ''}</p>"
+    )
+    shown = np.sort(np.argsort(-sum_of_pixels(found, number_classes), kind="stable")[:PAGE_CLASSES]).tolist()
+    if len(shown) < number_classes:
+        parts.append(f"<p>Of {number_classes} classes the {len(shown)} with the most pixels.</p>")
+    columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
+    if scored:
+        columns += ["mean IoU", *(f"Dice {class_id}" for class_id in shown)]
+    rows = (row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored)) for i in chosen)
+    parts.append(sortable_table(columns, rows))
+    return html_page(f"Masks in {folder.name}", parts)
+
+
+def order_of_interest(figures: Figures) -> tuple[float, float]:
+    """Return what to sort images by: the worst scores first, then those without, the least certain first."""
+    score = figures.mean_iou
+    probability = math.inf if figures.probability is None else figures.probability
+    return (math.inf if math.isnan(score) else score), probability
+
+
+def sum_of_pixels(found: Sequence[Figures], number_classes: int) -> np.ndarray:
+    """Return how many pixels of each class all images have."""
+    return np.sum([each.pixels for each in found], axis=0) if found else np.zeros(number_classes, np.int64)
+
+
+def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored: bool) -> list[str]:
+    """Return the cells of an image."""
+    picture = ""
+    if thumbnail.is_file():
+        picture = picture_in_html(thumbnail.read_bytes(), "jpeg", f"image and mask of {figures.image}")
+    total = max(int(figures.pixels.sum()), 1)
+    numbers = [figures.pixels[class_id] / total for class_id in shown]
+    probability = math.nan if figures.probability is None else figures.probability
+    cells = [cell(picture), cell(html.escape(figures.image), figures.image), cell(f"{total:,}", total)]
+    cells += [number_cell(value, "{:.1%}") for value in numbers]
+    cells.append(number_cell(probability, "{:.4f}"))
+    if scored:
+        dice = [math.nan] * len(shown)
+        if figures.confusion is not None:
+            dice = score_confusion(figures.confusion)["dice"][list(shown)].tolist()
+        cells += [number_cell(value, "{:.4f}") for value in (figures.mean_iou, *dice)]
+    return cells
+
+
+def page_of_training(folder: Path, state: "RunState", test: dict[str, Any]) -> str:
+    """Return a page about the best network of a training so far: its scores, pictures and settings."""
+    parts = [
+        heading(
+            "Training",
+            [f"the network of epoch {state.epoch}, step {state.step}, with a test loss of {test['loss']:.4f}"],
+        ),
+        "<h2>Scores of the test images</h2>",
+        "<p>These images chose the network, so that it does a little better on them than on others.</p>",
+        scores_in_html(test["confusion"]),
+        confusion_in_html(test["confusion"]),
+    ]
+    for name, title in (("predictions", "Test images: image, truth, prediction"), ("curves", "Curves")):
+        parts += [f"<h2>{title}</h2>", picture_in_html((folder / f"{name}.png").read_bytes(), "png", title)]
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    cells = ([cell(html.escape(name)), cell(html.escape(json.dumps(value)))] for name, value in settings.items())
+    parts += ["<h2>Settings</h2>", sortable_table(["name", "value"], cells)]
+    return html_page(f"Training in {folder.name}", parts)
+
+
+def heading(title: str, lines: Sequence[str]) -> str:
+    """Return a heading, with lines of text and the date below it."""
+    date = time.strftime("%Y-%m-%d %H:%M")
+    return f"<h1>{title}</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in (*lines, f"Written on {date}."))
+
+
+def scores_in_html(confusion: np.ndarray) -> str:
+    """Return the scores that follow from a confusion matrix."""
+    scores = score_confusion(confusion)
+    text = f"<p>Accuracy {scores['accuracy']:.4f}, mean IoU {mean_of_present(scores['iou']):.4f}</p>"
+    rows = (
+        [cell(str(i), i), number_cell(share, "{:.2%}"), number_cell(iou, "{:.4f}"), number_cell(dice, "{:.4f}")]
+        for i, (share, iou, dice) in enumerate(zip(confusion.sum(1) / confusion.sum(), scores["iou"], scores["dice"]))
+    )
+    return text + sortable_table(["class", "share of truth", "IoU", "Dice"], rows)
+
+
+def confusion_in_html(confusion: np.ndarray) -> str:
+    """Return a confusion matrix as shares of each true class; the classes are those that `most_wrong` chooses."""
+    shown = most_wrong(confusion)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    head = "".join(f"<th>{class_id}</th>" for class_id in shown)
+    rows = "".join(
+        f"<tr><th>{i}</th>"
+        + "".join(f'<td style="--share: {shares[i, j]:.3f}" class="share">{shares[i, j]:.1%}</td>' for j in shown)
+        + "</tr>"
+        for i in shown
+    )
+    some = f", of the {len(shown)} with most wrong pixels" if len(shown) < len(confusion) else ""
+    caption = f"Confusion: rows are true classes, columns predicted ones{some}"
+    return f'<div class="wide"><table><caption>{caption}</caption><tr><th></th>{head}</tr>{rows}</table></div>'
+
+
+def sortable_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table that a click on the head of a column sorts; each cell of `rows` is from `cell`."""
+    head = "".join(f'<th><button type="button">{html.escape(name)}</button></th>' for name in columns)
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+    return f'<div class="wide">{table}</div>'
+
+
+def cell(content: str, key: Any = "") -> str:
+    """Return a cell of a table, with what to sort it by if that is not what it shows."""
+    given = f' data-key="{html.escape(str(key))}"' if key != "" else ""
+    return f"<td{given}>{content}</td>"
+
+
+def number_cell(value: float, form: str) -> str:
+    """Return a cell with a number; an empty one for NaN."""
+    return cell("") if math.isnan(value) else cell(form.format(value), f"{value:.6g}")
+
+
+def picture_in_html(content: bytes, kind: str, text: str) -> str:
+    """Return a picture, which is part of the page."""
+    data = base64.b64encode(content).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(text)}" loading="lazy">'
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """Return a page that needs no other file, and nothing from the network."""
+    body = "\n".join(parts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+{body}
+<script>{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -412,14 +819,17 @@ def draw_curves(metrics: Path, classes: range) -> Any:
     return figure
 
 
+def most_wrong(confusion: np.ndarray) -> np.ndarray:
+    """Return the classes, of more than can be read those that differ most from what they should be."""
+    wrong = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
+    return np.sort(np.argsort(-wrong, kind="stable")[:CONFUSION_CLASSES])
+
+
 def draw_confusion(confusion: np.ndarray) -> Any:
     """Return a figure of a confusion matrix, as shares of each true class; of at most `CONFUSION_CLASSES` classes."""
     from matplotlib.figure import Figure
 
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    # Of more classes than can be read, those that differ most from what they should be.
-    wrong = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
-    shown = np.sort(np.argsort(-wrong, kind="stable")[:CONFUSION_CLASSES])
+    shares, shown = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1), most_wrong(confusion)
     edge = 2 + 0.5 * len(shown)
     figure = Figure(figsize=(edge, edge), layout="constrained")
     axes = figure.subplots()

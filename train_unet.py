@@ -49,6 +49,7 @@ from cli import (
     Progress,
     StopRequest,
     add_flag,
+    any_text,
     cause_of,
     check_kinds,
     check_values,
@@ -79,7 +80,7 @@ from cli import (
     without_patterns,
 )
 from imagereader import ImageReader, ReaderError, check_classes
-from lmdb_utils import RADIUS, SIZE_FACTOR, Database, Metadata
+from lmdb_utils import RADIUS, SIZE_FACTOR, Database, Metadata, check_saved_model
 
 if TYPE_CHECKING:
     from reports import Report
@@ -119,6 +120,8 @@ def run_job(args: argparse.Namespace, stop: StopRequest) -> NoReturn:
     metadata = read_metadata(args)
     weights = weights_of_classes(args, metadata[0])
     Checkpoints.compare(args.output_dir, fixed_settings(args, *metadata))
+    if args.initial_model is not None and not Checkpoints.find(args.output_dir):  # otherwise it is not read again
+        check_saved_model(args.initial_model)
     stop.is_polled = True
     # oneDNN's operations, which TensorFlow enables on some types of CPU only, make a step up to three times as fast on
     # others as well.
@@ -181,8 +184,13 @@ def train(
     """Train until the test loss stops improving, epochs or minutes are used up or a signal comes; return exit code."""
     trainer, portable = build_networks(args, strategy, metadata[0].image_shape[2], weights)
     checkpoints = Checkpoints(args.output_dir, trainer, fixed_settings(args, *metadata), cluster)
-    state = checkpoints.restore() or RunState(EarlyStopping(args.early_stopping))
+    state = checkpoints.restore() or begin_state(args, trainer)
     state.stopping.patience = args.early_stopping
+    if args.initial_model is not None and not state.initial_model:
+        raise InputError(
+            f"the run in {args.output_dir} was begun without --initial_model; resume it without, or choose another "
+            "--output_dir"
+        )
     run = Run(args, cluster, trainer, stop, checkpoints, state, pace, state.step)
     report = begin_report(run, metadata) if cluster.is_chief else None
     with training_errors(cluster), contextlib.ExitStack() as stack:
@@ -202,11 +210,20 @@ def train(
                     report.write(state, train_figures, test_figures, portable)
                     if is_best:
                         export(run, portable, metadata[0])
+                        report.write_page(state, test_figures)
             save_checkpoint(run)
             pace.finish_test()
     if report is not None:
         report.conclude(reason_to_end(run), state)
     return 0
+
+
+def begin_state(args: argparse.Namespace, trainer: "UNetTrainer") -> "RunState":
+    """Return the state of a new run, after giving its network the weights of another one if that was asked for."""
+    state = RunState(EarlyStopping(args.early_stopping))
+    if args.initial_model is not None:
+        state.initial_model = trainer.start_from(args.initial_model)
+    return state
 
 
 def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, float]]:
@@ -350,7 +367,7 @@ def begin_report(run: Run, metadata: tuple[Metadata, Metadata]) -> "Report":
 
     args, state = run.args, run.state
     with saving(f"results in {args.output_dir}"):
-        write_settings(args, *metadata, run.trainer.num_replicas)
+        write_settings(run, *metadata)
         report = Report(
             args.output_dir, args.test_database, metadata[0].deviation_floor, args.number_classes, state.epoch,
             state.step,
@@ -777,6 +794,11 @@ def add_learning_options(group: Any) -> None:
     """Add options beyond the specification: the network, its loss, and how long to train it."""
     text = "features of the network's top level, doubled at each of the four levels below; 8 or 16 train on a laptop"
     group.add_argument("--baseline_feature_depth", type=whole_number(1, MANY_FEATURES), default=64, help=text)
+    text = (
+        "network to begin with, of the same --baseline_feature_depth: the folder saved_model of another training run; "
+        "for other channels its first layer is new, for other classes its last one"
+    )
+    group.add_argument("--initial_model", metavar="SAVED_MODEL_FILEPATH", type=some_path, default=None, help=text)
     text = "stop after so many test epochs; the learning rate falls to 0 until then"
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
     text = (
@@ -1041,20 +1063,36 @@ def report_no_gpu(version: str, with_cuda: bool) -> None:
     logging.warning(advice, version)
 
 
-def write_settings(args: argparse.Namespace, train: Metadata, test: Metadata, replicas: int) -> None:
+def write_settings(run: Run, train: Metadata, test: Metadata) -> None:
     """Write settings.json: every option, and what is needed to know later what was trained on what."""
     import tensorflow as tf
 
+    args, replicas = run.args, run.trainer.num_replicas
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "replicas": replicas,
         "global_batch_size": args.batch_size * replicas,
+        "initial_model_fingerprint": run.state.initial_model or None,
         "tensorflow_version": tf.__version__,
+        **source_version(),
         "train_data": train.info,
         "test_data": test.info,
     }
     with replacing(args.output_dir / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def source_version() -> dict[str, Optional[str]]:
+    """Return a hash of the suite's source files and the git commit that they are from, None without git."""
+    folder, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        if (folder / ".git").exists():  # not that of a folder around it
+            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"source_sha256": digest.hexdigest(), "git_commit": commit}
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -1165,6 +1203,7 @@ class RunState:
     epoch_loss: float = 0.0  # sum of the losses of all counted pixels in these steps
     epoch_pixels: float = 0.0  # how many these are
     best_epoch: int = 0  # of the lowest test loss
+    initial_model: str = ""  # fingerprint of the network whose weights the run began with
 
     def count_step(self, loss: float, pixels: float, global_batch: int) -> None:
         """Take note of a training step: the mean loss of its counted pixels, how many these are, and its images."""
@@ -1206,9 +1245,10 @@ class RunState:
 STATE_CHECKS = {
     **dict.fromkeys(("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
     **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real(0, 1e18)),  # more would overflow
+    "initial_model": any_text,
 }
 # What checkpoints lack that an earlier version wrote, and the settings with which it trained.
-EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0}
+EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0, "initial_model": ""}
 EARLIER_SETTINGS = {"loss": "cross_entropy", "dropout": 0.5, "average_weights": 0, "deep_supervision": 0}
 STOPPING_CHECKS = {
     **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0)),

@@ -8,6 +8,7 @@ Several replicas train exactly as one with the same global batch would: batch no
 all of them, so that every replica of every process holds the same network at any time.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from cli import PathLike, replacing_folder, shield_keras
+import numpy as np
+
+from cli import InputError, PathLike, cause_of, replacing_folder, shield_keras, without_patterns
 from lmdb_utils import MODEL_METADATA_FILE, SIZE_FACTOR
 
 shield_keras()
@@ -33,6 +36,7 @@ BATCH_NORM_EPSILON = 1e-3  # added to the variance
 LARGEST_SCALE, LARGEST_SHIFT = 3.0, 5.0  # of batch renormalization, as in its paper
 CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps between which it takes effect, once the averages mean something
 LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
+FIRST_LAYER, LAST_LAYER = slice(0, 2), slice(-2, None)  # their kernels and biases, among the weights of a network
 AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
 
 
@@ -642,6 +646,36 @@ class UNetTrainer:
             self._update_average(tf.constant(average_decay(self._steps_taken), tf.float32))
         return result
 
+    def start_from(self, folder: PathLike) -> str:
+        """Take the weights of an exported network; layers for other channels or classes stay as they are.
+
+        Parameters
+        ----------
+        folder : path
+            A SavedModel of this suite.
+
+        Returns
+        -------
+        str
+            A short text that two networks share only if their weights are the same.
+
+        Raises
+        ------
+        InputError
+            If that network is of another kind or depth.
+        """
+        weights = read_weights(folder)
+        new = different_layers(weights, self.model, folder)
+        first, last = FIRST_LAYER.stop * ("first" in new), len(weights) + LAST_LAYER.start * ("last" in new)
+        for variable, values in list(zip(self.model.weights, weights))[first:last]:
+            variable.assign(values)
+        self.begin_average()
+        digest = hashlib.sha256(b"".join(values.tobytes() for values in weights)).hexdigest()[:12]
+        logging.info("beginning with the network in %s, fingerprint %s", folder, digest)
+        for layer, reason in new.items():
+            logging.info("its %s layer is new: %s", layer, reason)
+        return digest
+
     def begin_average(self) -> None:
         """Set the averaged weights to those of the last step."""
         if self.averaged is not self.model:
@@ -745,6 +779,55 @@ class UNetTrainer:
         logits = self.averaged(images, training=False)
         confusion = confusion_matrix(masks, logits, weights, self._loss.number_classes)
         return tf.identity(votes), self.test_loss.sums(masks, logits, weights), confusion
+
+
+def read_weights(folder: PathLike) -> list[np.ndarray]:
+    """Return the weights of a SavedModel that `export_saved_model` wrote, in the order of the network's own.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    with without_patterns(folder) as path:
+        try:
+            reader = tf.train.load_checkpoint(f"{path}/variables/variables")
+            names = [name for name in reader.get_variable_to_shape_map() if name.startswith("weights/")]
+            weights = [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(len(names))]
+        except MemoryError:
+            raise
+        except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
+            raise InputError(
+                f"cannot read the weights in {folder}: {cause_of(error)}; give a folder saved_model that train_unet.py "
+                "wrote"
+            ) from error
+    return weights
+
+
+def different_layers(weights: Sequence[np.ndarray], model: "tf.keras.Model", folder: PathLike) -> dict[str, str]:
+    """Return which layers of a network other weights do not fit: ``first`` and ``last``, each with the reason.
+
+    Raises
+    ------
+    InputError
+        If more differs than the channels of the image and the number of classes.
+    """
+    found, expected = ([tuple(each.shape) for each in of] for of in (weights, model.weights))
+    features = [shapes[0][-1] if shapes and len(shapes[0]) == 4 else 0 for shapes in (found, expected)]
+    if features[0] and features[0] != features[1]:
+        raise InputError(
+            f"expected a network of --baseline_feature_depth {features[1]} in {folder}, found one of {features[0]}; "
+            f"train with --baseline_feature_depth {features[0]}, or begin with another network"
+        )
+    between = slice(FIRST_LAYER.stop, LAST_LAYER.start)
+    if len(found) != len(expected) or found[between] != expected[between]:
+        raise InputError(f"expected in {folder} a U-Net that train_unet.py wrote, found weights of another network")
+    reasons = {}
+    if found[FIRST_LAYER] != expected[FIRST_LAYER]:
+        reasons["first"] = f"{expected[0][2]} channels instead of {found[0][2]}"
+    if found[LAST_LAYER] != expected[LAST_LAYER]:
+        reasons["last"] = f"{expected[-1][0]} classes instead of {found[-1][0]}"
+    return reasons
 
 
 def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict[str, Any]) -> None:

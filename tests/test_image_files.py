@@ -636,3 +636,49 @@ def test_strips_in_the_header_of_a_tiff_are_refused(tmp_path):
         tag.overwrite([0, *tag.value[1:]])
     with pytest.raises(InputError, match="lie in its header"):
         read_image(tmp_path / "a.tif")
+
+
+def geo_tags(model_type, unit, scale=(0.5, 0.25, 0.0), transformation=None):
+    """Return the tags of a GeoTIFF whose coordinate system is of some type and unit."""
+    keys = (1, 1, 0, 2, 1024, 0, 1, model_type, 3076, 0, 1, unit)
+    tags = [(34735, "H", len(keys), keys, True)]
+    if transformation is not None:
+        return [*tags, (34264, "d", 16, tuple(np.ravel(transformation)), True)]
+    return [*tags, (33550, "d", 3, scale, True)]
+
+
+ROTATED = [[0.3, -0.8, 0, 7], [0.4, 0.6, 0, 9], [0, 0, 0, 0], [0, 0, 0, 1]]  # steps of 0.5 and 1
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, None),
+        ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
+        ({"resolution": (20000, 40000), "resolutionunit": "CENTIMETER"}, (0.25, 0.5, "µm")),
+        ({"imagej": True, "resolution": (2, 4), "metadata": {"unit": "um"}}, (0.25, 0.5, "µm")),
+        ({"imagej": True, "resolution": (2, 4), "metadata": {"unit": "\\u00B5m"}}, (0.25, 0.5, "µm")),
+        ({"imagej": True, "resolution": (2, 4), "metadata": {"unit": "pixel"}}, None),
+        ({"ome": True, "metadata": {"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}}, (0.25, 0.5, "µm")),
+        (
+            {
+                "ome": True,
+                "metadata": {
+                    "axes": "YX", "PhysicalSizeX": 5, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 4,
+                    "PhysicalSizeYUnit": "nm",
+                },
+            },
+            (4, 5, "nm"),
+        ),
+        ({"extratags": geo_tags(1, 9001)}, (0.25, 0.5, "m")),
+        ({"extratags": geo_tags(1, 9001, transformation=ROTATED)}, (1, 0.5, "m")),
+        ({"extratags": geo_tags(2, 9001)}, None),
+        ({"extratags": geo_tags(1, 9999)}, None),
+        ({"extratags": geo_tags(1, 9001, scale=(0.0, 1.0, 0.0))}, None),
+    ],
+)  # fmt: skip
+def test_the_size_of_pixels_is_what_the_file_declares(tmp_path, options, expected):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((32, 48), np.uint8), **options)
+    with ImageFile(tmp_path / "a.tif") as image:
+        found = image.pixel_size
+    assert found == (None if expected is None else expected)

@@ -1,5 +1,6 @@
 import csv
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import skimage.io
 import tifffile
-from conftest import ROOT, WITHOUT_GPU, build, run_script, write_folders, write_tiff, z_score
+from conftest import ROOT, WITHOUT_GPU, build, errors_of, run_script, write_folders, write_tiff, z_score
 
 import train_unet
 from cli import InputError
@@ -280,7 +281,7 @@ def test_everything_promised_is_written(run):
     folder, output = run
     assert {path.name for path in folder.iterdir()} == {
         "saved_model", "checkpoint", "tensorboard-train", "tensorboard-test", "test_loss.csv", "metrics.csv",
-        "confusion.csv", "curves.png", "predictions.png", "settings.json", "train.log",
+        "confusion.csv", "curves.png", "predictions.png", "report.html", "settings.json", "train.log",
     }  # fmt: skip
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["batch_size"] == 2 and settings["train_data"]["count"] == 16 and settings["seed"] == 0
@@ -936,3 +937,98 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, disk_log
     assert sorted(path.name for _, path in ours[: len(written)]) == written
     new = ours[0][1].parent
     assert ours[len(written) :] == [("flush", new), ("rename", folder / "000001"), ("flush", folder)]
+
+
+def changed_weights(before, after):
+    """Return which layers' kernels, scales and so on differ; moving statistics must have been taken as well."""
+    from unet_model import build_unet, read_weights
+
+    old, new, network = read_weights(before), read_weights(after), build_unet(1, 2, 4)
+    assert len(old) == len(new) == len(network.weights)
+    changed, distances = [], []
+    for index, (one, other, variable) in enumerate(zip(old, new, network.weights)):
+        if not variable.trainable:  # a step moves it by a tenth; those of a new network would be 0 and 1
+            distances.append(np.linalg.norm(other - one) / np.linalg.norm(one))
+        elif one.shape != other.shape or not np.allclose(one, other, atol=1e-6):
+            changed.append(index - len(old) if index > len(old) / 2 else index)
+    assert np.median(distances) < 0.5
+    return changed
+
+
+def start_from(model, folder, databases, *options):
+    """Take two steps that change next to nothing."""
+    more = ["--initial_model", model, "--test_every_n_steps", 2, "--max_epochs", 1, "--learning_rate", 1e-10]
+    return run_script("train_unet.py", *arguments(databases, folder, *more, *options))
+
+
+@pytest.mark.parametrize(
+    "channels, classes, new, words",
+    [
+        (1, 2, [], []),
+        (3, 2, [0, 1], ["its first layer is new: 3 channels instead of 1"]),
+        (1, 3, [-2, -1], ["its last layer is new: 3 classes instead of 2"]),
+    ],
+)
+def test_a_run_begins_with_the_weights_of_another_one(tmp_path, run, channels, classes, new, words):
+    databases = build(tmp_path, count=6, shape=(64, 64, channels), dtype="uint8")
+    model, folder = run[0] / "saved_model", tmp_path / "run"
+    done = start_from(model, folder, databases, "--number_classes", classes)
+    assert done.returncode == 0, done.stdout
+    assert changed_weights(model, folder / "saved_model") == new
+    assert [word for word in words if word in done.stdout] == words and done.stdout.count("layer is new") == len(words)
+    settings = json.loads((folder / "settings.json").read_text())
+    fingerprint = settings["initial_model_fingerprint"]
+    assert len(fingerprint) == 12 and f"fingerprint {fingerprint}" in done.stdout
+    assert settings["initial_model"] == str(model)
+
+
+def test_a_resumed_run_does_not_read_the_initial_model_again(tmp_path, run):
+    databases, folder, model = build(tmp_path, count=6, shape=(64, 64, 1)), tmp_path / "run", tmp_path / "model"
+    shutil.copytree(run[0] / "saved_model", model)
+    assert start_from(model, folder, databases).returncode == 0
+    fingerprint = json.loads((folder / "settings.json").read_text())["initial_model_fingerprint"]
+    shutil.rmtree(model)
+    done = start_from(model, folder, databases, "--max_epochs", 2)
+    assert done.returncode == 0 and "beginning with the network" not in done.stdout, done.stdout
+    assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["2", "4"]
+    assert json.loads((folder / "settings.json").read_text())["initial_model_fingerprint"] == fingerprint
+    done = start_from(model, tmp_path / "another", databases)
+    assert done.returncode == 2 and f"SavedModel in {model}, found no such folder" in errors_of(done.stdout)[0]
+
+
+@pytest.mark.parametrize("damage", ["depth", "resumed", "weights", "foreign"])
+def test_an_initial_model_that_does_not_fit_is_refused(tmp_path, run, databases, damage):
+    model, folder, options = tmp_path / "model", tmp_path / "run", []
+    shutil.copytree(run[0] / "saved_model", model)
+    if damage == "depth":
+        options, words = ["--baseline_feature_depth", 8], "expected a network of --baseline_feature_depth 8"
+        words += f" in {model}, found one of 4"
+    elif damage == "resumed":
+        shutil.copytree(run[0], folder)
+        words = "was begun without --initial_model"
+    elif damage == "weights":
+        [data] = (model / "variables").glob("*.data*")
+        data.write_bytes(data.read_bytes()[:1000])
+        words = f"cannot read the weights in {model}"
+    else:
+        import tensorflow as tf
+
+        module = tf.Module()
+        module.weights = [tf.Variable(np.zeros((3, 3, 1, 4), np.float32))]
+        tf.saved_model.save(module, str(model))
+        words = f"expected in {model} a U-Net that train_unet.py wrote"
+    done = start_from(model, folder, databases, *options)
+    [error] = errors_of(done.stdout)
+    assert done.returncode == 2 and words in error, done.stdout
+    assert damage == "resumed" or not any((folder / "checkpoint").iterdir())
+
+
+def test_settings_name_the_version_of_the_suite(run):
+    settings = json.loads((run[0] / "settings.json").read_text())
+    digest = hashlib.sha256()
+    for name in sorted(path.name for path in ROOT.glob("*.py")):
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    assert settings["source_sha256"] == digest.hexdigest()
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert settings["git_commit"].startswith(head.stdout.strip())
