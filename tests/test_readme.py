@@ -9,10 +9,14 @@ import shutil
 import subprocess
 import textwrap
 
+import numpy as np
 import pytest
-from conftest import ROOT, readme_commands
+import rasterio
+import tifffile
+from conftest import ROOT, make_pair, readme_commands
 from option_tables import SCRIPTS, place_of, table
 from test_benchmarks import SMALL
+from test_inference_unet import infer, save_random_model
 
 TEXT = (ROOT / "README.md").read_text()
 # What makes a command take seconds; an option that is given twice counts as it is given last.
@@ -96,6 +100,50 @@ def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
     done = run_in(tmp_path, "bash", project / "data" / "run_example.sh", *one_epoch_more)
     assert done.returncode == 0 and "going on at step 2, after 1 test epochs" in done.stdout, done.stdout
     assert [path for path in before if path.stat().st_mtime_ns == before[path]] == databases
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Change to a folder with a network and images where the examples expect them; return the folder of masks."""
+    save_random_model(tmp_path / "results" / "cells" / "saved_model", 1, 3)
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    tifffile.imwrite(images / "cells_00.tif", make_pair(0, (90, 70, 1))[0][..., 0])
+    size = {"resolution": (20000, 40000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(images / "slide.tif", make_pair(1)[0][..., 0], **size)
+    place = {"crs": "EPSG:32632", "transform": rasterio.Affine(0.5, 0, 7e5, 0, -0.5, 5e6)}
+    with rasterio.open(images / "scene.tif", "w", width=64, height=64, count=1, dtype="uint16", **place) as file:
+        file.write(make_pair(2)[0][..., 0], 1)
+    done = infer(tmp_path / "results" / "cells" / "saved_model", images, tmp_path / "results" / "masks")
+    assert done.returncode == 0, done.stdout
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "results" / "masks"
+
+
+def run_example(words):
+    """Run the one example in Python that contains some words; return its variables."""
+    [code] = [each for each in re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE) if words in each]
+    variables = {}
+    exec(code, variables)
+    return variables
+
+
+def test_the_model_is_run_by_tensorflow_alone(results):
+    mask = run_example("tf.saved_model.load")["mask"]
+    expected = tifffile.imread(results / "cells_00.tif")
+    assert (mask == expected).mean() > 0.999 and len(np.unique(expected)) > 1
+
+
+def test_rasterio_finds_where_a_mask_lies(results):
+    variables = run_example("import rasterio")
+    with rasterio.open(results.parents[1] / "data" / "images" / "scene.tif") as image:
+        assert (variables["mask"].crs, variables["mask"].transform) == (image.crs, image.transform)
+    np.testing.assert_array_equal(variables["classes"], tifffile.imread(results / "scene.tif"))
+
+
+def test_tifffile_finds_the_size_of_a_masks_pixels(results, capsys):
+    run_example("rows_per_cm")
+    assert capsys.readouterr().out == "0.5 0.25\n"
 
 
 def messages_of_the_code():
