@@ -66,6 +66,7 @@ from cli import (
     run_script,
     slurm_number,
     some_path,
+    temporary_name,
     whole,
     whole_number,
     without_patterns,
@@ -73,6 +74,7 @@ from cli import (
 from image_files import (
     NO_DATA_TAG,
     ORIENTATION_TAG,
+    REDUCED_IMAGE,
     ChannelStatistics,
     ImageFile,
     Window,
@@ -114,7 +116,10 @@ from reports import (
 
 Item = TypeVar("Item")
 
+OVERVIEWS_ABOVE, SMALLEST_OVERVIEW = 4096, 512  # pixels of the longer edge
 TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
+TIFF_LAYOUT: Any = {"tile": (TIFF_TILE, TIFF_TILE), "compression": "zlib", "photometric": "minisblack"}
+SIZE_WITH_OVERVIEWS = 4 / 3  # of a file without
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
 SUBFOLDERS = ("probabilities", "overlays", FIGURES_FOLDER)  # of the output folder
@@ -205,6 +210,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "mostly makes masks a little better [0 = false, 1 = true]"
     )
     add_flag(parser, "--flips", 0, text)
+    text = (
+        f"whether masks of more than {OVERVIEWS_ABOVE} pixels along an edge contain smaller copies of themselves, so "
+        "that viewers open them at once [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--overviews", 1, text)
     text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
     parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
     text = (
@@ -1192,6 +1202,7 @@ class Targets(NamedTuple):
     mask: Path
     probabilities: Optional[Path] = None
     overlay: Optional[Path] = None
+    has_overviews: bool = False
     is_measured: bool = False  # whether figures are asked for, and
     is_drawn: bool = False  # thumbnails; masks that are there already can have both made later
 
@@ -1203,6 +1214,7 @@ class Targets(NamedTuple):
             folder / name,
             folder / SUBFOLDERS[0] / name.with_suffix(".tif") if args.save_probabilities else None,
             folder / SUBFOLDERS[1] / name.with_suffix(".png") if args.save_overlay else None,
+            bool(args.overviews),
             bool(args.mask_folder or args.save_table or args.save_report),
             bool(args.save_report),
         )
@@ -1234,7 +1246,10 @@ class Targets(NamedTuple):
                 mask = png_mask(self.mask, image, model)
             else:
                 declared = model.no_data_class
-                mask = tiff_of(self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared)
+                mask = tiff_of(
+                    self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared,
+                    with_overviews=self.has_overviews,
+                )  # fmt: skip
             outputs = [stack.enter_context(mask), stack.enter_context(measured(self, image, model, truth))]
             if self.probabilities is not None:
                 softmax = tiff_of(
@@ -1274,6 +1289,7 @@ def tiff_of(
     select: Callable[[Block], np.ndarray],
     samples: Optional[int] = None,
     no_data: Optional[int] = None,
+    with_overviews: bool = False,
 ) -> Iterator[Output]:
     """Begin a TIFF that lies as the image's file does; yield a function that adds what `select` takes of a block."""
     shape = image.stored_size if samples is None else (*image.stored_size, samples)
@@ -1281,7 +1297,8 @@ def tiff_of(
     if no_data is not None:
         tags = [*placement.get("extratags", ()), (NO_DATA_TAG, "s", 0, str(no_data), True)]
         placement = {**placement, "extratags": tags}
-    with atomic_output(target) as temporary, TiledTiff(temporary, shape, dtype, placement) as tiff:
+    smaller = overview_sizes(shape) if with_overviews else []
+    with atomic_output(target) as temporary, tiff_with_overviews(temporary, shape, dtype, placement, smaller) as tiff:
 
         def add(block: Block) -> None:
             with file_errors(target):  # there may be other files, whose error it is not
@@ -1290,15 +1307,77 @@ def tiff_of(
         yield add
 
 
+def overview_sizes(size: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the sizes of the overviews of a mask (rows, columns): halves, none if the mask is small."""
+    sizes = []
+    if max(size) > OVERVIEWS_ABOVE:
+        while max(size) >= 2 * SMALLEST_OVERVIEW:
+            size = [-(-edge // 2) for edge in size]
+            sizes.append((size[0], size[1]))
+    return sizes
+
+
+@contextlib.contextmanager
+def tiff_with_overviews(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, placement: dict[str, Any], sizes: Sequence[tuple[int, int]]
+) -> Iterator["TiledTiff"]:
+    """Begin a TIFF with overviews, each of half the size of the one before; yield it.
+
+    Overviews take every other row and column. So they contain classes only, all in their true proportion, where the
+    most frequent one of four pixels would make thin classes vanish. They are pages of reduced resolution behind that of
+    the mask, as GDAL and OpenSlide look for them. Until it is complete each is a file of its own.
+    """
+    with contextlib.ExitStack() as files:
+        paths = [temporary_name(path) for _ in sizes]
+        for each in paths:
+            files.callback(each.unlink, missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            tiff: Optional[TiledTiff] = None
+            for each, size in reversed(list(zip(paths, sizes))):
+                tiff = stack.enter_context(TiledTiff(each, size, dtype, {}, tiff))
+            yield stack.enter_context(TiledTiff(path, shape, dtype, placement, tiff))
+        if sizes:
+            append_overviews(path, paths)
+
+
+def append_overviews(path: Path, paths: Sequence[Path]) -> None:
+    """Add pages of reduced resolution to a TIFF: those of other files, whose tiles are copied as they are."""
+    import tifffile
+
+    with tifffile.TiffWriter(path, append=True) as writer:
+        for each in paths:
+            with tifffile.TiffFile(each) as file:
+                page, tiles = file.pages[0], encoded_tiles(file)
+                writer.write(
+                    tiles, shape=page.shape, dtype=page.dtype, subfiletype=REDUCED_IMAGE, metadata=None, **TIFF_LAYOUT
+                )
+
+
+def encoded_tiles(file: Any) -> Iterator[bytes]:
+    """Yield the tiles of a TIFF's first page as they are in the file."""
+    page = file.pages[0]
+    for offset, count in zip(page.dataoffsets, page.databytecounts):
+        file.filehandle.seek(offset)
+        yield file.filehandle.read(count)
+
+
 class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
     """A tiled, zlib-compressed TIFF that is given block by block; a context manager.
 
     Tiles are compressed and written by a thread as soon as they are full, in whatever order that happens, and the table
-    of their places is sorted at the end. Held in memory are only those that blocks have filled in part.
+    of their places is sorted at the end. Held in memory are only those that blocks have filled in part. An `overview`
+    gets every other row and column of each tile.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, placement: dict[str, Any]) -> None:
-        self._path, self._shape, self._dtype, self._placement = path, shape, dtype, placement
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        placement: dict[str, Any],
+        overview: "Optional[TiledTiff]" = None,
+    ) -> None:
+        self._path, self._shape, self._dtype, self._placement, self._overview = path, shape, dtype, placement, overview
         self._across = -(-shape[1] // TIFF_TILE)
         self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its pixels that are not there yet
         self._order: list[int] = []  # of the tiles in the file
@@ -1332,6 +1411,9 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         else:
             self._order.append(index)
             self._hand_over(tile)
+            if self._overview is not None:
+                half = tile[: height - first_row : 2, : width - first_column : 2]
+                self._overview.add(first_row // 2, first_column // 2, half)
 
     def _hand_over(self, tile: Optional[np.ndarray]) -> None:
         """Put a tile into the queue, None at the end; raise what has stopped the thread."""
@@ -1355,12 +1437,11 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
                 self._tiles(),
                 shape=self._shape,
                 dtype=self._dtype,
-                tile=(TIFF_TILE, TIFF_TILE),
-                compression="zlib",
                 maxworkers=1,
-                photometric="minisblack",
                 planarconfig="contig" if len(self._shape) == 3 else None,
-                bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize > BIGTIFF_FROM_BYTES,
+                bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize * SIZE_WITH_OVERVIEWS > BIGTIFF_FROM_BYTES,
+                metadata=None if self._overview else {},  # its shape would count all pages
+                **TIFF_LAYOUT,
                 **self._placement,
             )
         except BaseException as error:

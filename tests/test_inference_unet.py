@@ -753,3 +753,30 @@ def test_the_network_takes_up_to_half_of_the_free_memory(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "saved_model")]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=WITHOUT_GPU).stdout
     assert 0.2 < float(printed) < 0.55
+
+
+@pytest.mark.parametrize("shape, overviews", [((4500, 48), 1), ((4500, 48), 0), ((4096, 48), 1)])
+def test_large_masks_have_overviews(tmp_path, gray_model, shape, overviews):
+    (tmp_path / "images").mkdir()
+    image = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    place = {"height": shape[0], "width": shape[1], "count": 1, "transform": rasterio.Affine(0.5, 0, 7e5, 0, -0.5, 5e6)}
+    with rasterio.open(tmp_path / "images" / "a.tif", "w", dtype="uint8", **place) as file:
+        file.write(image, 1)
+    done = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--overviews", overviews, "--tile_size", 1024)
+    assert done.returncode == 0, done.stdout
+    expected = [2, 4, 8] if overviews and shape[0] > 4096 else []
+    with rasterio.open(tmp_path / "masks" / "a.tif") as file:
+        assert file.overviews(1) == expected and file.transform == place["transform"]
+        mask = file.read(1)
+    assert mask.shape == shape and 0 < mask.mean() < 1
+    with tifffile.TiffFile(tmp_path / "masks" / "a.tif") as file:
+        [series] = file.series
+        assert len(series.levels) == 1 + len(expected)
+        for step, level in zip([1, *expected], series.levels):
+            np.testing.assert_array_equal(level.asarray(), mask[::step, ::step])
+            assert level.keyframe.is_tiled
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["a.tif"]
+    again = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--save_table", 1)  # such a mask is read as well
+    assert again.returncode == 0, again.stdout
+    table = (tmp_path / "masks" / "table.csv").read_text().splitlines()
+    assert [int(row.split(",")[2]) for row in table[1:]] == np.bincount(mask.ravel()).tolist()
