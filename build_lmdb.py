@@ -69,9 +69,9 @@ from cli import (
 from image_files import (
     MASK_FORMATS,
     ChannelStatistics,
+    Folder,
     ImageFile,
     UnusablePixels,
-    by_stem,
     clipped,
     composed,
     guess_suffix,
@@ -145,6 +145,7 @@ class Pair(NamedTuple):
 
     image: str
     mask: str
+    name: str  # of the image in its folder
 
 
 class Problem(NamedTuple):
@@ -211,6 +212,11 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--mask_format", type=mask_format, help=text)
     text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
     group.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
+    text = (
+        "whether to use the images in all folders below IMAGE_FOLDER as well, with masks in folders of the same names; "
+        "their names, in lists and for --split_by, are then their paths in it [0 = False, 1 = True]"
+    )
+    add_flag(group, "--recursive", 0, text)
     text = "seed of the split into train and test, which is by image, never by tile"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = (
@@ -465,22 +471,30 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
     """Write the names of images, one per line, as --test_list and --image_list of inference take them."""
     with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(os.fsencode(Path(pair.image).name) + b"\n" for pair in pairs))
+        temporary.write_bytes(b"".join(os.fsencode(pair.name) + b"\n" for pair in pairs))
 
 
 # ---------------------------------------------------------------------------------------------- pairing and splitting
 
 
+def folders_of(args: argparse.Namespace) -> tuple[Folder, Folder]:
+    """Return where images and masks are; each without what lies below it and is something else."""
+    folders = args.image_folder, args.mask_folder, args.output_folder
+    images, masks = (Folder(folder, bool(args.recursive), folders) for folder in folders[:2])
+    return images, masks
+
+
 def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
     """Return each image with its mask, sorted by name, and what has no partner or several."""
     suffix = composed(args.mask_suffix or "")
-    mask_paths = list_masks(args.mask_folder, args.mask_format, suffix)
-    image_paths = list_images(args.image_folder, args.image_format)
+    image_folder, mask_folder = folders_of(args)
+    mask_paths = list_masks(mask_folder, args.mask_format, suffix)
+    image_paths = list_images(image_folder, args.image_format)
     if os.path.samefile(args.image_folder, args.mask_folder):
         if not suffix and set(image_paths) & set(mask_paths):
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
-        image_paths = [path for path in image_paths if not suffix or not composed(path.stem).endswith(suffix)]
-    images, masks = by_stem(image_paths, ""), by_stem(mask_paths, suffix)
+        image_paths = [path for path in image_paths if not suffix or not image_folder.stem(path).endswith(suffix)]
+    images, masks = image_folder.by_stem(image_paths), mask_folder.by_stem(mask_paths, suffix)
     problems = []
     for group in (*images.values(), *masks.values()):
         for path in group if len(group) > 1 else ():
@@ -493,7 +507,9 @@ def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
         problems += [Problem(kind, path, path, advice) for path in paths]
     shared = sorted(images.keys() & masks.keys())
     return [
-        Pair(str(images[stem][0]), str(masks[stem][0])) for stem in shared if len(images[stem] + masks[stem]) == 2
+        Pair(str(images[stem][0]), str(masks[stem][0]), image_folder.name(images[stem][0]))
+        for stem in shared
+        if len(images[stem] + masks[stem]) == 2
     ], problems
 
 
@@ -538,11 +554,12 @@ def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]
 
 def listed_groups(groups: Sequence[list[Pair]], unpaired: Sequence[Path], args: argparse.Namespace) -> list[list[Pair]]:
     """Return the groups of the images that --test_list names; refuse parts of a group, and all or none of them."""
-    images = [Path(pair.image) for pair in itertools.chain(*groups)]
-    listed = listed_stems(args.test_list, "--test_list", [*images, *unpaired], args.image_folder)
+    images, folder = [Path(pair.image) for pair in itertools.chain(*groups)], folders_of(args)[0]
+    paths = [*images, *(path for path in unpaired if path.is_relative_to(folder.path))]
+    listed = listed_stems(args.test_list, "--test_list", paths, folder)
     test = []
     for group in groups:
-        chosen = [pair for pair in group if composed(Path(pair.image).stem) in listed]
+        chosen = [pair for pair in group if folder.stem(Path(pair.image)) in listed]
         if 0 < len(chosen) < len(group):
             raise InputError(
                 f"--test_list {args.test_list} has {len(chosen)} of the {len(group)} images of the group of "
@@ -561,7 +578,7 @@ def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
     """Return what of an image's name tells its group: all of it without a pattern."""
     if split_by is None:
         return pair.image
-    match = split_by.search(Path(pair.image).stem)
+    match = split_by.search(os.path.splitext(pair.name)[0])
     if match is None:
         raise InputError(f"--split_by {split_by.pattern} finds nothing in the name of {pair.image}; change the pattern")
     return "\0".join(group or "" for group in match.groups()) if split_by.groups else match[0]
@@ -960,7 +977,7 @@ class Build:
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
-            for job in encode_jobs(Pair("", ""), spec, self._options)
+            for job in encode_jobs(Pair("", "", ""), spec, self._options)
         )
         self._unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, self._unit), 0
@@ -992,7 +1009,7 @@ class Build:
                     if record.class_counts.keys() == {self.ignored_id}:
                         uncounted += 1
                     else:
-                        writer.append(record, os.path.basename(job.pair.image))
+                        writer.append(record, job.pair.name)
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics, self._specs[job.pair])
                     last_pair = job.pair

@@ -87,56 +87,103 @@ def image_format(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
 
 
-def list_images(folder: PathLike, image_format: str) -> list[Path]:
+class Folder(NamedTuple):
+    """A folder of images or masks, whose names are relative to it."""
+
+    path: Path
+    recursive: bool = False  # whether files in the folders below count as well, and
+    left_out: Sequence[Path] = ()  # which of these do not, as they contain something else
+
+    def name(self, file: Path) -> str:
+        """Return the name of a file, with a slash between its parts."""
+        return file.relative_to(self.path).as_posix() if self.recursive else file.name
+
+    def stem(self, file: Path) -> str:
+        """Return the name of a file without extension, with one character for each accented letter."""
+        return composed(os.path.splitext(self.name(file))[0])
+
+    def by_stem(self, files: Sequence[Path], suffix: str = "") -> dict[str, list[Path]]:
+        """Return files by name without extension and suffix."""
+        stems: dict[str, list[Path]] = {}
+        for file in files:
+            stem = self.stem(file)
+            stems.setdefault(stem[: len(stem) - len(suffix)], []).append(file)
+        return stems
+
+    def files(self) -> list[Path]:
+        """Return what is neither hidden nor a folder, sorted by name.
+
+        Links to nowhere, pipes and devices are among them: what is in the way is to be reported, not to be passed over.
+
+        Raises
+        ------
+        InputError
+            If the folder is missing.
+        """
+        if not self.path.is_dir():
+            raise InputError(f"there is no folder {self.path}; check the path")
+        passed = {os.path.realpath(folder) for folder in (self.path, *self.left_out)}
+        return sorted(self._files_in(self.path, passed), key=self.name)
+
+    def _files_in(self, folder: Path, passed: set[str]) -> Iterator[Path]:
+        """Yield the files of a folder and, if asked for, of those below it, but for those that have been passed."""
+        with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
+            shown = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+        for name, is_folder in shown:
+            if not is_folder:
+                yield folder / name
+            elif self.recursive:
+                place = os.path.realpath(folder / name)
+                if place not in passed:  # a link back to where it is would have no end
+                    yield from self._files_in(folder / name, passed | {place})
+
+    def subfolders(self) -> list[str]:
+        """Return the names of a few folders below, to be shown."""
+        return sorted(path.name for path in self.path.iterdir() if path.is_dir())[:4]
+
+
+def list_images(folder: Folder, image_format: str) -> list[Path]:
     """Return the images of one format in a folder, sorted by name.
 
     Parameters
     ----------
-    folder : path
-        Only its own files count, not those of folders in it.
+    folder : Folder
+        Where to look.
     image_format : str
         A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif, ``.jpeg`` as jpg, in any case.
 
     Raises
     ------
     InputError
-        If the folder is missing or holds no such file.
+        If the folder is missing or contains no such file.
     """
     suffixes = IMAGE_FORMATS[image_format]
-    entries = list_files(folder)
+    entries = folder.files()
     images = [path for path in entries if path.suffix.lower() in suffixes]
     if not images:
         types = ", ".join(sorted({path.suffix or "none" for path in entries}))
-        folders = ", ".join(sorted(path.name for path in Path(folder).iterdir() if path.is_dir())[:4])
+        folders = "" if folder.recursive else ", ".join(folder.subfolders())
         raise InputError(
-            f"expected {image_format} images in {folder}, found {len(entries)} files{types and f' of type {types}'}"
-            f"{folders and f' and the folders {folders}'}; check the folder or set --image_format"
+            f"expected {image_format} images in {folder.path}, found {len(entries)} files"
+            f"{types and f' of type {types}'}{folders and f' and the folders {folders}'}; check the folder"
+            f"{folders and ', set --recursive 1 to take those below it as well,'} or set --image_format"
         )
     return images
 
 
-def list_masks(folder: Path, mask_format: Optional[str], suffix: str) -> list[Path]:
+def list_masks(folder: Folder, mask_format: Optional[str], suffix: str) -> list[Path]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
-    entries = list_files(folder)
-    masks = [path for path in entries if path.suffix.lower() in extensions and composed(path.stem).endswith(suffix)]
+    entries = folder.files()
+    masks = [path for path in entries if path.suffix.lower() in extensions and folder.stem(path).endswith(suffix)]
     if not masks:
         found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
         raise InputError(
-            f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder}, found "
-            f"{len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
+            f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder.path}, "
+            f"found {len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
         )
     return masks
-
-
-def by_stem(paths: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
-    """Return the paths by name without extension and suffix."""
-    stems: dict[str, list[Path]] = {}
-    for path in paths:
-        stem = composed(path.stem)
-        stems.setdefault(stem[: len(stem) - len(suffix)], []).append(path)
-    return stems
 
 
 def composed(name: str) -> str:
@@ -144,7 +191,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def listed_stems(file: Path, option: str, images: Sequence[Path], folder: PathLike) -> set[str]:
+def listed_stems(file: Path, option: str, images: Sequence[Path], folder: Folder) -> set[str]:
     """Return the names without extension of the images that a text file lists, one per line, with or without extension.
 
     Raises
@@ -157,10 +204,10 @@ def listed_stems(file: Path, option: str, images: Sequence[Path], folder: PathLi
     except OSError as error:
         raise InputError(f"cannot read {option} {file}: {cause_of(error)}") from error
     names = [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
-    stems = {form: composed(path.stem) for path in images for form in (composed(path.name), composed(path.stem))}
+    stems = {form: folder.stem(path) for path in images for form in (composed(folder.name(path)), folder.stem(path))}
     listed = collections.Counter(stems[name] for name in names if name in stems)
     unknown, repeated = [name for name in names if name not in stems], [name for name in listed if listed[name] > 1]
-    for wrong, what in ((unknown, f"not in {folder}"), (repeated, "more than once")):
+    for wrong, what in ((unknown, f"not in {folder.path}"), (repeated, "more than once")):
         if wrong:
             shown = ", ".join(map(printable, wrong[:SHOWN_NAMES])) + ", ..." * (len(wrong) > SHOWN_NAMES)
             raise InputError(f"expected names of images in {option} {file}, each once, found {shown} {what}")
@@ -174,24 +221,6 @@ def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
     suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
     matched = sum(stem + suffix in known for stem in images)
     return f"; try --mask_suffix {suffix}" if suffix and 2 * matched > len(images) else ""
-
-
-def list_files(folder: PathLike) -> list[Path]:
-    """Return what is in a folder and neither hidden nor a folder, sorted by name.
-
-    Links to nowhere, pipes and devices are among them: what is in the way is to be reported, not to be passed over.
-
-    Raises
-    ------
-    InputError
-        If the folder is missing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; check the path")
-    with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and not _is_folder(entry)]
-    return [folder / name for name in sorted(names)]
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -27,7 +27,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,9 @@ from image_files import (
     ORIENTATION_TAG,
     REDUCED_IMAGE,
     ChannelStatistics,
+    Folder,
     ImageFile,
     Window,
-    by_stem,
     clipped,
     composed,
     displayable,
@@ -170,6 +170,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_folder", type=some_path, **required, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
+    text = (
+        "whether to segment the images in all folders below IMAGE_FOLDER as well, into folders of the same names, and "
+        "to call them by their paths in it in lists, logs and tables [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--recursive", 0, text)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -248,10 +253,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Segment all images; a bad one is reported and does not keep the others from being segmented."""
     log_settings(args)
-    images = list_images(args.image_folder, args.image_format)
+    images = list_images(image_folder(args), args.image_format)
     if args.image_list is not None:
-        listed = listed_stems(args.image_list, "--image_list", images, args.image_folder)
-        images = [path for path in images if composed(path.stem) in listed]
+        listed = listed_stems(args.image_list, "--image_list", images, image_folder(args))
+        images = [path for path in images if image_folder(args).stem(path) in listed]
         if not images:
             raise InputError(f"expected names of images in --image_list {args.image_list}, found none")
     shard = args.shard or shard_from_slurm(os.environ)
@@ -280,7 +285,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed, others = [], 0
-    with Claims(args.output_folder, SUBFOLDERS) as claims:
+    with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
         for number, path in enumerate(waiting, 1):
             try:
                 with own_work(targets[path], claims, bool(args.overwrite)) as is_mine:
@@ -289,7 +294,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
                         logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
-                failed.append(path.name)
+                failed.append(targets[path].image_name)
                 logging.error("%s", error)
         if any(wanted):
             failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model)
@@ -307,13 +312,13 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 @contextlib.contextmanager
 def own_work(targets: "Targets", claims: Claims, overwrite: bool) -> Iterator[bool]:
     """Yield whether this process is to make some files, which no other one makes in this block."""
-    is_claimed, seen = claims.claim(targets.mask.name), targets.exist()
+    is_claimed, seen = claims.claim(targets.mask_name), targets.exist()
     try:
         # Another process may have made them since the images were listed.
         yield is_claimed and (overwrite or not seen)
     finally:
         if is_claimed:
-            claims.release(targets.mask.name)
+            claims.release(targets.mask_name)
 
 
 # ---------------------------------------------------------------------------------------------- many processes
@@ -774,7 +779,7 @@ def segment_file(
             try:
                 contents = write_results(image, statistics, tiles, batch_size, targets, model, truth)
                 size, seconds = " x ".join(map(str, image.shape)), time.monotonic() - start
-                return f"{targets.mask.name}: {size}, {seconds:.1f} s, {contents}"
+                return f"{targets.mask_name}: {size}, {seconds:.1f} s, {contents}"
             except TileTooLarge as error:
                 if not sizer.shrink(batch_size * tile[0] * tile[1]):
                     raise InputError(f"{path} needs more memory than there is, even in the smallest tiles") from error
@@ -980,10 +985,12 @@ def find_truths(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, 
             raise InputError("expected --mask_folder beside --mask_suffix, found none; give the folder of true masks")
         return {}
     suffix = composed(args.mask_suffix or "")
-    masks = by_stem(list_masks(args.mask_folder, None, suffix), suffix)
+    folder = Folder(args.mask_folder, bool(args.recursive), (args.image_folder, args.output_folder))
+    masks = folder.by_stem(list_masks(folder, None, suffix), suffix)
+    stem_of = image_folder(args).stem
     truths, lone = {}, []
     for path in images:
-        found = masks.get(composed(path.stem), [])
+        found = masks.get(stem_of(path), [])
         if len(found) > 1:
             names = ", ".join(mask.name for mask in found)
             raise InputError(f"expected one mask of {path.name} in {args.mask_folder}, found {names}; move one away")
@@ -992,7 +999,7 @@ def find_truths(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, 
         truths.update({path: found[0]} if found else {})
         lone += [] if found else [path]
     if not truths:
-        advice = guess_suffix([composed(path.stem) for path in lone], sorted(masks))
+        advice = guess_suffix([stem_of(path) for path in lone], sorted(masks))
         found_none = f"expected masks in {args.mask_folder} with the names of the images, found none"
         raise InputError(f"{found_none}{advice or '; check the folder'}")
     if lone:
@@ -1079,7 +1086,7 @@ def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional
         return
     measurement = Measurement(model.number_classes, image.shape[1])
     yield lambda block: measurement.add(*block[:2], block.classes, block.missing, block.softmax, block.truth)
-    figures = measurement.figures(image.path.name, image.pixel_size, truth.identity if truth else None)
+    figures = measurement.figures(targets.image_name, image.pixel_size, truth.identity if truth else None)
     with atomic_output(targets.figures) as temporary:
         figures.write(temporary)
 
@@ -1093,7 +1100,7 @@ def measure_masks(
         try:
             measure_mask(path, targets[path], truths.get(path), model)
         except InputError as error:
-            failed.append(path.name)
+            failed.append(targets[path].image_name)
             logging.error("%s", error)
     return failed
 
@@ -1122,7 +1129,7 @@ def measure_mask(path: Path, targets: "Targets", truth_path: Optional[Path], mod
                 drawing.add(block)
         if drawing is not None:
             drawing.save_thumbnail(targets.thumbnail)
-        figures = measurement.figures(path.name, image.pixel_size, truth.identity if truth else None)
+        figures = measurement.figures(targets.image_name, image.pixel_size, truth.identity if truth else None)
         with atomic_output(targets.figures) as temporary:  # the mask does not tell how probable it is
             figures._replace(probability=found and found.probability).write(temporary)
 
@@ -1164,7 +1171,7 @@ def plan_targets(images: Sequence[Path], args: argparse.Namespace) -> dict[Path,
     InputError
         If one of them would replace an image, or two images would become the same file.
     """
-    targets = {path: Targets.of(path, args) for path in images}
+    targets = {path: Targets.of(image_folder(args).name(path), args) for path in images}
     originals = {os.path.realpath(path): path for path in images}
     sources: dict[str, Path] = {}
     for image, files in targets.items():
@@ -1191,38 +1198,64 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"cannot create --output_folder {folder}: {cause_of(error)}") from error
 
 
-def mask_name(image: Path) -> str:
-    """Return the file name of an image's mask: the image's own, but png for JPEG, which would change class ids."""
-    return image.name if image.suffix.lower() in (".tif", ".tiff", ".png") else f"{image.stem}.png"
+def image_folder(args: argparse.Namespace) -> Folder:
+    """Return where the images are."""
+    others = [folder for folder in (args.output_folder, args.mask_folder) if folder is not None]
+    return Folder(args.image_folder, bool(args.recursive), others)
 
 
-class Targets(NamedTuple):
-    """The files that an image becomes; None for what was not asked for."""
+def folders_with_results(targets: Iterable["Targets"]) -> list[str]:
+    """Return the names of all folders below the output folder that get files."""
+    parents = {os.path.dirname(each.mask_name) for each in targets}
+    return sorted({os.path.join(base, parent) for base in ("", *SUBFOLDERS) for parent in parents} - {""})
 
-    mask: Path
-    probabilities: Optional[Path] = None
-    overlay: Optional[Path] = None
-    has_overviews: bool = False
+
+@dataclass(frozen=True)
+class Targets:
+    """The files that an image becomes: masks in the output folder, all others in folders below it."""
+
+    folder: Path  # for all output
+    image_name: str  # in its folder
+    with_probabilities: bool = False
+    with_overlay: bool = False
+    with_overviews: bool = False
     is_measured: bool = False  # whether figures are asked for, and
     is_drawn: bool = False  # thumbnails; masks that are there already can have both made later
 
     @classmethod
-    def of(cls, image: Path, args: argparse.Namespace) -> "Targets":
-        """Return the files for an image, masks in the output folder and the others in folders below it."""
-        folder, name = args.output_folder, Path(mask_name(image))
-        return cls(
-            folder / name,
-            folder / SUBFOLDERS[0] / name.with_suffix(".tif") if args.save_probabilities else None,
-            folder / SUBFOLDERS[1] / name.with_suffix(".png") if args.save_overlay else None,
-            bool(args.overviews),
-            bool(args.mask_folder or args.save_table or args.save_report),
-            bool(args.save_report),
-        )
+    def of(cls, image_name: str, args: argparse.Namespace) -> "Targets":
+        """Return the files for an image."""
+        is_measured = bool(args.mask_folder or args.save_table or args.save_report)
+        flags = map(bool, (args.save_probabilities, args.save_overlay, args.overviews, is_measured, args.save_report))
+        return cls(args.output_folder, image_name, *flags)
+
+    @property
+    def mask_name(self) -> str:
+        """The name of the mask: the image's own, but png for JPEG, which would change class ids."""
+        stem, extension = os.path.splitext(self.image_name)
+        return self.image_name if extension.lower() in (".tif", ".tiff", ".png") else f"{stem}.png"
+
+    @property
+    def mask(self) -> Path:
+        """The mask."""
+        return self.folder / self.mask_name
+
+    @property
+    def probabilities(self) -> Optional[Path]:
+        """The file for the softmax; None if it is not asked for."""
+        file = self.folder / SUBFOLDERS[0] / self.mask_name
+        return file.with_suffix(".tif") if self.with_probabilities else None
+
+    @property
+    def overlay(self) -> Optional[Path]:
+        """The picture of the image with outlines; None if it is not asked for."""
+        file = self.folder / SUBFOLDERS[1] / self.mask_name
+        return file.with_suffix(".png") if self.with_overlay else None
 
     @property
     def figures(self) -> Path:
         """The file of what is measured of the mask."""
-        return self.mask.parent / FIGURES_FOLDER / f"{self.mask.name}.json"
+        return self.folder / FIGURES_FOLDER / f"{self.mask_name}.json"
 
     @property
     def thumbnail(self) -> Path:
@@ -1248,7 +1281,7 @@ class Targets(NamedTuple):
                 declared = model.no_data_class
                 mask = tiff_of(
                     self.mask, image, model.mask_dtype, lambda block: block.classes, no_data=declared,
-                    with_overviews=self.has_overviews,
+                    with_overviews=self.with_overviews,
                 )  # fmt: skip
             outputs = [stack.enter_context(mask), stack.enter_context(measured(self, image, model, truth))]
             if self.probabilities is not None:
@@ -1276,7 +1309,7 @@ def file_errors(target: Path) -> Iterator[None]:
 def atomic_output(target: Path) -> Iterator[Path]:
     """Yield a temporary name, and give `target` its file when it is complete; errors of writing become one line."""
     with file_errors(target):
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
             yield temporary
 

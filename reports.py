@@ -509,8 +509,9 @@ def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Seque
 
 def measured_masks(folder: Path) -> list[Path]:
     """Return the figures of the masks that are there."""
-    paths = sorted((folder / FIGURES_FOLDER).glob("*.json"))
-    return [path for path in paths if (folder / path.stem).is_file()]
+    figures = folder / FIGURES_FOLDER
+    paths = sorted(figures.rglob("*.json"))
+    return [path for path in paths if (folder / path.relative_to(figures).with_suffix("")).is_file()]
 
 
 def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -> None:

@@ -70,7 +70,7 @@ def infer(model, images, masks, *arguments):
 
 
 def segment(image, mask, model, sizer):
-    inference_unet.segment_file(image, inference_unet.Targets(mask), model, sizer)
+    inference_unet.segment_file(image, inference_unet.Targets(mask.parent, mask.name), model, sizer)
 
 
 def write_images(folder, count=3, shape=(64, 64, 1), suffix="tif"):
