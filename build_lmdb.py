@@ -71,16 +71,20 @@ from image_files import (
     ChannelStatistics,
     Folder,
     ImageFile,
+    Source,
     UnusablePixels,
+    by_stem,
     clipped,
     composed,
     guess_suffix,
     image_format,
+    list_channels,
     list_images,
     list_masks,
     listed_stems,
     mask_fault,
     reflect_to,
+    suffix_list,
     without_data,
 )
 from lmdb_utils import (
@@ -137,15 +141,15 @@ class ProblemKind(enum.Enum):
     BAD_PIXELS = "images with infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
+    BAD_CHANNELS = "images without one file for each channel"
     RESERVED = "masks with the value that stands for ignored pixels"
 
 
 class Pair(NamedTuple):
-    """One image file and the mask file that belongs to it."""
+    """An image and the mask file that belongs to it."""
 
-    image: str
+    image: Source
     mask: str
-    name: str  # of the image in its folder
 
 
 class Problem(NamedTuple):
@@ -256,6 +260,11 @@ def add_content_options(group: Any) -> None:
     group.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
+    text = (
+        "for images of which each channel is a file of its own: what its name adds to that of the image, in the order "
+        "of the channels, such as _B02,_B03,_B04; files of any format; inference uses the same"
+    )
+    group.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffix_list, help=text)
     text = "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]"
     add_flag(group, "--skip_bad", 0, text)
 
@@ -356,16 +365,19 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         describe_databases([args.describe], bool(args.preview))
         return
     log_settings(args)
-    pairs, problems = find_pairs(args)
+    images, problems = find_images(args)
+    pairs, unpaired = find_pairs(args, images)
+    problems += unpaired
     if len(pairs) < 2:
         report_problems(problems, bool(args.skip_bad))
-    sides = split_pairs(pairs, problems, args)
+    sides = split_pairs(pairs, images, args)
     tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
     options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
         previews = [target.with_suffix(".png") for target in targets]
-        check_previews(previews, itertools.chain(*pairs), "an image or mask; choose another --output_folder")
+        inputs = itertools.chain.from_iterable((*pair.image.files, pair.mask) for pair in pairs)
+        check_previews(previews, inputs, "an image or mask; choose another --output_folder")
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
         specs, measured, unusable = survey(workers, pairs, options)
         problems += unusable
@@ -395,7 +407,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
             if args.fold:
                 left_out = {problem.path for problem in problems}
                 list_images_of(
-                    [pair for pair in sides[1] if pair.image not in left_out],
+                    [pair for pair in sides[1] if str(pair.image) not in left_out],
                     args.output_folder / f"test-{args.dataset_name}.txt",
                 )
     describe_databases(targets, bool(args.preview))
@@ -414,7 +426,7 @@ def sensible_workers(pairs: Sequence[Pair]) -> int:
     cores, nbytes = len(os.sched_getaffinity(0)), 0
     for pair in pairs:
         with contextlib.suppress(OSError):  # a link to nowhere, which is reported when it is read
-            nbytes += os.path.getsize(pair.image) + os.path.getsize(pair.mask)
+            nbytes += pair.image.nbytes + os.path.getsize(pair.mask)
         if nbytes >= (cores - 1) * WORKER_BYTES:  # it takes long to ask about all of many files
             return cores
     return 1 + nbytes // WORKER_BYTES
@@ -433,6 +445,7 @@ def describe_build(args: argparse.Namespace, options: "Options", left_out: int) 
         "label_map": options.label_map and options.label_map.text,
         "image_no_data": options.image_no_data,
         "channels": args.channels,
+        "channel_suffixes": args.channel_suffixes,
         "left_out": left_out,
     }
 
@@ -471,7 +484,7 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
     """Write the names of images, one per line, as --test_list and --image_list of inference take them."""
     with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(os.fsencode(pair.name) + b"\n" for pair in pairs))
+        temporary.write_bytes(b"".join(os.fsencode(pair.image.name) + b"\n" for pair in pairs))
 
 
 # ---------------------------------------------------------------------------------------------- pairing and splitting
@@ -484,41 +497,47 @@ def folders_of(args: argparse.Namespace) -> tuple[Folder, Folder]:
     return images, masks
 
 
-def find_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Problem]]:
+def find_images(args: argparse.Namespace) -> tuple[list[Source], list[Problem]]:
+    """Return the images, sorted by name, and those of which a channel has no file or several."""
+    folder = folders_of(args)[0]
+    if args.channel_suffixes is None:
+        return list_images(folder, args.image_format), []
+    images, faults = list_channels(folder, args.channel_suffixes)
+    return images, [Problem(ProblemKind.BAD_CHANNELS, *fault) for fault in faults]
+
+
+def find_pairs(args: argparse.Namespace, images: Sequence[Source]) -> tuple[list[Pair], list[Problem]]:
     """Return each image with its mask, sorted by name, and what has no partner or several."""
     suffix = composed(args.mask_suffix or "")
-    image_folder, mask_folder = folders_of(args)
-    mask_paths = list_masks(mask_folder, args.mask_format, suffix)
-    image_paths = list_images(image_folder, args.image_format)
+    masks = list_masks(folders_of(args)[1], args.mask_format, suffix)
     if os.path.samefile(args.image_folder, args.mask_folder):
-        if not suffix and set(image_paths) & set(mask_paths):
+        if not suffix and {image.files[0] for image in images} & {mask.files[0] for mask in masks}:
             raise InputError(f"images and masks are the same files in {args.image_folder}; check the folders")
-        image_paths = [path for path in image_paths if not suffix or not image_folder.stem(path).endswith(suffix)]
-    images, masks = image_folder.by_stem(image_paths), mask_folder.by_stem(mask_paths, suffix)
+        images = [image for image in images if not suffix or not image.stem.endswith(suffix)]
+    by_image, by_mask = by_stem(images), by_stem(masks, suffix)
     problems = []
-    for group in (*images.values(), *masks.values()):
-        for path in group if len(group) > 1 else ():
-            others = ", ".join(other.name for other in group if other != path)
-            problems.append(Problem(ProblemKind.SHARED_NAME, str(path), f"{path}: there is also {others}"))
-    lone_images, lone_masks = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
+    for group in (*by_image.values(), *by_mask.values()):
+        for each in group if len(group) > 1 else ():
+            others = ", ".join(os.path.basename(other.name) for other in group if other != each)
+            problems.append(Problem(ProblemKind.SHARED_NAME, str(each), f"{each}: there is also {others}"))
+    lone_images, lone_masks = sorted(by_image.keys() - by_mask.keys()), sorted(by_mask.keys() - by_image.keys())
     advice = f"; names must be equal but for the extension{guess_suffix(lone_images, lone_masks)}"
-    for kind, lone, stems in ((ProblemKind.NO_MASK, lone_images, images), (ProblemKind.NO_IMAGE, lone_masks, masks)):
-        paths = [str(path) for stem in lone for path in stems[stem] if len(stems[stem]) == 1]
-        problems += [Problem(kind, path, path, advice) for path in paths]
-    shared = sorted(images.keys() & masks.keys())
-    return [
-        Pair(str(images[stem][0]), str(masks[stem][0]), image_folder.name(images[stem][0]))
-        for stem in shared
-        if len(images[stem] + masks[stem]) == 2
-    ], problems
+    for kind, lone, stems in (
+        (ProblemKind.NO_MASK, lone_images, by_image), (ProblemKind.NO_IMAGE, lone_masks, by_mask),
+    ):  # fmt: skip
+        names = [str(each) for stem in lone for each in stems[stem] if len(stems[stem]) == 1]
+        problems += [Problem(kind, name, name, advice) for name in names]
+    both = sorted(by_image.keys() & by_mask.keys())
+    one_of_each = [stem for stem in both if len(by_image[stem] + by_mask[stem]) == 2]
+    return [Pair(by_image[stem][0], by_mask[stem][0].files[0]) for stem in one_of_each], problems
 
 
 def split_pairs(
-    pairs: Sequence[Pair], problems: Sequence[Problem], args: argparse.Namespace
+    pairs: Sequence[Pair], images: Sequence[Source], args: argparse.Namespace
 ) -> tuple[list[Pair], list[Pair]]:
     """Split by image or by group of images, with at least one on each side; return the pairs to train and to test with.
 
-    At random but reproducibly, unless the test images are listed. `problems` are those of images without a pair.
+    At random but reproducibly, unless the test images are listed. `images` has those without a mask as well.
     """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -531,7 +550,7 @@ def split_pairs(
     members = list(groups.values())
     order = [members[index] for index in np.random.default_rng(args.seed).permutation(len(members))]
     if args.test_list:
-        test = listed_groups(members, [Path(problem.path) for problem in problems], args)
+        test = listed_groups(members, images, args)
     elif args.fold:
         test = folds_of(order, args.fold.parts)[args.fold.part - 1]
     else:
@@ -552,14 +571,12 @@ def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]
     return parts
 
 
-def listed_groups(groups: Sequence[list[Pair]], unpaired: Sequence[Path], args: argparse.Namespace) -> list[list[Pair]]:
+def listed_groups(groups: Sequence[list[Pair]], images: Sequence[Source], args: argparse.Namespace) -> list[list[Pair]]:
     """Return the groups of the images that --test_list names; refuse parts of a group, and all or none of them."""
-    images, folder = [Path(pair.image) for pair in itertools.chain(*groups)], folders_of(args)[0]
-    paths = [*images, *(path for path in unpaired if path.is_relative_to(folder.path))]
-    listed = listed_stems(args.test_list, "--test_list", paths, folder)
+    listed = listed_stems(args.test_list, "--test_list", images, args.image_folder)
     test = []
     for group in groups:
-        chosen = [pair for pair in group if folder.stem(Path(pair.image)) in listed]
+        chosen = [pair for pair in group if pair.image.stem in listed]
         if 0 < len(chosen) < len(group):
             raise InputError(
                 f"--test_list {args.test_list} has {len(chosen)} of the {len(group)} images of the group of "
@@ -577,8 +594,8 @@ def listed_groups(groups: Sequence[list[Pair]], unpaired: Sequence[Path], args: 
 def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
     """Return what of an image's name tells its group: all of it without a pattern."""
     if split_by is None:
-        return pair.image
-    match = split_by.search(os.path.splitext(pair.name)[0])
+        return pair.image.name
+    match = split_by.search(os.path.splitext(pair.image.name)[0])
     if match is None:
         raise InputError(f"--split_by {split_by.pattern} finds nothing in the name of {pair.image}; change the pattern")
     return "\0".join(group or "" for group in match.groups()) if split_by.groups else match[0]
@@ -631,7 +648,7 @@ def survey(
     known: dict[PairSpec, PairSpec] = {}  # a million pairs of one kind share one object
     problems = []
     progress = Progress("looking at", len(pairs), "pairs")
-    for pair, found in workers.run(functools.partial(survey_pair, options), pairs, lambda pair: pair.image):
+    for pair, found in workers.run(functools.partial(survey_pair, options), pairs, lambda pair: str(pair.image)):
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -669,7 +686,9 @@ def differing(
     odd = {pair: describe(spec) for pair, spec in specs.items() if describe(spec) != usual}
     for pair in odd:
         del specs[pair]
-    return [Problem(kind, pair.image, f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()]
+    return [
+        Problem(kind, str(pair.image), f"{pair.image} has {found}, {most}; {advice}") for pair, found in odd.items()
+    ]
 
 
 def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[ChannelStatistics]], Problem]:
@@ -693,16 +712,16 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
     try:
         return work()
     except UnusablePixels as error:
-        return Problem(ProblemKind.BAD_PIXELS, pair.image, str(error))
+        return Problem(ProblemKind.BAD_PIXELS, str(pair.image), str(error))
     except InputError as error:
-        return Problem(getattr(error, "kind", ProblemKind.UNREADABLE), pair.image, str(error))
+        return Problem(getattr(error, "kind", ProblemKind.UNREADABLE), str(pair.image), str(error))
 
 
 @contextlib.contextmanager
 def open_pair(pair: Pair, options: Options) -> Iterator[tuple[ImageFile, ImageFile]]:
     """Yield both files, opened; the size of the mask tells where the channels of the image are."""
     with ImageFile(pair.mask, as_mask=True) as mask:
-        with ImageFile(pair.image, size=mask.shape[:2], no_data=options.image_no_data) as image:
+        with pair.image.open(size=mask.shape[:2], no_data=options.image_no_data) as image:
             yield image, mask
 
 
@@ -977,7 +996,7 @@ class Build:
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
-            for job in encode_jobs(Pair("", "", ""), spec, self._options)
+            for job in encode_jobs(Pair(Source("", ("",)), ""), spec, self._options)
         )
         self._unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, self._unit), 0
@@ -986,7 +1005,7 @@ class Build:
         """Leave out the images of several jobs that cannot be used, before a record of them has been appended."""
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in self._measured if pair in self._specs)
         find = functools.partial(find_problem, self._options)
-        for job, problem in self._workers.run(find, jobs, lambda job: job.pair.image):
+        for job, problem in self._workers.run(find, jobs, lambda job: str(job.pair.image)):
             if problem is not None and self._specs.pop(job.pair, None) is not None:
                 self.problems.append(problem)
 
@@ -1000,7 +1019,7 @@ class Build:
         contents, last_pair, uncounted = Contents(), None, 0
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
         encode = functools.partial(encode_or_problem, self._options._replace(counts_once=counts_once))
-        for job, encoded in self._workers.run(encode, jobs, lambda job: job.pair.image, lambda job: job.nbytes):
+        for job, encoded in self._workers.run(encode, jobs, lambda job: str(job.pair.image), lambda job: job.nbytes):
             if isinstance(encoded, Problem):
                 if not self.problems or self.problems[-1].path != encoded.path:
                     self.problems.append(encoded)
@@ -1009,7 +1028,7 @@ class Build:
                     if record.class_counts.keys() == {self.ignored_id}:
                         uncounted += 1
                     else:
-                        writer.append(record, job.pair.name)
+                        writer.append(record, job.pair.image.name)
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics, self._specs[job.pair])
                     last_pair = job.pair

@@ -17,7 +17,7 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, Optional
 from xml.etree import ElementTree
@@ -78,6 +78,14 @@ Window = tuple[slice, slice]  # rows and columns of an image
 # ---------------------------------------------------------------------------------------------- files and folders
 
 
+def suffix_list(text: str) -> list[str]:
+    """Return the parts of a list of different suffixes; the ``type`` of command-line options."""
+    suffixes = text.split(",")
+    if not all(suffixes) or len(set(suffixes)) < len(suffixes) or any(os.sep in suffix for suffix in suffixes):
+        raise argparse.ArgumentTypeError(f"expected different endings of names such as _B02,_B03,_B04, got {text!r}")
+    return suffixes
+
+
 def image_format(text: str) -> str:
     """Return the key of `IMAGE_FORMATS` that an extension stands for; the ``type`` of command-line options."""
     extension = f".{text.lower().lstrip('.')}"
@@ -87,6 +95,38 @@ def image_format(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
 
 
+class Source(NamedTuple):
+    """Where an image is: its name in its folder, and its file, or one file for each channel in their order."""
+
+    name: str  # with a slash between the parts of a path
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return what messages call it."""
+        return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+    @property
+    def stem(self) -> str:
+        """The name without extension, with one character for each accented letter."""
+        return composed(os.path.splitext(self.name)[0])
+
+    @property
+    def nbytes(self) -> int:
+        """How long the files are."""
+        return sum(map(os.path.getsize, self.files))
+
+    def open(
+        self,
+        size: Optional[tuple[int, int]] = None,
+        channels: Optional[int] = None,
+        no_data: Optional[float] = None,
+    ) -> "ImageFile":
+        """Return the opened image; parameters and errors are those of `ImageFile`."""
+        if len(self.files) > 1:
+            return ChannelFiles(self.files, size, no_data)
+        return ImageFile(self.files[0], size, channels, no_data=no_data)
+
+
 class Folder(NamedTuple):
     """A folder of images or masks, whose names are relative to it."""
 
@@ -94,23 +134,7 @@ class Folder(NamedTuple):
     recursive: bool = False  # whether files in the folders below count as well, and
     left_out: Sequence[Path] = ()  # which of these do not, as they contain something else
 
-    def name(self, file: Path) -> str:
-        """Return the name of a file, with a slash between its parts."""
-        return file.relative_to(self.path).as_posix() if self.recursive else file.name
-
-    def stem(self, file: Path) -> str:
-        """Return the name of a file without extension, with one character for each accented letter."""
-        return composed(os.path.splitext(self.name(file))[0])
-
-    def by_stem(self, files: Sequence[Path], suffix: str = "") -> dict[str, list[Path]]:
-        """Return files by name without extension and suffix."""
-        stems: dict[str, list[Path]] = {}
-        for file in files:
-            stem = self.stem(file)
-            stems.setdefault(stem[: len(stem) - len(suffix)], []).append(file)
-        return stems
-
-    def files(self) -> list[Path]:
+    def files(self) -> list[Source]:
         """Return what is neither hidden nor a folder, sorted by name.
 
         Links to nowhere, pipes and devices are among them: what is in the way is to be reported, not to be passed over.
@@ -123,26 +147,47 @@ class Folder(NamedTuple):
         if not self.path.is_dir():
             raise InputError(f"there is no folder {self.path}; check the path")
         passed = {os.path.realpath(folder) for folder in (self.path, *self.left_out)}
-        return sorted(self._files_in(self.path, passed), key=self.name)
+        names = sorted(self._names_below("", passed))
+        return [Source(name, (os.path.join(self.path, name),)) for name in names]
 
-    def _files_in(self, folder: Path, passed: set[str]) -> Iterator[Path]:
+    def _names_below(self, folder: str, passed: set[str]) -> Iterator[str]:
         """Yield the files of a folder and, if asked for, of those below it, but for those that have been passed."""
-        with os.scandir(folder) as entries:  # which need not ask about each file, as a path would
+        with os.scandir(self.path / folder) as entries:  # which need not ask about each file, as a path would
             shown = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
         for name, is_folder in shown:
+            inside = os.path.join(folder, name)
             if not is_folder:
-                yield folder / name
+                yield inside
             elif self.recursive:
-                place = os.path.realpath(folder / name)
+                place = os.path.realpath(self.path / inside)
                 if place not in passed:  # a link back to where it is would have no end
-                    yield from self._files_in(folder / name, passed | {place})
+                    yield from self._names_below(inside, passed | {place})
 
     def subfolders(self) -> list[str]:
         """Return the names of a few folders below, to be shown."""
         return sorted(path.name for path in self.path.iterdir() if path.is_dir())[:4]
 
 
-def list_images(folder: Folder, image_format: str) -> list[Path]:
+def of_type(sources: Sequence[Source], extensions: Collection[str]) -> list[Source]:
+    """Return the files with one of some extensions, in any case."""
+    return [each for each in sources if os.path.splitext(each.name)[1].lower() in extensions]
+
+
+def types_of(sources: Sequence[Source], none: str) -> str:
+    """Return the extensions of files, to be shown; `none` stands for the lack of one."""
+    return ", ".join(sorted({os.path.splitext(each.name)[1] or none for each in sources}))
+
+
+def by_stem(sources: Sequence[Source], suffix: str = "") -> dict[str, list[Source]]:
+    """Return files by name without extension and suffix."""
+    stems: dict[str, list[Source]] = {}
+    for each in sources:
+        stem = each.stem
+        stems.setdefault(stem[: len(stem) - len(suffix)], []).append(each)
+    return stems
+
+
+def list_images(folder: Folder, image_format: str) -> list[Source]:
     """Return the images of one format in a folder, sorted by name.
 
     Parameters
@@ -157,11 +202,10 @@ def list_images(folder: Folder, image_format: str) -> list[Path]:
     InputError
         If the folder is missing or contains no such file.
     """
-    suffixes = IMAGE_FORMATS[image_format]
     entries = folder.files()
-    images = [path for path in entries if path.suffix.lower() in suffixes]
+    images = of_type(entries, IMAGE_FORMATS[image_format])
     if not images:
-        types = ", ".join(sorted({path.suffix or "none" for path in entries}))
+        types = types_of(entries, "none")
         folders = "" if folder.recursive else ", ".join(folder.subfolders())
         raise InputError(
             f"expected {image_format} images in {folder.path}, found {len(entries)} files"
@@ -171,14 +215,55 @@ def list_images(folder: Folder, image_format: str) -> list[Path]:
     return images
 
 
-def list_masks(folder: Folder, mask_format: Optional[str], suffix: str) -> list[Path]:
+def list_channels(folder: Folder, suffixes: Sequence[str]) -> tuple[list[Source], list[tuple[str, str]]]:
+    """Return the images of which each channel is a file of its own, and what is wrong with others: file and reason.
+
+    Parameters
+    ----------
+    folder : Folder
+        Where to look.
+    suffixes : sequence of str
+        What the name of each channel's file adds to that of the image, in the order of the channels. The files may be
+        of any format.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or contains no such file.
+    """
+    entries = of_type(folder.files(), [extension for each in IMAGE_FORMATS.values() for extension in each])
+    longest_first = sorted(map(composed, suffixes), key=len, reverse=True)
+    groups: dict[str, dict[str, list[str]]] = {}
+    for entry in entries:
+        suffix = next((each for each in longest_first if entry.stem.endswith(each)), None)
+        if suffix is not None:
+            groups.setdefault(entry.stem[: -len(suffix)], {}).setdefault(suffix, []).append(entry.files[0])
+    if not groups:
+        raise InputError(
+            f"expected images in {folder.path} whose names end in one of --channel_suffixes {','.join(suffixes)}, "
+            f"found {len(entries)} images with other names; check the folder and the suffixes"
+        )
+    images, faults = [], []
+    for stem, found in sorted(groups.items()):
+        files = [found.get(composed(suffix), []) for suffix in suffixes]
+        first = next(names[0] for names in files if names)
+        for suffix, names in zip(suffixes, files):
+            if len(names) != 1:
+                what = f"found {' and '.join(map(os.path.basename, names)) or 'none'}"
+                faults.append((first, f"{first}: expected one file for the channel {suffix} of {stem}, {what}"))
+        if all(len(names) == 1 for names in files):
+            images.append(Source(f"{stem}.tif", tuple(name for [name] in files)))
+    return images, faults
+
+
+def list_masks(folder: Folder, mask_format: Optional[str], suffix: str) -> list[Source]:
     """Return the masks in a folder, whose names without extension end in `suffix`."""
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
     entries = folder.files()
-    masks = [path for path in entries if path.suffix.lower() in extensions and folder.stem(path).endswith(suffix)]
+    masks = [each for each in of_type(entries, extensions) if each.stem.endswith(suffix)]
     if not masks:
-        found = ", ".join(sorted({path.suffix or "no extension" for path in entries})) or "nothing"
+        found = types_of(entries, "no extension") or "nothing"
         raise InputError(
             f"expected {' or '.join(formats)} masks {f'whose names end in {suffix} ' * bool(suffix)}in {folder.path}, "
             f"found {len(entries)} files ({found}); check the folder (a JPEG mask has stray values and cannot be used)"
@@ -191,7 +276,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def listed_stems(file: Path, option: str, images: Sequence[Path], folder: Folder) -> set[str]:
+def listed_stems(file: Path, option: str, images: Sequence[Source], folder: PathLike) -> set[str]:
     """Return the names without extension of the images that a text file lists, one per line, with or without extension.
 
     Raises
@@ -204,10 +289,10 @@ def listed_stems(file: Path, option: str, images: Sequence[Path], folder: Folder
     except OSError as error:
         raise InputError(f"cannot read {option} {file}: {cause_of(error)}") from error
     names = [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
-    stems = {form: folder.stem(path) for path in images for form in (composed(folder.name(path)), folder.stem(path))}
+    stems = {form: image.stem for image in images for form in (composed(image.name), image.stem)}
     listed = collections.Counter(stems[name] for name in names if name in stems)
     unknown, repeated = [name for name in names if name not in stems], [name for name in listed if listed[name] > 1]
-    for wrong, what in ((unknown, f"not in {folder.path}"), (repeated, "more than once")):
+    for wrong, what in ((unknown, f"not in {folder}"), (repeated, "more than once")):
         if wrong:
             shown = ", ".join(map(printable, wrong[:SHOWN_NAMES])) + ", ..." * (len(wrong) > SHOWN_NAMES)
             raise InputError(f"expected names of images in {option} {file}, each once, found {shown} {what}")
@@ -518,6 +603,89 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
 
     def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
         return size and (size[::-1] if self.orientation.transposed else size)
+
+
+class ChannelFiles(ImageFile):
+    """The channels of an image, each in a file of its own, as if they were one file; a context manager.
+
+    Pixels are of the smallest type that holds those of all files without loss. The first file says where the image
+    lies. Parameters and attributes are those of `ImageFile`, but for a file for each channel.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be decoded, or the files are not of one kind.
+    """
+
+    def __init__(
+        self, files: Sequence[PathLike], size: Optional[tuple[int, int]] = None, no_data: Optional[float] = None
+    ) -> None:
+        self._opened: list[ImageFile] = []
+        try:
+            for file in files:
+                self._opened.append(ImageFile(file, size, 1, no_data=no_data))
+            self._parts = list(self._opened)
+            self._check_parts()
+        except BaseException:
+            self.close()
+            raise
+        first = self._parts[0]
+        self.path, self.orientation, self.placement = first.path, first.orientation, first.placement
+        self.shape = (*first.shape[:2], len(files))
+        self.dtype = np.result_type(*(part.dtype for part in self._parts))
+        self.divisible = all(part.divisible for part in self._parts)
+        self.lossy = next((part.lossy for part in self._parts if part.lossy), "")
+        self.no_data = math.nan if self.dtype.kind == "f" else first.no_data
+        self.notes = tuple(dict.fromkeys(note for part in self._parts for note in part.notes))
+
+    def _check_parts(self) -> None:
+        """Refuse files that are no channels of one image."""
+        first = self._parts[0]
+        for part in self._parts:
+            if part.shape[2] != 1:
+                raise InputError(f"expected one channel in {part.path}, found {part.shape[2]}; check the suffixes")
+            if (part.shape, part.orientation) != (first.shape, first.orientation):
+                sizes = [" x ".join(map(str, each.shape[:2])) for each in (first, part)]
+                raise InputError(
+                    f"expected channels of one size and orientation, {first.path} is {sizes[0]}, {part.path} is "
+                    f"{sizes[1]}; bring them to one grid"
+                )
+        values = {part.no_data for part in self._parts}
+        if len(values) > 1 and all(part.dtype.kind != "f" for part in self._parts):
+            shown = ", ".join(
+                f"{'none' if part.no_data is None else part.no_data} in {part.path}" for part in self._parts
+            )
+            raise InputError(
+                f"expected channels that agree on the value of pixels without data, found {shown}; declare it in all "
+                "files, or set --image_no_data"
+            )
+
+    @property
+    def pixel_size(self) -> "Optional[PixelSize]":
+        """How large the pixels are, as stored; None if the first file does not declare a length."""
+        return self._parts[0].pixel_size
+
+    def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Yield windows of the image in the order of a plan, as `ImageFile.windows` does."""
+        for channels in zip(*(part.windows(plan) for part in self._parts)):
+            window = np.empty((*channels[0].shape[:2], len(channels)), self.dtype)
+            for index, (part, channel) in enumerate(zip(self._parts, channels)):
+                window[..., index] = channel[..., 0]
+                if part.no_data is not None and part.dtype.kind != "f" and self.dtype.kind == "f":
+                    window[..., index][channel[..., 0] == part.no_data] = math.nan
+            yield window
+
+    def select_channels(self, channels: Sequence[int]) -> None:
+        """Have the image consist of some of the files, counted from 0."""
+        if max(channels) >= self.shape[2]:
+            raise InputError(f"expected at least {max(channels) + 1} channels of {self.path}, found {self.shape[2]}")
+        self._parts = [self._parts[channel] for channel in channels]
+        self.shape = (*self.shape[:2], len(channels))
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
+        for part in self._opened:
+            part.close()
 
 
 def fitting(value: float, dtype: np.dtype) -> Optional[float]:

@@ -78,18 +78,22 @@ from image_files import (
     ChannelStatistics,
     Folder,
     ImageFile,
+    Source,
     Window,
+    by_stem,
     clipped,
     composed,
     displayable,
     guess_suffix,
     image_format,
+    list_channels,
     list_images,
     list_masks,
     listed_stems,
     mask_fault,
     normalize,
     reflect_to,
+    suffix_list,
     without_data,
 )
 from lmdb_utils import (
@@ -171,6 +175,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
     text = (
+        "for images of which each channel is a file of its own: what its name adds to that of the image, in the order "
+        "of the channels; if not given, as the training databases were built; none if each image is one file"
+    )
+    parser.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffixes_or_none, help=text)
+    text = (
         "whether to segment the images in all folders below IMAGE_FOLDER as well, into folders of the same names, and "
         "to call them by their paths in it in lists, logs and tables [0 = false, 1 = true]"
     )
@@ -245,6 +254,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 class_id = whole_number(0, 2**16 - 1)
 
 
+def suffixes_or_none(text: str) -> list[str]:
+    """Return suffixes, no ones for ``none``; the ``type`` of a command-line option."""
+    return [] if text == "none" else suffix_list(text)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the script; return its exit code."""
     return run_script(build_parser, run, argv)
@@ -253,12 +267,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Segment all images; a bad one is reported and does not keep the others from being segmented."""
     log_settings(args)
-    images = list_images(image_folder(args), args.image_format)
-    if args.image_list is not None:
-        listed = listed_stems(args.image_list, "--image_list", images, image_folder(args))
-        images = [path for path in images if image_folder(args).stem(path) in listed]
-        if not images:
-            raise InputError(f"expected names of images in --image_list {args.image_list}, found none")
+    images = find_images(args)
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
     truths = find_truths(images, args)
@@ -270,31 +279,22 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             "" if args.shard else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 does all",
         )  # fmt: skip
     prepare_output_folder(args.output_folder)
-    models = [load_model(filepath) for filepath in args.saved_model_filepath]
-    model = combine(models, args.saved_model_filepath)
-    descriptions = [f"model {filepath}: {each}" for each, filepath in zip(models, args.saved_model_filepath)]
-    for description in descriptions:
-        logging.info("%s", description)
-    if args.flips:
-        descriptions.append("mean over the four mirror images of each image")
-        model = dataclasses.replace(model, views=MIRROR_IMAGES)
-    no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
-    model = dataclasses.replace(model, image_no_data=no_data, no_data_class=args.no_data_class)
+    model, descriptions = load_models(args)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
-    waiting = [path for path in images if args.overwrite or not targets[path].exist()]
+    waiting = [image for image in images if args.overwrite or not targets[image].exist()]
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed, others = [], 0
     with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
-        for number, path in enumerate(waiting, 1):
+        for number, image in enumerate(waiting, 1):
             try:
-                with own_work(targets[path], claims, bool(args.overwrite)) as is_mine:
+                with own_work(targets[image], claims, bool(args.overwrite)) as is_mine:
                     if is_mine:
-                        about = segment_file(path, targets[path], model, sizer, truths.get(path))
+                        about = segment_file(image, targets[image], model, sizer, truths.get(image))
                         logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
-                failed.append(targets[path].image_name)
+                failed.append(image.name)
                 logging.error("%s", error)
         if any(wanted):
             failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model)
@@ -307,6 +307,35 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
+
+
+def find_images(args: argparse.Namespace) -> list[Source]:
+    """Return the images, those of --image_list if there is one, sorted by name."""
+    others = [folder for folder in (args.output_folder, args.mask_folder) if folder is not None]
+    folder, suffixes = Folder(args.image_folder, bool(args.recursive), others), args.channel_suffixes
+    if suffixes is None:
+        model = args.saved_model_filepath[0]
+        suffixes = read_model_metadata(model, model / MODEL_METADATA_FILE).get("channel_suffixes")
+    images = list_complete_images(folder, suffixes) if suffixes else list_images(folder, args.image_format)
+    if args.image_list is not None:
+        listed = listed_stems(args.image_list, "--image_list", images, args.image_folder)
+        images = [image for image in images if image.stem in listed]
+        if not images:
+            raise InputError(f"expected names of images in --image_list {args.image_list}, found none")
+    return images
+
+
+def list_complete_images(folder: Folder, suffixes: Sequence[str]) -> list[Source]:
+    """Return the images of which each channel is a file; refuse the folder if one lacks a channel."""
+    try:
+        images, faults = list_channels(folder, suffixes)
+    except InputError as error:
+        raise InputError(f"{error}, or set --channel_suffixes none if each image is one file") from None
+    if faults:
+        shown = "; ".join(fault for _, fault in faults[:SHOWN_IMAGES])
+        more = f"; and {len(faults) - SHOWN_IMAGES} more" if len(faults) > SHOWN_IMAGES else ""
+        raise InputError(f"{shown}{more}; complete the images, or move their files away")
+    return images
 
 
 @contextlib.contextmanager
@@ -373,6 +402,7 @@ class Model:
     size_factor: int  # heights, widths and tile origins are multiples of it
     features: int = PAPER_FEATURES  # of the top level; most of the memory that the network needs is proportional to it
     source_channels: Optional[Sequence[int]] = None  # of the training images that were used, if not all of them
+    channel_suffixes: Optional[list[str]] = None  # of the files of the channels, if each was a file of its own
     deviation_floor: Sequence[float] = (1.0,)  # least deviation by which each channel (or any) is divided
     value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
     image_dtype: Optional[str] = None  # of the training images
@@ -416,6 +446,26 @@ class Model:
         return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
 
 
+def load_models(args: argparse.Namespace) -> tuple[Model, list[str]]:
+    """Return the model or models as one, changed as the options say, and what there is to say about them in lines."""
+    models = [load_model(filepath) for filepath in args.saved_model_filepath]
+    model = combine(models, args.saved_model_filepath)
+    descriptions = [f"model {filepath}: {each}" for each, filepath in zip(models, args.saved_model_filepath)]
+    for description in descriptions:
+        logging.info("%s", description)
+    given, trained = args.channel_suffixes, model.channel_suffixes
+    if given and trained and given != trained and set(given) == set(trained):
+        raise InputError(
+            f"expected --channel_suffixes {','.join(trained)}, the order that the model was trained with, got "
+            f"{','.join(given)}; leave the option out"
+        )
+    if args.flips:
+        descriptions.append("mean over the four mirror images of each image")
+        model = dataclasses.replace(model, views=MIRROR_IMAGES)
+    no_data = model.image_no_data if args.image_no_data is None else args.image_no_data
+    return dataclasses.replace(model, image_no_data=no_data, no_data_class=args.no_data_class), descriptions
+
+
 def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
     """Return a model that averages the softmax of several, which must take and give the same.
 
@@ -423,7 +473,7 @@ def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
     """
     first = models[0]
     for model, filepath in zip(models, filepaths):
-        for name in ("channels", "number_classes", "source_channels", "label_map", "image_no_data"):
+        for name in ("channels", "number_classes", "source_channels", "channel_suffixes", "label_map", "image_no_data"):
             expected, found = getattr(first, name), getattr(model, name)
             if expected != found:
                 raise InputError(
@@ -493,6 +543,7 @@ def load_model_once(folder: Path) -> Model:
         metadata.get("size_factor", SIZE_FACTOR),
         metadata.get("baseline_feature_depth", PAPER_FEATURES),
         metadata.get("source_channels"),
+        metadata.get("channel_suffixes"),
         metadata.get("deviation_floor", (1.0,)),
         metadata.get("value_range"),
         metadata.get("image_dtype"),
@@ -521,6 +572,7 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
         "size_factor": lambda value: whole(SIZE_FACTOR, LARGEST_RADIUS)(value) and value % SIZE_FACTOR == 0,
         "baseline_feature_depth": whole(1, 2**16),
         "source_channels": optional(list_of(whole(0, 2**16))),
+        "channel_suffixes": optional(list_of(any_text)),
         "deviation_floor": list_of(real(np.finfo(np.float32).tiny)),
         "value_range": optional(list_of(list_of(real(), 2))),
         "image_dtype": optional(any_text),
@@ -750,9 +802,9 @@ class Contents:
 
 
 @contextlib.contextmanager
-def open_image(path: Path, model: Model) -> Iterator[ImageFile]:
+def open_image(source: Source, model: Model) -> Iterator[ImageFile]:
     """Yield an image with the channels that the model takes."""
-    with ImageFile(path, channels=model.channels, no_data=model.image_no_data) as image:
+    with source.open(channels=model.channels, no_data=model.image_no_data) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
         check_image(image, model)
@@ -760,15 +812,15 @@ def open_image(path: Path, model: Model) -> Iterator[ImageFile]:
 
 
 def segment_file(
-    path: Path, targets: "Targets", model: Model, sizer: TileSizer, truth_path: Optional[Path] = None
+    source: Source, targets: "Targets", model: Model, sizer: TileSizer, truth_path: Optional[Path] = None
 ) -> str:
     """Segment an image file into files; return what there is to say about it."""
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
-        image = stack.enter_context(open_image(path, model))
+        image = stack.enter_context(open_image(source, model))
         truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
         for note in image.notes:
-            logging.info("%s: %s", path, note)
+            logging.info("%s: %s", source, note)
         statistics = ChannelStatistics.of_file(image)
         for line in differences_of_scale(image, statistics, model):
             logging.warning("%s", line)
@@ -782,7 +834,7 @@ def segment_file(
                 return f"{targets.mask_name}: {size}, {seconds:.1f} s, {contents}"
             except TileTooLarge as error:
                 if not sizer.shrink(batch_size * tile[0] * tile[1]):
-                    raise InputError(f"{path} needs more memory than there is, even in the smallest tiles") from error
+                    raise InputError(f"{source} needs more memory than there is, even in the smallest tiles") from error
                 logging.warning(
                     "out of memory with %d tiles of %d x %d at once: continuing with at most %d pixels",
                     batch_size, *tile, sizer.pixels,
@@ -978,7 +1030,7 @@ def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def find_truths(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, Path]:
+def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Source, Path]:
     """Return the true mask of each image that has one."""
     if args.mask_folder is None:
         if args.mask_suffix is not None:
@@ -986,24 +1038,23 @@ def find_truths(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, 
         return {}
     suffix = composed(args.mask_suffix or "")
     folder = Folder(args.mask_folder, bool(args.recursive), (args.image_folder, args.output_folder))
-    masks = folder.by_stem(list_masks(folder, None, suffix), suffix)
-    stem_of = image_folder(args).stem
+    masks = by_stem(list_masks(folder, None, suffix), suffix)
     truths, lone = {}, []
-    for path in images:
-        found = masks.get(stem_of(path), [])
+    for image in images:
+        found = [Path(mask.files[0]) for mask in masks.get(image.stem, [])]
         if len(found) > 1:
-            names = ", ".join(mask.name for mask in found)
-            raise InputError(f"expected one mask of {path.name} in {args.mask_folder}, found {names}; move one away")
-        if found and os.path.samefile(found[0], path):
-            raise InputError(f"{path} is its own mask; check --mask_folder and --mask_suffix")
-        truths.update({path: found[0]} if found else {})
-        lone += [] if found else [path]
+            names = ", ".join(path.name for path in found)
+            raise InputError(f"expected one mask of {image.name} in {args.mask_folder}, found {names}; move one away")
+        if found and any(os.path.samefile(found[0], file) for file in image.files):
+            raise InputError(f"{image} is its own mask; check --mask_folder and --mask_suffix")
+        truths.update({image: found[0]} if found else {})
+        lone += [] if found else [image]
     if not truths:
-        advice = guess_suffix([stem_of(path) for path in lone], sorted(masks))
+        advice = guess_suffix([image.stem for image in lone], sorted(masks))
         found_none = f"expected masks in {args.mask_folder} with the names of the images, found none"
         raise InputError(f"{found_none}{advice or '; check the folder'}")
     if lone:
-        shown = ", ".join(path.name for path in lone[:SHOWN_IMAGES]) + ", ..." * (len(lone) > SHOWN_IMAGES)
+        shown = ", ".join(image.name for image in lone[:SHOWN_IMAGES]) + ", ..." * (len(lone) > SHOWN_IMAGES)
         logging.warning("%d images have no mask in %s and no scores: %s", len(lone), args.mask_folder, shown)
     return truths
 
@@ -1092,20 +1143,20 @@ def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional
 
 
 def measure_masks(
-    images: Sequence[Path], targets: Mapping[Path, "Targets"], truths: Mapping[Path, Path], model: Model
+    images: Sequence[Source], targets: Mapping[Source, "Targets"], truths: Mapping[Source, Path], model: Model
 ) -> list[str]:
     """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
     failed = []
-    for path in images:
+    for image in images:
         try:
-            measure_mask(path, targets[path], truths.get(path), model)
+            measure_mask(image, targets[image], truths.get(image), model)
         except InputError as error:
-            failed.append(targets[path].image_name)
+            failed.append(image.name)
             logging.error("%s", error)
     return failed
 
 
-def measure_mask(path: Path, targets: "Targets", truth_path: Optional[Path], model: Model) -> None:
+def measure_mask(source: Source, targets: "Targets", truth_path: Optional[Path], model: Model) -> None:
     """Write the figures of a mask that exists, and its thumbnail, unless they are there."""
     found = None
     with contextlib.suppress(InputError, OSError):
@@ -1114,13 +1165,13 @@ def measure_mask(path: Path, targets: "Targets", truth_path: Optional[Path], mod
     if found is not None and truth_path is None and not is_drawn:
         return
     with contextlib.ExitStack() as stack:
-        image = stack.enter_context(open_image(path, model))
+        image = stack.enter_context(open_image(source, model))
         truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
         if found is not None and (truth is None or found.truth == truth.identity) and not is_drawn:
             return
         mask = stack.enter_context(ImageFile(targets.mask, as_mask=True))
         if mask.shape != (*image.shape[:2], 1):
-            raise InputError(f"{targets.mask} is no mask of {path}, whose size differs; --overwrite 1 replaces it")
+            raise InputError(f"{targets.mask} is no mask of {source}, whose size differs; --overwrite 1 replaces it")
         measurement = Measurement(model.number_classes, image.shape[1])
         drawing = Drawing(image, model, THUMBNAIL_PIXELS) if is_drawn else None
         for block in blocks_of_mask(mask, image, truth, model, is_drawn):
@@ -1163,7 +1214,7 @@ def blocks_of_mask(
 # ---------------------------------------------------------------------------------------------- results on disk
 
 
-def plan_targets(images: Sequence[Path], args: argparse.Namespace) -> dict[Path, "Targets"]:
+def plan_targets(images: Sequence[Source], args: argparse.Namespace) -> dict[Source, "Targets"]:
     """Return the files that each image becomes.
 
     Raises
@@ -1171,9 +1222,9 @@ def plan_targets(images: Sequence[Path], args: argparse.Namespace) -> dict[Path,
     InputError
         If one of them would replace an image, or two images would become the same file.
     """
-    targets = {path: Targets.of(image_folder(args).name(path), args) for path in images}
-    originals = {os.path.realpath(path): path for path in images}
-    sources: dict[str, Path] = {}
+    targets = {image: Targets.of(image.name, args) for image in images}
+    originals = {os.path.realpath(file): file for image in images for file in image.files}
+    sources: dict[str, Source] = {}
     for image, files in targets.items():
         for path in files.results:
             place = os.path.join(os.path.realpath(path.parent), path.name)
@@ -1196,12 +1247,6 @@ def prepare_output_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot create --output_folder {folder}: {cause_of(error)}") from error
-
-
-def image_folder(args: argparse.Namespace) -> Folder:
-    """Return where the images are."""
-    others = [folder for folder in (args.output_folder, args.mask_folder) if folder is not None]
-    return Folder(args.image_folder, bool(args.recursive), others)
 
 
 def folders_with_results(targets: Iterable["Targets"]) -> list[str]:

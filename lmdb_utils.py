@@ -397,6 +397,7 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
         "label_map": optional(any_text),
         "image_no_data": optional(real()),
         "channels": optional(list_of(whole(0), channels)),
+        "channel_suffixes": optional(list_of(any_text)),
         "left_out": whole(0),
         "value_range": list_of(list_of(real(), 2), channels),
         "missing_shares": list_of(real(0), channels),

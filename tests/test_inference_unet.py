@@ -23,7 +23,7 @@ from skimage import transform
 
 import inference_unet
 from cli import InputError, printable
-from image_files import ChannelStatistics, ImageFile, normalize, read_image
+from image_files import ChannelStatistics, ImageFile, Source, normalize, read_image
 from inference_unet import TileSizer, TileTooLarge
 from lmdb_utils import RADIUS, SIZE_FACTOR
 from unet_model import BatchNormalization, build_unet, export_saved_model
@@ -70,7 +70,8 @@ def infer(model, images, masks, *arguments):
 
 
 def segment(image, mask, model, sizer):
-    inference_unet.segment_file(image, inference_unet.Targets(mask.parent, mask.name), model, sizer)
+    source = Source(image.name, (str(image),))
+    inference_unet.segment_file(source, inference_unet.Targets(mask.parent, mask.name), model, sizer)
 
 
 def write_images(folder, count=3, shape=(64, 64, 1), suffix="tif"):
