@@ -67,7 +67,7 @@ caption { text-align: left; padding: 0.3rem 0; white-space: nowrap; }
 th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: right; font-variant-numeric: tabular-nums; }
 th { background: var(--soft); font-weight: 600; }
 td:not([data-key]):not(.share) { text-align: left; }
-td[data-key=""] { text-align: left; }
+td:not([data-key]) { max-width: 50rem; overflow-wrap: anywhere; }
 th button { all: unset; cursor: pointer; white-space: nowrap; }
 th button::after { content: " \\2195"; opacity: 0.4; }
 th button:focus-visible { outline: 2px solid; }
@@ -645,7 +645,8 @@ def page_of_training(folder: Path, state: "RunState", test: dict[str, Any]) -> s
         scores_in_html(test["confusion"]),
         confusion_in_html(test["confusion"]),
     ]
-    for name, title in (("predictions", "Test images: image, truth, prediction"), ("curves", "Curves")):
+    titles = {"predictions": "Test images: image, truth (gray: not counted here), prediction", "curves": "Curves"}
+    for name, title in titles.items():
         parts += [f"<h2>{title}</h2>", picture_in_html((folder / f"{name}.png").read_bytes(), "png", title)]
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     cells = ([cell(html.escape(name)), cell(html.escape(json.dumps(value)))] for name, value in settings.items())
