@@ -83,6 +83,7 @@ from image_files import (
     list_masks,
     listed_stems,
     mask_fault,
+    paired_planes,
     reflect_to,
     suffix_list,
     without_data,
@@ -141,6 +142,7 @@ class ProblemKind(enum.Enum):
     BAD_PIXELS = "images with infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
+    BAD_STACK = "stacks that do not fit together"
     BAD_CHANNELS = "images without one file for each channel"
     RESERVED = "masks with the value that stands for ignored pixels"
 
@@ -149,7 +151,7 @@ class Pair(NamedTuple):
     """An image and the mask file that belongs to it."""
 
     image: Source
-    mask: str
+    mask: Source
 
 
 class Problem(NamedTuple):
@@ -221,6 +223,11 @@ def add_content_options(group: Any) -> None:
         "their names, in lists and for --split_by, are then their paths in it [0 = False, 1 = True]"
     )
     add_flag(group, "--recursive", 0, text)
+    text = (
+        "planes takes each plane of a TIFF with several (Z, T, OME's images, or pages) as an image, with the same "
+        "plane of its mask; all planes of a file are on one side of the split"
+    )
+    group.add_argument("--stack", choices=("planes",), help=text)
     text = "seed of the split into train and test, which is by image, never by tile"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = (
@@ -376,7 +383,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
         previews = [target.with_suffix(".png") for target in targets]
-        inputs = itertools.chain.from_iterable((*pair.image.files, pair.mask) for pair in pairs)
+        inputs = itertools.chain.from_iterable((*pair.image.files, *pair.mask.files) for pair in pairs)
         check_previews(previews, inputs, "an image or mask; choose another --output_folder")
     with Workers(args.num_workers or sensible_workers(pairs)) as workers:
         specs, measured, unusable = survey(workers, pairs, options)
@@ -426,7 +433,7 @@ def sensible_workers(pairs: Sequence[Pair]) -> int:
     cores, nbytes = len(os.sched_getaffinity(0)), 0
     for pair in pairs:
         with contextlib.suppress(OSError):  # a link to nowhere, which is reported when it is read
-            nbytes += pair.image.nbytes + os.path.getsize(pair.mask)
+            nbytes += pair.image.nbytes + pair.mask.nbytes
         if nbytes >= (cores - 1) * WORKER_BYTES:  # it takes long to ask about all of many files
             return cores
     return 1 + nbytes // WORKER_BYTES
@@ -484,7 +491,9 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
     """Write the names of images, one per line, as --test_list and --image_list of inference take them."""
     with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(os.fsencode(pair.image.name) + b"\n" for pair in pairs))
+        temporary.write_bytes(
+            b"".join(os.fsencode(name) + b"\n" for name in dict.fromkeys(pair.image.name for pair in pairs))
+        )
 
 
 # ---------------------------------------------------------------------------------------------- pairing and splitting
@@ -529,7 +538,16 @@ def find_pairs(args: argparse.Namespace, images: Sequence[Source]) -> tuple[list
         problems += [Problem(kind, name, name, advice) for name in names]
     both = sorted(by_image.keys() & by_mask.keys())
     one_of_each = [stem for stem in both if len(by_image[stem] + by_mask[stem]) == 2]
-    return [Pair(by_image[stem][0], by_mask[stem][0].files[0]) for stem in one_of_each], problems
+    pairs = [Pair(by_image[stem][0], by_mask[stem][0]) for stem in one_of_each]
+    if args.stack is None:
+        return pairs, problems
+    planes: list[Pair] = []
+    for pair in pairs:
+        try:
+            planes += [Pair(*both) for both in paired_planes(*pair)]
+        except InputError as error:
+            problems.append(Problem(ProblemKind.BAD_STACK, str(pair.image), str(error)))
+    return planes, problems
 
 
 def split_pairs(
@@ -720,7 +738,7 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
 @contextlib.contextmanager
 def open_pair(pair: Pair, options: Options) -> Iterator[tuple[ImageFile, ImageFile]]:
     """Yield both files, opened; the size of the mask tells where the channels of the image are."""
-    with ImageFile(pair.mask, as_mask=True) as mask:
+    with pair.mask.open(as_mask=True) as mask:
         with pair.image.open(size=mask.shape[:2], no_data=options.image_no_data) as image:
             yield image, mask
 
@@ -996,7 +1014,7 @@ class Build:
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
-            for job in encode_jobs(Pair(Source("", ("",)), ""), spec, self._options)
+            for job in encode_jobs(Pair(Source("", ("",)), Source("", ("",))), spec, self._options)
         )
         self._unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, self._unit), 0
@@ -1028,7 +1046,7 @@ class Build:
                     if record.class_counts.keys() == {self.ignored_id}:
                         uncounted += 1
                     else:
-                        writer.append(record, job.pair.image.name)
+                        writer.append(record, job.pair.image.label)
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics, self._specs[job.pair])
                     last_pair = job.pair

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, Optional
 from xml.etree import ElementTree
@@ -47,6 +48,8 @@ UNIT_NAMES = {  # what programs call them, with either of the letters mu
     **dict.fromkeys(("pixel", "pixels", "px"), ""),
 }
 PROJECTED_MODEL, LINEAR_UNITS = 1, {9001: "m", 9002: "ft", 9003: "US survey ft"}  # codes of GeoTIFF
+UNNAMED_AXES, SCENE_AXIS = "iq", "s"  # tifffile's letters of pages whose axis has no name; and that of OME's images
+STACK_AXES = "zt" + UNNAMED_AXES
 NO_DATA_TAG = 42113  # GDAL's, of a TIFF: the value of pixels without data, as text
 ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
 ORIENTATIONS = [
@@ -95,19 +98,33 @@ def image_format(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
 
 
-class Source(NamedTuple):
-    """Where an image is: its name in its folder, and its file, or one file for each channel in their order."""
+Place = tuple[tuple[str, int], ...]  # of a plane in a stack: the letter of each axis, such as z, and the place along it
 
-    name: str  # with a slash between the parts of a path
+
+class Source(NamedTuple):
+    """Where an image is: its name in its folder, its file or one file for each channel, and its plane in a stack."""
+
+    name: str  # of the file, with a slash between the parts of a path
     files: tuple[str, ...]
+    plane: Place = ()
 
     def __str__(self) -> str:
         """Return what messages call it."""
-        return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "") + self.place
+
+    @property
+    def place(self) -> str:
+        """The plane in words, such as ``#z3t1``; nothing for an image that is no stack."""
+        return "#" * bool(self.plane) + "".join(f"{axis}{index}" for axis, index in self.plane)
+
+    @property
+    def label(self) -> str:
+        """The name, with the plane."""
+        return self.name + self.place
 
     @property
     def stem(self) -> str:
-        """The name without extension, with one character for each accented letter."""
+        """The name of the file without extension, with one character for each accented letter."""
         return composed(os.path.splitext(self.name)[0])
 
     @property
@@ -120,11 +137,26 @@ class Source(NamedTuple):
         size: Optional[tuple[int, int]] = None,
         channels: Optional[int] = None,
         no_data: Optional[float] = None,
+        as_mask: bool = False,
     ) -> "ImageFile":
         """Return the opened image; parameters and errors are those of `ImageFile`."""
         if len(self.files) > 1:
-            return ChannelFiles(self.files, size, no_data)
-        return ImageFile(self.files[0], size, channels, no_data=no_data)
+            return ChannelFiles(self.files, size, no_data, self.plane)
+        return ImageFile(self.files[0], size, channels, as_mask, no_data, self.plane)
+
+    def planes(self) -> "list[Source]":
+        """Return the planes of a stack in the order of the file, or the image itself if it is none.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be read, has axes that are not those of a stack, or the channels' files differ in them.
+        """
+        found = [StackLayout.of(file).planes for file in self.files]
+        for file, planes in zip(self.files, found):
+            if planes != found[0]:
+                raise InputError(f"expected the same planes in {self.files[0]} and {file}, found others")
+        return [self._replace(plane=plane) for plane in found[0]]
 
 
 class Folder(NamedTuple):
@@ -357,6 +389,8 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Whether the pixels are class ids: those of a palette are its indices then, not its colors.
     no_data : float, optional
         Value of pixels without data, besides NaN and what the file itself declares.
+    plane : Place
+        Which plane of a stack.
 
     Attributes
     ----------
@@ -392,8 +426,9 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         channels: Optional[int] = None,
         as_mask: bool = False,
         no_data: Optional[float] = None,
+        plane: Place = (),
     ) -> None:
-        self.path = Path(filepath)
+        self.path, self._plane = Path(filepath), plane
         self.lossy, self.orientation = "", Orientation()
         self._declared_no_data: Optional[float] = None  # in the file's own terms
         self.notes: tuple[str, ...] = ()
@@ -572,7 +607,10 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
 
         # Other files that this one names are not its pixels: a file is an image.
         self._open_file = tifffile.TiffFile(self.path, _multifile=False, is_mmstack=False, is_ndtiff=False)
-        series, self.notes = _full_resolution_series(self._open_file)
+        if self._plane:
+            series: Any = _Plane.find(self._open_file, self._plane)
+        else:
+            series, self.notes = _full_resolution_series(self._open_file)
         page = self._keyframe = series.keyframe
         _check_tags(page)
         if LOSSY_COMPRESSION.search(name_of(page.compression)):
@@ -618,12 +656,16 @@ class ChannelFiles(ImageFile):
     """
 
     def __init__(
-        self, files: Sequence[PathLike], size: Optional[tuple[int, int]] = None, no_data: Optional[float] = None
+        self,
+        files: Sequence[PathLike],
+        size: Optional[tuple[int, int]] = None,
+        no_data: Optional[float] = None,
+        plane: Place = (),
     ) -> None:
         self._opened: list[ImageFile] = []
         try:
             for file in files:
-                self._opened.append(ImageFile(file, size, 1, no_data=no_data))
+                self._opened.append(ImageFile(file, size, 1, no_data=no_data, plane=plane))
             self._parts = list(self._opened)
             self._check_parts()
         except BaseException:
@@ -737,8 +779,8 @@ class AxisLayout(NamedTuple):
             if axes == "IYX":
                 found = f"found {squeezed[0]} pages without axes"
             raise InputError(
-                f"expected a 2-D image with channels in {path}, {found} of shape {squeezed}; save each plane as a file "
-                "of its own, or channels with the axes CYX"
+                f"expected a 2-D image with channels in {path}, {found} of shape {squeezed}; set --stack planes, or "
+                "save channels with the axes CYX"
             )
         channel_axis = next((axis for axis in range(3) if axes[axis] in "SC"), None)
         if channel_axis is None and size is not None:
@@ -831,13 +873,14 @@ class _ContiguousTiff:
     def __init__(self, path: Path, series: Any, layout: AxisLayout) -> None:
         self._path, self._offset, self._layout = path, series.dataoffset, layout
         self._file_dtype = np.dtype(series.keyframe.parent.byteorder + series.dtype.char)
-        self._file_shape = series.shape
+        of_stack: tuple[tuple[int, ...], tuple[Any, ...]] = getattr(series, "of_stack", (series.shape, ()))
+        self._file_shape, self._index = of_stack
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
         self._map()  # raises where the file is too short
 
     def _map(self) -> np.ndarray:
         memory = np.memmap(self._path, self._file_dtype, "r", self._offset, self._file_shape)
-        return self._layout.channels_last(memory)
+        return self._layout.channels_last(memory[self._index])
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
         # Mapped anew for each window: the pages of a lasting map would count as our memory.
@@ -938,6 +981,134 @@ class _SegmentedTiff:
         if pixels is None:  # left out of the file
             pixels = np.broadcast_to(self.dtype.type(self._keyframe.nodata), shape)
         return DecodedSegment(pixels[0], row, column, number + sample)
+
+
+class _Plane:
+    """A plane of a TIFF's series as if it were a series of its own: what is asked of it here.
+
+    Attributes
+    ----------
+    of_stack : (tuple, tuple)
+        The shape of all planes together, and the index of this one among them.
+    """
+
+    def __init__(self, series: Any, places: Mapping[str, int]) -> None:
+        index = tuple(places.get(axis.lower(), slice(None)) for axis in series.axes)
+        kept = [axis for axis, place in enumerate(index) if isinstance(place, slice)]
+        self.axes = "".join(series.axes[axis] for axis in kept)
+        self.shape = tuple(series.shape[axis] for axis in kept)
+        self.keyframe, self.dtype, self.dataoffset = series.keyframe, series.dtype, series.dataoffset
+        self.of_stack = series.shape, index
+        if series.dataoffset is None:
+            leading = [math.prod(series.shape[:axis]) for axis in range(len(series.shape))].index(len(series.pages))
+            numbers = np.arange(len(series.pages)).reshape(series.shape[:leading])
+            self.pages = [series.pages[int(number)] for number in numbers[index[:leading]].ravel()]
+        else:
+            self.pages = [series.keyframe]
+
+    @classmethod
+    def find(cls, file: Any, plane: Place) -> "_Plane":
+        """Return a plane of a file of which `StackLayout` gave the place."""
+        places = dict(plane)
+        return cls(_scenes(file)[places.pop(SCENE_AXIS, 0)], places)
+
+    def asarray(self) -> np.ndarray:
+        """Return the pixels."""
+        return np.stack([page.asarray() for page in self.pages]).reshape(self.shape)
+
+
+def _scenes(file: Any) -> list[Any]:
+    """Return the series of a TIFF that are images of their own: those of OME metadata, otherwise the largest."""
+    series = [each for each in file.series if not each.keyframe.subfiletype & (REDUCED_IMAGE | TRANSPARENCY_MASK)]
+    return series if file.is_ome and len(series) > 1 else [_full_resolution_series(file)[0]]
+
+
+class StackLayout(NamedTuple):
+    """The axes of a TIFF's planes: of each image in it the letters and lengths, slowest first; and their sizes."""
+
+    scenes: list[list[tuple[str, int]]]
+    sizes: dict[str, Any]  # of pixels and steps, by the names of OME
+
+    @property
+    def is_named(self) -> bool:
+        """Whether all axes have a name."""
+        return not any(axis in UNNAMED_AXES for scene in self.scenes for axis, _ in scene)
+
+    @property
+    def planes(self) -> list[Place]:
+        """The places of all planes in their order; one without axes if it is no stack."""
+        planes: list[Place] = []
+        for number, scene in enumerate(self.scenes):
+            letters, start = [axis for axis, _ in scene], [(SCENE_AXIS, number)] * (len(self.scenes) > 1)
+            for places in itertools.product(*(range(length) for _, length in scene)):
+                planes.append((*start, *zip(letters, places)))
+        return planes
+
+    @classmethod
+    def of(cls, path: PathLike) -> "StackLayout":
+        """Read the layout of a file.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be read, or has axes that are not those of a stack.
+        """
+        import tifffile
+
+        try:
+            with open(path, "rb") as opened:
+                if opened.read(4) not in TIFF_SIGNATURES:
+                    return cls([[]], {})
+            with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as file:
+                found, sizes = [(each.axes, each.shape) for each in _scenes(file)], _sizes_of_stack(file)
+        except Exception as error:  # whatever comes of a damaged file
+            raise InputError(f"cannot read {path}: {error or type(error).__name__}; is it damaged?") from error
+        scenes = []
+        for axes, shape in found:
+            scenes.append(
+                [(axis.lower(), length) for axis, length in zip(axes, shape) if axis not in "YXSC" and length > 1]
+            )
+            letters = {axis for axis, _ in scenes[-1]}
+            if len(letters) < len(scenes[-1]) or not letters <= set(STACK_AXES):
+                raise InputError(
+                    f"expected a stack with the axes {', '.join(STACK_AXES.upper())} in {path}, found {axes} of shape "
+                    f"{shape}; save it as OME-TIFF, or each plane as a file of its own"
+                )
+        return cls(scenes, sizes)
+
+
+def _sizes_of_stack(file: Any) -> dict[str, Any]:
+    """Return the sizes of pixels and the steps between planes that a TIFF declares, by the names of OME."""
+    if file.is_ome:
+        with contextlib.suppress(ElementTree.ParseError):
+            pixels = ElementTree.fromstring(file.ome_metadata).find(".//{*}Pixels")
+            described = {} if pixels is None else pixels.attrib
+            return {name: described[name] for name in described if re.match("PhysicalSize|TimeIncrement", name)}
+    size, imagej = _pixel_size(file, file.pages[0]), file.imagej_metadata or {}
+    if size is None:
+        return {}
+    sizes: dict[str, Any] = {"PhysicalSizeX": size.width, "PhysicalSizeY": size.height}
+    sizes.update({"PhysicalSizeZ": imagej["spacing"]} if "spacing" in imagej else {})
+    return {**sizes, **{f"{name}Unit": size.unit for name in sizes}}
+
+
+def paired_planes(image: Source, mask: Source) -> list[tuple[Source, Source]]:
+    """Return each plane of an image with that of its mask; a mask whose axes have no names follows the image's order.
+
+    Raises
+    ------
+    InputError
+        If they do not have the same planes.
+    """
+    planes, others = image.planes(), mask.planes()
+    by_place = {frozenset(each.plane): each for each in others}
+    if all(frozenset(each.plane) in by_place for each in planes) and len(planes) == len(others):
+        return [(each, by_place[frozenset(each.plane)]) for each in planes]
+    unnamed = all(axis in UNNAMED_AXES for axis, _ in others[0].plane)
+    if len(planes) != len(others) or not unnamed:
+        shown = [f"{len(each)} ({each[0].place} to {each[-1].place})" for each in (planes, others)]
+        raise InputError(f"expected the same planes in {image} and {mask}, found {shown[0]} and {shown[1]}")
+    return list(zip(planes, others))
 
 
 def _full_resolution_series(file: Any) -> tuple[Any, tuple[str, ...]]:

@@ -62,6 +62,7 @@ from cli import (
     read_json,
     real,
     real_number,
+    remove,
     replacing,
     run_script,
     slurm_number,
@@ -79,6 +80,7 @@ from image_files import (
     Folder,
     ImageFile,
     Source,
+    StackLayout,
     Window,
     by_stem,
     clipped,
@@ -92,6 +94,7 @@ from image_files import (
     listed_stems,
     mask_fault,
     normalize,
+    paired_planes,
     reflect_to,
     suffix_list,
     without_data,
@@ -127,6 +130,7 @@ SIZE_WITH_OVERVIEWS = 4 / 3  # of a file without
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
 SUBFOLDERS = ("probabilities", "overlays", FIGURES_FOLDER)  # of the output folder
+PLANES_FOLDER = "planes"  # of the output folder, until all planes of a stack are there
 OVERLAY_PIXELS, THUMBNAIL_PIXELS = 2048, 256  # edges that larger pictures are brought down to
 THUMBNAIL_QUALITY = 70  # of a JPEG
 
@@ -174,6 +178,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_folder", type=some_path, **required, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
+    text = (
+        "planes segments each plane of a TIFF with several (Z, T, OME's images, or pages); the masks become a stack of "
+        "the same planes"
+    )
+    parser.add_argument("--stack", choices=("planes",), help=text)
     text = (
         "for images of which each channel is a file of its own: what its name adds to that of the image, in the order "
         "of the channels; if not given, as the training databases were built; none if each image is one file"
@@ -294,8 +303,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
                         logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
-                failed.append(image.name)
+                failed.append(image.label)
                 logging.error("%s", error)
+        assemble_stacks(targets, claims)
         if any(wanted):
             failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model)
     if others:
@@ -322,7 +332,7 @@ def find_images(args: argparse.Namespace) -> list[Source]:
         images = [image for image in images if image.stem in listed]
         if not images:
             raise InputError(f"expected names of images in --image_list {args.image_list}, found none")
-    return images
+    return images if args.stack is None else [plane for image in images for plane in image.planes()]
 
 
 def list_complete_images(folder: Folder, suffixes: Sequence[str]) -> list[Source]:
@@ -812,13 +822,13 @@ def open_image(source: Source, model: Model) -> Iterator[ImageFile]:
 
 
 def segment_file(
-    source: Source, targets: "Targets", model: Model, sizer: TileSizer, truth_path: Optional[Path] = None
+    source: Source, targets: "Targets", model: Model, sizer: TileSizer, true_mask: Optional[Source] = None
 ) -> str:
     """Segment an image file into files; return what there is to say about it."""
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
-        truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
+        truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
         for note in image.notes:
             logging.info("%s: %s", source, note)
         statistics = ChannelStatistics.of_file(image)
@@ -1030,7 +1040,7 @@ def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Source, Path]:
+def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Source, Source]:
     """Return the true mask of each image that has one."""
     if args.mask_folder is None:
         if args.mask_suffix is not None:
@@ -1039,16 +1049,20 @@ def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Sour
     suffix = composed(args.mask_suffix or "")
     folder = Folder(args.mask_folder, bool(args.recursive), (args.image_folder, args.output_folder))
     masks = by_stem(list_masks(folder, None, suffix), suffix)
-    truths, lone = {}, []
-    for image in images:
-        found = [Path(mask.files[0]) for mask in masks.get(image.stem, [])]
+    truths: dict[Source, Source] = {}
+    lone = []
+    for name, planes in itertools.groupby(images, key=lambda image: image._replace(plane=())):
+        found = masks.get(name.stem, [])
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise InputError(f"expected one mask of {image.name} in {args.mask_folder}, found {names}; move one away")
-        if found and any(os.path.samefile(found[0], file) for file in image.files):
-            raise InputError(f"{image} is its own mask; check --mask_folder and --mask_suffix")
-        truths.update({image: found[0]} if found else {})
-        lone += [] if found else [image]
+            names = ", ".join(mask.name for mask in found)
+            raise InputError(f"expected one mask of {name.name} in {args.mask_folder}, found {names}; move one away")
+        if found and any(os.path.samefile(found[0].files[0], file) for file in name.files):
+            raise InputError(f"{name} is its own mask; check --mask_folder and --mask_suffix")
+        if found and args.stack is not None:
+            truths.update(paired_planes(name, found[0]))
+        else:
+            truths.update(dict.fromkeys(planes, found[0]) if found else {})
+        lone += [] if found else [name]
     if not truths:
         advice = guess_suffix([image.stem for image in lone], sorted(masks))
         found_none = f"expected masks in {args.mask_folder} with the names of the images, found none"
@@ -1064,8 +1078,8 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
 
     Parameters
     ----------
-    path : Path
-        The mask file.
+    source : Source
+        The true mask.
     image : ImageFile
         The image.
     model : Model
@@ -1077,14 +1091,14 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
         If the file is no mask of the image's size, or later if it contains classes that the model does not have.
     """
 
-    def __init__(self, path: Path, image: ImageFile, model: Model) -> None:
-        self._file, self._model = ImageFile(path, as_mask=True), model
-        status = os.stat(path)
-        self.identity = [printable(path.name), status.st_size, status.st_mtime_ns]
+    def __init__(self, source: Source, image: ImageFile, model: Model) -> None:
+        self._file, self._model = source.open(as_mask=True), model
+        status = os.stat(source.files[0])
+        self.identity = [printable(source.label), status.st_size, status.st_mtime_ns]
         fault = mask_fault(self._file)
         if not fault and self._file.shape[:2] != image.shape[:2]:
             sizes = [" x ".join(map(str, shape[:2])) for shape in (image.shape, self._file.shape)]
-            fault = f"{image.path} is {sizes[0]}, its mask {path} is {sizes[1]}; is the mask that of another image?"
+            fault = f"{image.path} is {sizes[0]}, its mask {source} is {sizes[1]}; is the mask that of another image?"
         if fault:
             self._file.close()
             raise InputError(fault)
@@ -1137,13 +1151,13 @@ def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional
         return
     measurement = Measurement(model.number_classes, image.shape[1])
     yield lambda block: measurement.add(*block[:2], block.classes, block.missing, block.softmax, block.truth)
-    figures = measurement.figures(targets.image_name, image.pixel_size, truth.identity if truth else None)
+    figures = measurement.figures(targets.source.label, image.pixel_size, truth.identity if truth else None)
     with atomic_output(targets.figures) as temporary:
         figures.write(temporary)
 
 
 def measure_masks(
-    images: Sequence[Source], targets: Mapping[Source, "Targets"], truths: Mapping[Source, Path], model: Model
+    images: Sequence[Source], targets: Mapping[Source, "Targets"], truths: Mapping[Source, Source], model: Model
 ) -> list[str]:
     """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
     failed = []
@@ -1151,25 +1165,25 @@ def measure_masks(
         try:
             measure_mask(image, targets[image], truths.get(image), model)
         except InputError as error:
-            failed.append(image.name)
+            failed.append(image.label)
             logging.error("%s", error)
     return failed
 
 
-def measure_mask(source: Source, targets: "Targets", truth_path: Optional[Path], model: Model) -> None:
+def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source], model: Model) -> None:
     """Write the figures of a mask that exists, and its thumbnail, unless they are there."""
     found = None
     with contextlib.suppress(InputError, OSError):
         found = Figures.read(targets.figures, model.number_classes)
     is_drawn = targets.is_drawn and not targets.thumbnail.is_file()
-    if found is not None and truth_path is None and not is_drawn:
+    if found is not None and true_mask is None and not is_drawn:
         return
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
-        truth = stack.enter_context(Truth(truth_path, image, model)) if truth_path else None
+        truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
         if found is not None and (truth is None or found.truth == truth.identity) and not is_drawn:
             return
-        mask = stack.enter_context(ImageFile(targets.mask, as_mask=True))
+        mask = stack.enter_context(targets.finished_mask().open(as_mask=True))
         if mask.shape != (*image.shape[:2], 1):
             raise InputError(f"{targets.mask} is no mask of {source}, whose size differs; --overwrite 1 replaces it")
         measurement = Measurement(model.number_classes, image.shape[1])
@@ -1180,7 +1194,7 @@ def measure_mask(source: Source, targets: "Targets", truth_path: Optional[Path],
                 drawing.add(block)
         if drawing is not None:
             drawing.save_thumbnail(targets.thumbnail)
-        figures = measurement.figures(targets.image_name, image.pixel_size, truth.identity if truth else None)
+        figures = measurement.figures(source.label, image.pixel_size, truth.identity if truth else None)
         with atomic_output(targets.figures) as temporary:  # the mask does not tell how probable it is
             figures._replace(probability=found and found.probability).write(temporary)
 
@@ -1222,18 +1236,18 @@ def plan_targets(images: Sequence[Source], args: argparse.Namespace) -> dict[Sou
     InputError
         If one of them would replace an image, or two images would become the same file.
     """
-    targets = {image: Targets.of(image.name, args) for image in images}
+    targets = {image: Targets.of(image, args) for image in images}
     originals = {os.path.realpath(file): file for image in images for file in image.files}
     sources: dict[str, Source] = {}
     for image, files in targets.items():
-        for path in files.results:
+        for path in {*files.results, files.complete_mask}:
             place = os.path.join(os.path.realpath(path.parent), path.name)
             if place in originals:
                 raise InputError(
                     f"{path} would replace the image {originals[place]}; choose another --output_folder than "
                     f"{args.output_folder}"
                 )
-            if sources.setdefault(place, image) != image:
+            if sources.setdefault(place, image)._replace(plane=()) != image._replace(plane=()):
                 raise InputError(
                     f"{sources[place]} and {image} would both become {path}; rename one of them, or put it into "
                     "another folder"
@@ -1251,16 +1265,21 @@ def prepare_output_folder(folder: Path) -> None:
 
 def folders_with_results(targets: Iterable["Targets"]) -> list[str]:
     """Return the names of all folders below the output folder that get files."""
-    parents = {os.path.dirname(each.mask_name) for each in targets}
-    return sorted({os.path.join(base, parent) for base in ("", *SUBFOLDERS) for parent in parents} - {""})
+    names = {(each.file_name, bool(each.source.plane)) for each in targets}
+    parents = {os.path.dirname(name) for name, _ in names}
+    planes = {os.path.join(PLANES_FOLDER, name) for name, is_stack in names if is_stack}
+    return sorted({os.path.join(base, parent) for base in ("", *SUBFOLDERS) for parent in parents} - {""} | planes)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The files that an image becomes: masks in the output folder, all others in folders below it."""
+    """The files that an image becomes: masks in the output folder, all others in folders below it.
+
+    Masks and probabilities of the planes of a stack are files of their own until all are there.
+    """
 
     folder: Path  # for all output
-    image_name: str  # in its folder
+    source: Source
     with_probabilities: bool = False
     with_overlay: bool = False
     with_overviews: bool = False
@@ -1268,34 +1287,60 @@ class Targets:
     is_drawn: bool = False  # thumbnails; masks that are there already can have both made later
 
     @classmethod
-    def of(cls, image_name: str, args: argparse.Namespace) -> "Targets":
+    def of(cls, source: Source, args: argparse.Namespace) -> "Targets":
         """Return the files for an image."""
         is_measured = bool(args.mask_folder or args.save_table or args.save_report)
         flags = map(bool, (args.save_probabilities, args.save_overlay, args.overviews, is_measured, args.save_report))
-        return cls(args.output_folder, image_name, *flags)
+        return cls(args.output_folder, source, *flags)
+
+    @property
+    def file_name(self) -> str:
+        """The name of the mask's file: the image's own, but png for JPEG, which would change class ids."""
+        stem, extension = os.path.splitext(self.source.name)
+        return self.source.name if extension.lower() in (".tif", ".tiff", ".png") else f"{stem}.png"
 
     @property
     def mask_name(self) -> str:
-        """The name of the mask: the image's own, but png for JPEG, which would change class ids."""
-        stem, extension = os.path.splitext(self.image_name)
-        return self.image_name if extension.lower() in (".tif", ".tiff", ".png") else f"{stem}.png"
+        """The name of the mask, with its plane."""
+        return self.file_name + self.source.place
+
+    @property
+    def complete_mask(self) -> Path:
+        """The mask, of all planes."""
+        return self.folder / self.file_name
 
     @property
     def mask(self) -> Path:
-        """The mask."""
-        return self.folder / self.mask_name
+        """The mask of this image, or of this plane as long as there is no other place for it."""
+        if not self.source.plane:
+            return self.complete_mask
+        return self.folder / PLANES_FOLDER / self.file_name / f"{self.source.place}.tif"
+
+    def finished_mask(self) -> Source:
+        """Return where the mask of an earlier run is."""
+        if self.mask.is_file():
+            return Source(self.mask_name, (os.fspath(self.mask),))
+        complete = Source(self.file_name, (os.fspath(self.complete_mask),))
+        return next(mask for image, mask in paired_planes(self.source, complete) if image == self.source)
+
+    @property
+    def complete_probabilities(self) -> Optional[Path]:
+        """The file for the softmax, of all planes; None if it is not asked for."""
+        file = self.folder / SUBFOLDERS[0] / self.file_name
+        return file.with_suffix(".tif") if self.with_probabilities else None
 
     @property
     def probabilities(self) -> Optional[Path]:
-        """The file for the softmax; None if it is not asked for."""
-        file = self.folder / SUBFOLDERS[0] / self.mask_name
-        return file.with_suffix(".tif") if self.with_probabilities else None
+        """The file for the softmax of this image or plane; None if it is not asked for."""
+        if not self.source.plane or not self.with_probabilities:
+            return self.complete_probabilities
+        return self.mask.with_name(f"{self.source.place}-probabilities.tif")
 
     @property
     def overlay(self) -> Optional[Path]:
         """The picture of the image with outlines; None if it is not asked for."""
-        file = self.folder / SUBFOLDERS[1] / self.mask_name
-        return file.with_suffix(".png") if self.with_overlay else None
+        stem = os.path.splitext(self.file_name)[0]
+        return self.folder / SUBFOLDERS[1] / f"{stem}{self.source.place}.png" if self.with_overlay else None
 
     @property
     def figures(self) -> Path:
@@ -1305,7 +1350,7 @@ class Targets:
     @property
     def thumbnail(self) -> Path:
         """The small picture for a page about all masks."""
-        return self.figures.with_suffix(".jpg")
+        return self.folder / FIGURES_FOLDER / f"{self.mask_name}.jpg"
 
     @property
     def results(self) -> list[Path]:
@@ -1313,8 +1358,11 @@ class Targets:
         return [path for path in (self.mask, self.probabilities, self.overlay) if path is not None]
 
     def exist(self) -> bool:
-        """Whether these are all there."""
-        return all(path.is_file() for path in self.results)
+        """Whether these are all there, be it in files of all planes."""
+        complete = [
+            path for path in (self.complete_mask, self.complete_probabilities, self.overlay) if path is not None
+        ]
+        return any(all(path.is_file() for path in files) for files in (self.results, complete))
 
     @contextlib.contextmanager
     def open(self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None) -> Iterator[list[Output]]:
@@ -1339,6 +1387,60 @@ class Targets:
             if self.is_drawn:
                 outputs.append(stack.enter_context(thumbnail(self.thumbnail, image, model)))
             yield outputs
+
+
+def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
+    """Make one file of the masks of each stack of which all planes are there."""
+    stacks: dict[Source, list[Targets]] = {}
+    for source, files in targets.items():
+        if source.plane:
+            stacks.setdefault(source._replace(plane=()), []).append(files)
+    for source, planes in stacks.items():
+        if not all(path.is_file() for files in planes for path in files.results):
+            continue
+        name = planes[0].file_name
+        if claims.claim(name):
+            try:
+                assemble_stack(source, planes)
+            finally:
+                claims.release(name)
+
+
+def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
+    """Make one file of masks, and one of probabilities, of the files of all planes, which are removed."""
+    first, layout = planes[0], StackLayout.of(source.files[0])
+    if first.complete_probabilities is not None:
+        with atomic_output(first.complete_probabilities) as temporary:
+            write_stack(temporary, layout, [files.probabilities for files in planes if files.probabilities], False)
+    with atomic_output(first.complete_mask) as temporary:
+        write_stack(temporary, layout, [files.mask for files in planes], layout.is_named)
+    logging.info("%s: %d planes in one file", first.file_name, len(planes))
+    with file_errors(first.mask.parent):
+        remove(first.mask.parent)
+
+
+def write_stack(path: Path, layout: StackLayout, parts: Sequence[Path], with_axes: bool) -> None:
+    """Write a TIFF of the planes of a stack, each of which is a file, as OME-TIFF if the axes are to be named."""
+    import tifffile
+
+    with ImageFile(parts[0]) as part:
+        placement = {name: value for name, value in part.placement.items() if name != "description"}
+    with tifffile.TiffFile(parts[0]) as file:
+        size, dtype = file.pages[0].shape, file.pages[0].dtype
+    files, is_large = iter(parts), sum(map(os.path.getsize, parts)) > BIGTIFF_FROM_BYTES
+    with tifffile.TiffWriter(path, ome=with_axes, bigtiff=is_large) as writer:
+        for scene in layout.scenes:
+            shape = [length for _, length in scene]
+            axes = "".join(axis.upper() for axis, _ in scene) + "YX"
+            writer.write(
+                itertools.chain.from_iterable(map(tiles_of, itertools.islice(files, math.prod(shape)))),
+                shape=(*shape, *size),
+                dtype=dtype,
+                planarconfig="contig" if len(size) == 3 else None,
+                metadata={"axes": axes, **layout.sizes} if with_axes else None,
+                **TIFF_LAYOUT,
+                **placement,
+            )
 
 
 @contextlib.contextmanager
@@ -1429,6 +1531,14 @@ def append_overviews(path: Path, paths: Sequence[Path]) -> None:
                 writer.write(
                     tiles, shape=page.shape, dtype=page.dtype, subfiletype=REDUCED_IMAGE, metadata=None, **TIFF_LAYOUT
                 )
+
+
+def tiles_of(path: Path) -> Iterator[bytes]:
+    """Yield the tiles of a TIFF of one page as they are in the file."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        yield from encoded_tiles(file)
 
 
 def encoded_tiles(file: Any) -> Iterator[bytes]:

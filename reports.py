@@ -511,7 +511,13 @@ def measured_masks(folder: Path) -> list[Path]:
     """Return the figures of the masks that are there."""
     figures = folder / FIGURES_FOLDER
     paths = sorted(figures.rglob("*.json"))
-    return [path for path in paths if (folder / path.relative_to(figures).with_suffix("")).is_file()]
+    names = [os.fspath(path.relative_to(figures).with_suffix("")) for path in paths]
+    # Those of a plane in a stack have its place behind the name of the file.
+    return [
+        path
+        for path, name in zip(paths, names)
+        if any(map(os.path.isfile, (folder / name, folder / name.rpartition("#")[0])))
+    ]
 
 
 def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -> None:
