@@ -597,7 +597,7 @@ def page_of_masks(
     parts.append(
         f"<p>Image and mask, in which outlines enclose regions of the classes.{ERROR_COLORS if scored else ''}</p>"
     )
-    shown = np.sort(np.argsort(-sum_of_pixels(found, number_classes), kind="stable")[:PAGE_CLASSES]).tolist()
+    shown = most_frequent(found, number_classes)
     if len(shown) < number_classes:
         parts.append(f"<p>Of {number_classes} classes the {len(shown)} with the most pixels.</p>")
     columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
@@ -615,9 +615,12 @@ def order_of_interest(figures: Figures) -> tuple[float, float]:
     return (math.inf if math.isnan(score) else score), probability
 
 
-def sum_of_pixels(found: Sequence[Figures], number_classes: int) -> np.ndarray:
-    """Return how many pixels of each class all images have."""
-    return np.sum([each.pixels for each in found], axis=0) if found else np.zeros(number_classes, np.int64)
+def most_frequent(found: Sequence[Figures], number_classes: int) -> list[int]:
+    """Return the classes that masks and truth have most of, as many as a page can show."""
+    pixels = np.zeros(number_classes, np.int64)
+    for each in found:
+        pixels += each.pixels if each.confusion is None else each.confusion.sum(0) + each.confusion.sum(1)
+    return sorted(np.argsort(-pixels, kind="stable")[:PAGE_CLASSES].tolist())
 
 
 def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored: bool) -> list[str]:
