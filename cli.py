@@ -331,7 +331,6 @@ def whole_number(low: int, high: int) -> NumberType[int]:
 
 positive_int = whole_number(1, 10**9)
 process_count = whole_number(1, MANY_PROCESSES)
-positive_float = number_type(float, lambda value: 0 < value < math.inf, "a number above 0, such as 3e-4")
 real_number = number_type(float, lambda value: not math.isnan(value), "a number, such as -9999")
 flag = number_type(int, lambda value: value in (0, 1), "0 or 1")
 seed_int = whole_number(0, 2**32 - 1)
@@ -453,7 +452,11 @@ def rename_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> Non
             existed = os.path.lexists(target)
             (exchange if existed else os.rename)(temporary, target)
             done.append((temporary, target, existed))
-        os.replace(temporaries[-1], targets[-1])
+        try:
+            os.replace(temporaries[-1], targets[-1])
+        except OSError as error:
+            error.filename = os.fspath(targets[-1])  # what the user knows
+            raise
         done.clear()  # this was the last step, which nothing takes back
     finally:
         for temporary, target, existed in done:
@@ -658,6 +661,19 @@ def flush_to_disk(path: PathLike) -> None:
         os.close(descriptor)
 
 
+def read_if_small(path: Path) -> Optional[bytes]:
+    """Return the content of a file; None if it is no regular one, or larger than any of ours."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep it waiting
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > OWN_FILE_BYTES:
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def read_own_file(path: Path) -> str:
     """Return the text of a file that the suite wrote, and that somebody may have changed since.
 
@@ -666,15 +682,13 @@ def read_own_file(path: Path) -> str:
     InputError
         If it is no regular file, larger than any of ours, or not in UTF-8.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep it waiting
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > OWN_FILE_BYTES:
-            raise InputError(f"{path} is not a file of this suite; move it away")
-        try:
-            return file.read().decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is no text in UTF-8 ({error}); move it away") from error
+    content = read_if_small(path)
+    if content is None:
+        raise InputError(f"{path} is not a file of this suite; move it away")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}); move it away") from error
 
 
 Check = Callable[[Any], bool]
@@ -693,6 +707,11 @@ def real(low: float = -math.inf, high: float = math.inf) -> Check:
 def any_text(value: Any) -> bool:
     """Whether a value is a text."""
     return isinstance(value, str)
+
+
+def text_in_utf8(value: Any) -> bool:
+    """Whether a value is a text that can be written to a file."""
+    return any_text(value) and value == value.encode(errors="replace").decode()
 
 
 def optional(check: Check) -> Check:

@@ -25,12 +25,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from cli import InputError, PathLike, Progress, cause_of, free_host_memory, printable
+from cli import InputError, PathLike, Progress, cause_of, free_host_memory, printable, read_if_small
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
-SHOWN_NAMES = 3  # in a message
+SHOWN_NAMES, LONGEST_NAME = 3, 255  # in a message; characters
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -317,16 +317,20 @@ def listed_stems(file: Path, option: str, images: Sequence[Source], folder: Path
         If the file cannot be read, or has a name that is none of `images` or stands there more than once.
     """
     try:
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        content = read_if_small(file)
     except OSError as error:
         raise InputError(f"cannot read {option} {file}: {cause_of(error)}") from error
+    if content is None:
+        raise InputError(f"expected in {option} {file} a text file with a name in each line, found something else")
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
     names = [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
     stems = {form: image.stem for image in images for form in (composed(image.name), image.stem)}
     listed = collections.Counter(stems[name] for name in names if name in stems)
     unknown, repeated = [name for name in names if name not in stems], [name for name in listed if listed[name] > 1]
     for wrong, what in ((unknown, f"not in {folder}"), (repeated, "more than once")):
         if wrong:
-            shown = ", ".join(map(printable, wrong[:SHOWN_NAMES])) + ", ..." * (len(wrong) > SHOWN_NAMES)
+            shown = ", ".join(printable(name[:LONGEST_NAME]) for name in wrong[:SHOWN_NAMES])
+            shown += ", ..." * (len(wrong) > SHOWN_NAMES)
             raise InputError(f"expected names of images in {option} {file}, each once, found {shown} {what}")
     return set(listed)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from cli import (
     InputError,
-    any_text,
     check_values,
     list_of,
     optional,
@@ -30,6 +29,7 @@ from cli import (
     read_own_file,
     real,
     replacing,
+    text_in_utf8,
     whole,
 )
 from image_files import PixelSize, displayable, normalize, without_data
@@ -303,7 +303,7 @@ def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
     """
     hits = np.diag(confusion).astype(np.float64)
     sizes = confusion.sum(0) + confusion.sum(1)  # of truth and prediction together
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return {"accuracy": hits.sum() / confusion.sum(), "iou": hits / (sizes - hits), "dice": 2 * hits / sizes}
 
 
@@ -343,7 +343,7 @@ class Figures(NamedTuple):
         """Read the file; raise `InputError` if it is not what `write` writes, for a model of so many classes."""
         counts, anything = list_of(whole(0), number_classes), list_of(lambda value: True, 3)
         checks = {
-            "image": any_text, "pixels": counts, "regions": counts, "pixel_size": optional(anything),
+            "image": text_in_utf8, "pixels": counts, "regions": counts, "pixel_size": optional(anything),
             "probability": optional(real(0, 1)), "truth": optional(anything),
             "confusion": optional(list_of(counts, number_classes)),
         }  # fmt: skip
@@ -351,7 +351,9 @@ class Figures(NamedTuple):
         check_values(values, checks, path)
         if values["pixel_size"] is not None:
             values["pixel_size"] = PixelSize(*values["pixel_size"])
-            check_values(values["pixel_size"]._asdict(), {"height": real(0), "width": real(0), "unit": any_text}, path)
+            check_values(
+                values["pixel_size"]._asdict(), {"height": real(0), "width": real(0), "unit": text_in_utf8}, path
+            )
         for name in ("pixels", "regions", "confusion"):
             values[name] = None if values[name] is None else np.array(values[name], np.int64)
         return cls(**{name: values[name] for name in cls._fields})
@@ -675,7 +677,9 @@ def scores_in_html(confusion: np.ndarray) -> str:
     text = f"<p>Accuracy {scores['accuracy']:.4f}, mean IoU {mean_of_present(scores['iou']):.4f}</p>"
     rows = (
         [cell(str(i), i), number_cell(share, "{:.2%}"), number_cell(iou, "{:.4f}"), number_cell(dice, "{:.4f}")]
-        for i, (share, iou, dice) in enumerate(zip(confusion.sum(1) / confusion.sum(), scores["iou"], scores["dice"]))
+        for i, (share, iou, dice) in enumerate(
+            zip(confusion.sum(1) / max(confusion.sum(), 1), scores["iou"], scores["dice"])
+        )
     )
     return text + sortable_table(["class", "share of truth", "IoU", "Dice"], rows)
 

@@ -60,7 +60,6 @@ from cli import (
     keep_freed_memory,
     log_settings,
     number_type,
-    positive_float,
     positive_int,
     process_count,
     read_json,
@@ -99,8 +98,8 @@ FEWEST_FEATURES, COST_EXPONENT = 8, 1.5  # a step of 64 features takes about 8**
 UNDESTROYED: list[Any] = []  # iterators, which live as long as the process, for the reason that `run_job` gives
 CHECKPOINTS_KEPT = 2
 OUTPUT_FILES = (  # that a resumed run opens
-    "train.log", "settings.json", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*", "tensorboard-*/",
-    "tensorboard-*/events.*",
+    "train.log", "settings.json", "report.html", "*.csv", "*.png", "checkpoint/", "checkpoint/[0-9]*/*",
+    "tensorboard-*/", "tensorboard-*/events.*",
 )  # fmt: skip
 MANY_CLASSES, MANY_FEATURES = 4096, 2**14  # more than any network has that a computer can hold
 ADVISE_WAIT_SHARE, ADVISE_QUEUE_FILL = 0.05, 0.5  # more waiting than this with an emptier queue: readers are too slow
@@ -864,12 +863,13 @@ def add_run_options(group: Any) -> None:
 
 rate_float = number_type(float, lambda value: 1e-10 <= value <= 10, "a number from 1e-10 to 10, such as 3e-4")
 minutes_float = number_type(float, lambda value: 0 < value <= 1e7, "a number above 0 and at most 10 million")
+weight_float = number_type(float, lambda value: 1e-6 <= value <= 1e6, "numbers from 1e-6 to 1e6, such as 1,5,5")
 share_float = number_type(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, such as 0.1")
 
 
 def class_weights(text: str) -> Union[str, list[float]]:
     """Return ``"auto"``, or a list of positive numbers; the ``type`` of a command-line option."""
-    return text if text == "auto" else [positive_float(part) for part in text.split(",")]
+    return text if text == "auto" else [weight_float(part) for part in text.split(",")]
 
 
 # ---------------------------------------------------------------------------------------------- preparation

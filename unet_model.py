@@ -797,9 +797,9 @@ def read_weights(folder: PathLike) -> list[np.ndarray]:
         except MemoryError:
             raise
         except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
+            reason = cause_of(error).replace(path, str(folder))
             raise InputError(
-                f"cannot read the weights in {folder}: {cause_of(error)}; give a folder saved_model that train_unet.py "
-                "wrote"
+                f"cannot read the weights in {folder}: {reason}; give a folder saved_model that train_unet.py wrote"
             ) from error
     return weights
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -212,3 +213,12 @@ def test_a_list_of_images_that_cannot_be_is_refused(tmp_path, model, folders, na
     (tmp_path / "list.txt").write_text(names)
     done = score(model, folders, tmp_path / "masks", "--image_list", tmp_path / "list.txt")
     assert done.returncode == 2 and words in "".join(errors_of(done.stdout))
+
+
+def test_a_list_that_is_no_file_is_refused(tmp_path, model, folders):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "folder"):
+        done = score(model, folders, tmp_path / "masks", "--image_list", path)
+        [error] = errors_of(done.stdout)
+        assert done.returncode == 2 and f"expected in --image_list {path} a text file" in error

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import skimage.io
 import tifffile
-from conftest import build, make_pair, run_script, write_tiff
+from conftest import build, errors_of, make_pair, run_script, write_tiff
 from PIL import Image
 from scipy import ndimage
 from test_inference_unet import infer, save_random_model
@@ -272,3 +272,41 @@ def test_a_mask_has_the_pixel_size_that_ome_metadata_declare(tmp_path, model):
     with tifffile.TiffFile(tmp_path / "masks" / "a.tif") as file:
         page = file.pages[0]
         assert page.resolution == (20000, 40000) and page.resolutionunit == 3
+
+
+@pytest.mark.parametrize("damage", ["folder", "image", "unit"])
+def test_figures_that_somebody_changed_are_reported(tmp_path, model, images, damage):
+    masks = tmp_path / "masks"
+    assert infer(model, images, masks, "--save_table", 1).returncode == 0
+    file = masks / "figures" / "a.tif.json"
+    values = json.loads(file.read_text())
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "image":
+        file.write_text(json.dumps({**values, "image": "\ud800"}))
+    else:
+        file.write_text(json.dumps({**values, "pixel_size": [0.5, 0.5, "\ud800"]}))
+    done = infer(model, images, masks, "--save_table", 1, "--save_report", 1)
+    assert "Traceback" not in done.stdout
+    if damage == "folder":
+        errors = errors_of(done.stdout)
+        assert done.returncode == 2 and str(file) in errors[0], done.stdout
+    else:  # measured again from the mask
+        assert done.returncode == 0 and json.loads(file.read_text())["image"] == "a.tif", done.stdout
+
+
+def test_a_folder_in_the_place_of_a_result_is_named(tmp_path, model, images):
+    (tmp_path / "masks" / "table.csv").mkdir(parents=True)
+    done = infer(model, images, tmp_path / "masks", "--save_table", 1)
+    [error] = errors_of(done.stdout)
+    assert done.returncode == 2 and f"cannot use {tmp_path / 'masks' / 'table.csv'}" in error
+
+
+def test_truth_that_counts_nowhere_has_no_scores(tmp_path, images):
+    save_random_model(tmp_path / "model", 1, 2, label_map="0:0,1:1,255:ignore")
+    (tmp_path / "truth").mkdir()
+    tifffile.imwrite(tmp_path / "truth" / "c.tif", np.full((64, 64), 255, np.uint8))
+    options = ["--save_report", 1, "--mask_folder", tmp_path / "truth"]
+    done = infer(tmp_path / "model", images, tmp_path / "masks", *options)
+    assert done.returncode == 0 and "RuntimeWarning" not in done.stdout, done.stdout
