@@ -71,7 +71,8 @@ def infer(model, images, masks, *arguments):
 
 def segment(image, mask, model, sizer):
     source = Source(image.name, (str(image),))
-    inference_unet.segment_file(source, inference_unet.Targets(mask.parent, mask.name), model, sizer)
+    targets = inference_unet.Targets(mask.parent, Source(mask.name, source.files))
+    inference_unet.segment_file(source, targets, model, sizer)
 
 
 def write_images(folder, count=3, shape=(64, 64, 1), suffix="tif"):
