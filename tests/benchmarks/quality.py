@@ -88,10 +88,10 @@ def lay_out(pairs, folder):
     held_out = []
     for index, pair in enumerate(pairs):
         side = "tr" if index % HELD_OUT_EVERY else "te"
-        for kind, source in (("images", pair.image), ("masks", pair.mask)):
-            target = folder / side / kind / Path(source).name
+        for kind, file in (*(("images", file) for file in pair.image.files), ("masks", pair.mask.files[0])):
+            target = folder / side / kind / Path(file).name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(Path(source).resolve())
+            target.symlink_to(Path(file).resolve())
         if side == "te":
             held_out.append(pair)
     return held_out
@@ -143,9 +143,9 @@ def score(pairs, masks, build_args, classes):
     confusion = np.zeros((classes, classes), np.int64)
     label_map = build_lmdb.label_map_of(build_args)
     for pair in pairs:
-        truth = read_image(pair.mask, as_mask=True)[..., 0]
+        truth = read_image(pair.mask.files[0], as_mask=True)[..., 0]
         truth = truth if label_map is None else label_map.apply(truth)
-        [found] = masks.glob(f"{Path(pair.image).stem}.*")
+        [found] = masks.glob(f"{pair.image.stem}.*")
         counted = truth != build_lmdb.IGNORED
         cells = truth[counted].astype(int) * classes + read_image(found)[..., 0][counted]
         confusion += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
@@ -156,7 +156,7 @@ def run_variant(args, build_args, variant, seed):
     """Train and score in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        pairs, _ = build_lmdb.find_pairs(build_args)
+        pairs, _ = build_lmdb.find_pairs(build_args, build_lmdb.find_images(build_args)[0])
         held_out = lay_out(pairs, work / "set")
         if variant == "peer":
             command = args.peer.format(folder=work / "set", seconds=args.seconds, seed=seed)
