@@ -31,6 +31,7 @@ IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".j
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
 SHOWN_NAMES, LONGEST_NAME = 3, 255  # in a message; characters
+RESULTS_MARK = ".unet_results"  # an empty file in a folder of results, which are no images to search a tree for
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -192,7 +193,14 @@ class Folder(NamedTuple):
                 yield inside
             elif self.recursive:
                 place = os.path.realpath(self.path / inside)
-                if place not in passed:  # a link back to where it is would have no end
+                if place in passed:  # a link back to where it is would have no end
+                    continue
+                mark = self.path / inside / RESULTS_MARK
+                if os.path.lexists(mark):
+                    logging.warning(
+                        "left out %s, masks of another run; remove %s if it is to be taken", mark.parent, mark
+                    )
+                else:
                     yield from self._names_below(inside, passed | {place})
 
     def subfolders(self) -> list[str]:
@@ -1031,7 +1039,7 @@ class StackLayout(NamedTuple):
     """The axes of a TIFF's planes: of each image in it the letters and lengths, slowest first; and their sizes."""
 
     scenes: list[list[tuple[str, int]]]
-    sizes: dict[str, Any]  # of pixels and steps, by the names of OME
+    sizes: list[dict[str, Any]]  # of pixels and steps in each scene, by the names of OME
 
     @property
     def is_named(self) -> bool:
@@ -1062,9 +1070,10 @@ class StackLayout(NamedTuple):
         try:
             with open(path, "rb") as opened:
                 if opened.read(4) not in TIFF_SIGNATURES:
-                    return cls([[]], {})
+                    return cls([[]], [{}])
             with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as file:
-                found, sizes = [(each.axes, each.shape) for each in _scenes(file)], _sizes_of_stack(file)
+                found = [(each.axes, each.shape) for each in _scenes(file)]
+                sizes = _sizes_of_stack(file, len(found))
         except Exception as error:  # whatever comes of a damaged file
             raise InputError(f"cannot read {path}: {error or type(error).__name__}; is it damaged?") from error
         scenes = []
@@ -1081,19 +1090,22 @@ class StackLayout(NamedTuple):
         return cls(scenes, sizes)
 
 
-def _sizes_of_stack(file: Any) -> dict[str, Any]:
+def _sizes_of_stack(file: Any, scenes: int) -> list[dict[str, Any]]:
     """Return the sizes of pixels and the steps between planes that a TIFF declares, by the names of OME."""
     if file.is_ome:
         with contextlib.suppress(ElementTree.ParseError):
-            pixels = ElementTree.fromstring(file.ome_metadata).find(".//{*}Pixels")
-            described = {} if pixels is None else pixels.attrib
-            return {name: described[name] for name in described if re.match("PhysicalSize|TimeIncrement", name)}
+            described = [pixels.attrib for pixels in ElementTree.fromstring(file.ome_metadata).iterfind(".//{*}Pixels")]
+            if len(described) == scenes:
+                return [
+                    {name: each[name] for name in each if re.match("PhysicalSize|TimeIncrement", name)}
+                    for each in described
+                ]
     size, imagej = _pixel_size(file, file.pages[0]), file.imagej_metadata or {}
     if size is None:
-        return {}
+        return [{}] * scenes
     sizes: dict[str, Any] = {"PhysicalSizeX": size.width, "PhysicalSizeY": size.height}
     sizes.update({"PhysicalSizeZ": imagej["spacing"]} if "spacing" in imagej else {})
-    return {**sizes, **{f"{name}Unit": size.unit for name in sizes}}
+    return [{**sizes, **{f"{name}Unit": size.unit for name in sizes}}] * scenes
 
 
 def paired_planes(image: Source, mask: Source) -> list[tuple[Source, Source]]:

@@ -76,6 +76,7 @@ from image_files import (
     NO_DATA_TAG,
     ORIENTATION_TAG,
     REDUCED_IMAGE,
+    RESULTS_MARK,
     ChannelStatistics,
     Folder,
     ImageFile,
@@ -294,6 +295,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed, others = [], 0
+    mark_as_results(args.output_folder)
     with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
         for number, image in enumerate(waiting, 1):
             try:
@@ -1263,6 +1265,13 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"cannot create --output_folder {folder}: {cause_of(error)}") from error
 
 
+def mark_as_results(folder: Path) -> None:
+    """Let no later search of a tree take the masks for images, unless the folder has had other files before."""
+    with file_errors(folder):
+        if not any(folder.iterdir()):
+            (folder / RESULTS_MARK).touch()
+
+
 def folders_with_results(targets: Iterable["Targets"]) -> list[str]:
     """Return the names of all folders below the output folder that get files."""
     names = {(each.file_name, bool(each.source.plane)) for each in targets}
@@ -1415,29 +1424,31 @@ def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
     with atomic_output(first.complete_mask) as temporary:
         write_stack(temporary, layout, [files.mask for files in planes], layout.is_named)
     logging.info("%s: %d planes in one file", first.file_name, len(planes))
-    with file_errors(first.mask.parent):
-        remove(first.mask.parent)
+    remove(first.mask.parent)
+    with contextlib.suppress(OSError):  # other stacks are being made
+        os.removedirs(first.mask.parent.parent)
 
 
 def write_stack(path: Path, layout: StackLayout, parts: Sequence[Path], with_axes: bool) -> None:
     """Write a TIFF of the planes of a stack, each of which is a file, as OME-TIFF if the axes are to be named."""
     import tifffile
 
-    with ImageFile(parts[0]) as part:
-        placement = {name: value for name, value in part.placement.items() if name != "description"}
-    with tifffile.TiffFile(parts[0]) as file:
-        size, dtype = file.pages[0].shape, file.pages[0].dtype
-    files, is_large = iter(parts), sum(map(os.path.getsize, parts)) > BIGTIFF_FROM_BYTES
+    rest, is_large = iter(parts), sum(map(os.path.getsize, parts)) > BIGTIFF_FROM_BYTES
     with tifffile.TiffWriter(path, ome=with_axes, bigtiff=is_large) as writer:
-        for scene in layout.scenes:
+        for scene, sizes in zip(layout.scenes, layout.sizes):
             shape = [length for _, length in scene]
+            files = list(itertools.islice(rest, math.prod(shape)))
+            with ImageFile(files[0]) as part:
+                placement = {name: value for name, value in part.placement.items() if name != "description"}
+            with tifffile.TiffFile(files[0]) as file:
+                size, dtype = file.pages[0].shape, file.pages[0].dtype
             axes = "".join(axis.upper() for axis, _ in scene) + "YX"
             writer.write(
-                itertools.chain.from_iterable(map(tiles_of, itertools.islice(files, math.prod(shape)))),
+                itertools.chain.from_iterable(map(tiles_of, files)),
                 shape=(*shape, *size),
                 dtype=dtype,
                 planarconfig="contig" if len(size) == 3 else None,
-                metadata={"axes": axes, **layout.sizes} if with_axes else None,
+                metadata={"axes": axes, **sizes} if with_axes else None,
                 **TIFF_LAYOUT,
                 **placement,
             )

@@ -1,6 +1,7 @@
 """Stacks of planes in one file, against each plane in a file of its own."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_inference_unet import infer, save_random_model
 from lmdb_utils import Database
 
 TIMES, DEPTHS, COUNT = 2, 3, 4
+SCENE_PLACES = "#s0z0", "#s0z1", "#s0z2", "#s1t0", "#s1t1"
 OME = {"axes": "TZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeZ": 2.0, "TimeIncrement": 10.0}
 KINDS = {
     "OME": {"ome": True, "metadata": OME, "compression": "zlib", "rowsperstrip": 16},
@@ -124,7 +126,7 @@ def test_masks_become_a_stack(folders, model, kind):
         flat = folders[1] / "out" / "probabilities" / f"s{index}.tif#t1z2.tif"
         np.testing.assert_array_equal(probabilities[1, 2], tifffile.imread(flat))
         assert (out / "overlays" / f"s{index}#t1z2.png").is_file()
-    assert not (out / "planes").exists() or not list((out / "planes").rglob("*.tif"))
+    assert not (out / "planes").exists()
     for name in ("scores.csv", "table.csv"):
         rows = []
         for parent, extension in zip(folders, (".tif", "")):
@@ -151,7 +153,7 @@ def test_shards_and_interrupted_runs_complete_each_other(folders, model, kind):
         assert not list(out.glob("*.tif"))
         done = infer(model, folders[0] / "images", out, "--stack", "planes", "--shard", part)
         assert done.returncode == 0, done.stdout
-    assert not (out / "planes").exists() or not list((out / "planes").rglob("*.tif"))
+    assert not (out / "planes").exists()
     for index in range(COUNT):
         check_stack(out / f"s{index}.tif", folders, kind)
     before = (out / "s0.tif").read_bytes()
@@ -183,6 +185,37 @@ def test_stacks_that_do_not_fit_are_reported_and_left_out(folders, model, kind):
     assert build(folders[0], "--stack", "planes", "--skip_bad", 1).returncode == 0
     done = infer(model, folders[0] / "images", folders[0] / "out", "--stack", "planes")
     assert done.returncode == 2 and "found QQYX" in "\n".join(errors_of(done.stdout))
+
+
+def test_scenes_keep_their_sizes(tmp_path, model):
+    """Two images in one OME-TIFF, of different heights, widths, axes and pixel sizes."""
+    about = {"axes": "ZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2.0}, {"axes": "TYX"}
+    for name in ("images", "masks", "flat"):
+        (tmp_path / name).mkdir()
+    for index in range(2):
+        for name, pixels in zip(("images", "masks"), stack_of(index)):
+            pixels = pixels.reshape(TIMES, DEPTHS, 64, 80)
+            scenes = pixels[0], pixels[:, 0, 16:, 16:]
+            with tifffile.TiffWriter(tmp_path / name / f"{index}.ome.tif", ome=True) as writer:
+                for scene, metadata in zip(scenes, about):
+                    writer.write(scene, metadata=metadata, photometric="minisblack")
+            for place, plane in zip(SCENE_PLACES, itertools.chain(*scenes) if name == "images" else ()):
+                tifffile.imwrite(tmp_path / "flat" / f"{index}{place}.tif", plane)
+    tiled = "--use_tiling", 1, "--tile_size", 112  # as records have one size
+    done = build(tmp_path, "--stack", "planes", "--train_fraction", 0.5, *tiled)
+    assert done.returncode == 0, done.stdout
+    assert {name for name in records_of(tmp_path)} == {
+        f"{i}.ome.tif{place}" for i in range(2) for place in SCENE_PLACES
+    }
+    done = infer(model, tmp_path / "images", tmp_path / "out", "--stack", "planes", "--mask_folder", tmp_path / "masks")
+    assert done.returncode == 0 and infer(model, tmp_path / "flat", tmp_path / "expected").returncode == 0, done.stdout
+    for index in range(2):
+        with tifffile.TiffFile(tmp_path / "out" / f"{index}.ome.tif") as file:
+            assert [(each.axes, each.shape) for each in file.series] == [("ZYX", (3, 64, 80)), ("TYX", (2, 48, 64))]
+            assert file.ome_metadata.count('PhysicalSizeZ="2.0"') == 1
+            found = itertools.chain(*(each.asarray() for each in file.series))
+        for place, plane in zip(SCENE_PLACES, found):
+            np.testing.assert_array_equal(plane, tifffile.imread(tmp_path / "expected" / f"{index}{place}.tif"))
 
 
 def test_channels_in_two_files_are_stacked_as_well(tmp_path):

@@ -141,6 +141,14 @@ def test_links_hidden_folders_and_earlier_output_are_not_taken_for_input(tree, m
     found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.tif"))
     linked = [f"linked/{name.replace('/', '+')}.tif" for name in NAMES]
     assert found == sorted([*(f"{name}.tif" for name in NAMES), *linked])
+    again = images / "other masks"
+    done = infer(model, images, again, "--recursive", 1)
+    assert done.returncode == 0 and f"left out {out}," in done.stdout, done.stdout
+    assert sorted(path.relative_to(again).as_posix() for path in again.rglob("*.tif")) == found
+    # Where images are as well, a run takes nothing from the sight of the next one.
+    assert infer(model, tree[1] / "images", images / "day1", "--save_table", 1).returncode == 0
+    done = infer(model, images, again, "--recursive", 1)
+    assert done.returncode == 0 and (again / "day1" / "day1+cell0.tif").is_file(), done.stdout
 
 
 def test_what_a_killed_run_left_in_the_tree_is_removed(tree, model):
