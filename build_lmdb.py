@@ -85,7 +85,9 @@ from image_files import (
     mask_fault,
     paired_planes,
     reflect_to,
+    relative_window,
     suffix_list,
+    widened,
     without_data,
 )
 from lmdb_utils import (
@@ -108,6 +110,7 @@ from lmdb_utils import (
     new_databases,
     record_bytes,
 )
+from objects import LARGEST_BORDER, NO_OBJECTS, ObjectCensus, ObjectClasses, checked_ids
 
 SIDES = ("train", "test")
 LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
@@ -142,6 +145,7 @@ class ProblemKind(enum.Enum):
     BAD_PIXELS = "images with infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
+    BAD_OBJECTS = "masks that do not number objects"
     BAD_STACK = "stacks that do not fit together"
     BAD_CHANNELS = "images without one file for each channel"
     RESERVED = "masks with the value that stands for ignored pixels"
@@ -259,6 +263,17 @@ def add_content_options(group: Any) -> None:
         "and class statistics; the same as --label_map VALUE:ignore, and may be set beside one"
     )
     group.add_argument("--ignore_value", metavar="VALUE", type=any_int, help=text)
+    text = "whether masks have an id for each object, which becomes class 1, and 0 for background [0 = False, 1 = True]"
+    add_flag(group, "--objects", 0, text)
+    text = (
+        "pixels of an object within so many pixels of another object become class 2, so that the network learns to "
+        "separate objects that touch; 0 for no such class; needs --objects 1"
+    )
+    group.add_argument("--border_width", metavar="PIXELS", type=whole_number(0, LARGEST_BORDER), default=0, help=text)
+    text = (
+        "whether pixels of an object within --border_width of the background become class 2, too [0 = False, 1 = True]"
+    )
+    add_flag(group, "--border_to_background", 0, text)
     text = (
         "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
         "says; they are left out of mean and standard deviation, the network sees 0, and if no channel of a pixel has "
@@ -352,6 +367,22 @@ def label_map_of(args: argparse.Namespace) -> Optional[LabelMap]:
         raise InputError(f"--label_map and --ignore_value do not fit together: {error}") from None
 
 
+def objects_of(args: argparse.Namespace, label_map: Optional[LabelMap]) -> Optional[ObjectClasses]:
+    """Return what the ids of objects become, None if masks contain classes."""
+    if not args.objects:
+        if args.border_width or args.border_to_background:
+            raise InputError("--border_width and --border_to_background need --objects 1; set it, or leave them out")
+        return None
+    if label_map is not None and not label_map.only_ignores:
+        raise InputError(
+            f"expected --objects 1 without a --label_map that names classes, got {label_map}; all objects become "
+            "class 1, and --ignore_value leaves one out"
+        )
+    if args.border_to_background and not args.border_width:
+        raise InputError("expected --border_width beside --border_to_background 1, got 0; try --border_width 2")
+    return ObjectClasses(args.border_width, bool(args.border_to_background))
+
+
 def smallest_mask_type(class_id: int) -> np.dtype:
     """Return the smallest mask type that holds a class."""
     return np.dtype(next(name for name in MASK_DTYPES if class_id <= np.iinfo(name).max))
@@ -379,7 +410,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         report_problems(problems, bool(args.skip_bad))
     sides = split_pairs(pairs, images, args)
     tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
-    options = Options(tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data)
+    options = Options(
+        tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data, objects_of(args, label_map)
+    )
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
         previews = [target.with_suffix(".png") for target in targets]
@@ -408,7 +441,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
             about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
             about["ignored_id"] = build.ignored_id
             for side, contents, writer in zip(SIDES, filled, writers):
-                of_images = {"value_range": contents.value_range, "missing_shares": contents.missing_shares}
+                of_images = {
+                    "value_range": contents.value_range, "missing_shares": contents.missing_shares,
+                    "object_count": contents.objects, "touching_pairs": contents.touching,
+                }  # fmt: skip
                 writer.finish({**about, "side": side, **of_images})
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
             if args.fold:
@@ -450,6 +486,7 @@ def describe_build(args: argparse.Namespace, options: "Options", left_out: int) 
         "test_list": args.test_list and str(args.test_list),
         "tile_size": options.tile_size,
         "label_map": options.label_map and options.label_map.text,
+        "objects": options.objects and options.objects._asdict(),
         "image_no_data": options.image_no_data,
         "channels": args.channels,
         "channel_suffixes": args.channel_suffixes,
@@ -630,6 +667,7 @@ class Options(NamedTuple):
     label_map: Optional[LabelMap]
     skip_bad: bool
     image_no_data: Optional[float]
+    objects: Optional[ObjectClasses] = None  # what ids of objects become, if masks have these instead of classes
     counts_once: bool = False  # whether each pixel of an image counts in one of its tiles only, as for testing
     mask_dtype: str = "int32"
     may_ignore: bool = True  # whether the largest value of the mask type stands for ignored pixels
@@ -793,6 +831,8 @@ def describe_image_fault(image: ImageFile) -> str:
 def describe_mask_fault(mask: ImageFile, options: Options) -> str:
     """Return why a mask contains no class ids, from its header, or nothing."""
     fault = mask_fault(mask)
+    if options.objects is not None:
+        return fault
     if fault or mask.dtype.name in (*MASK_DTYPES, *LOSSLESS_WIDENING):
         return fault
     if options.label_map is None or options.label_map.only_ignores:
@@ -826,6 +866,7 @@ class Encoded(NamedTuple):
 
     records: list[Record]
     statistics: ChannelStatistics
+    objects: Optional[ObjectCensus] = None  # of these records, if masks number objects
 
 
 class Contents:
@@ -835,6 +876,7 @@ class Contents:
         self._minimum, self._maximum = np.array(np.inf), np.array(-np.inf)
         self._deviations = array.array("f")  # compact, because there may be a million images
         self._pixels, self._valid = 0, np.zeros((), np.int64)
+        self.objects = self.touching = 0  # objects, and pairs of them that touch
 
     def add(self, statistics: ChannelStatistics, spec: PairSpec) -> None:
         """Take note of an image."""
@@ -842,6 +884,13 @@ class Contents:
         self._minimum = np.minimum(self._minimum, statistics.minimum)
         self._maximum = np.maximum(self._maximum, statistics.maximum)
         self._deviations.extend(statistics.deviation)
+
+    def add_objects(self, census: ObjectCensus, of_image: ObjectCensus) -> ObjectCensus:
+        """Take note of the objects in a part of an image, of which others are known; return those of all parts."""
+        joined = of_image.joined(census)
+        self.objects += len(joined.ids) - len(of_image.ids)
+        self.touching += len(joined.touching) - len(of_image.touching)
+        return joined
 
     @property
     def value_range(self) -> list[tuple[float, float]]:
@@ -928,10 +977,15 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
             parts: Iterable[np.ndarray] = (complete[window] for window in windows)
         else:
             parts = image.windows(windows)
-        records = []
-        for origin, pixels, ids in zip(job.origins, parts, mask.windows(windows)):
+        records, census = [], NO_OBJECTS
+        around = options.objects.border_width if options.objects else 0
+        wider = [widened(window, around, mask.shape) for window in windows]
+        for origin, window, outer, pixels, values in zip(job.origins, windows, wider, parts, mask.windows(wider)):
             pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
-            ids, no_data = class_ids(ids[..., 0], mask.path, options), None
+            inside, no_data = relative_window(window, outer), None
+            ids = class_ids(values[..., 0], mask.path, options)[inside]
+            if options.objects is not None:
+                census = census.joined(ObjectCensus.of(object_ids(values[..., 0], mask.path, options)[inside]))
             missing = without_data(pixels, image.no_data)
             if missing is not None:
                 no_data = image.no_data
@@ -940,12 +994,16 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
             if options.counts_once:
                 ids = own_part(ids, origin, mask.shape, ignored_id(options.mask_dtype))
             records.append(Record.encode(pixels, ids, statistics.mean, statistics.deviation, no_data, *origin))
-    return Encoded(records, statistics)
+    return Encoded(records, statistics, census if options.objects else None)
 
 
 def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     """Return what the values (H, W) of a mask mean: class ids and `ignored_id`, in the database's mask type."""
     reserved, ids = ignored_id(options.mask_dtype), mask
+    if options.objects is not None:
+        objects = object_ids(mask, path, options)
+        ids = np.where(objects < 0, reserved, options.objects.apply(objects))
+        return ids.astype(options.mask_dtype)
     if options.label_map is not None:
         try:
             ids = options.label_map.apply(mask)
@@ -964,6 +1022,15 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     if options.label_map is not None and options.label_map.ignores:
         result[ids == IGNORED] = reserved
     return result
+
+
+def object_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
+    """Return the ids of objects that a mask (H, W) has, int32, with `IGNORED` where it is to be ignored."""
+    ignored = np.zeros(mask.shape, bool) if options.label_map is None else options.label_map.covers(mask)
+    try:
+        return np.where(ignored, IGNORED, checked_ids(np.where(ignored, 0, mask), path)).astype(np.int32)
+    except InputError as error:
+        raise Unusable(ProblemKind.BAD_OBJECTS, str(error)) from None
 
 
 def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Problem]:
@@ -1000,7 +1067,9 @@ class Build:
         label_map = options.label_map
         may_ignore = options.tile_size is not None or any(each.may_lack_data for each in specs.values())
         may_ignore = may_ignore or label_map is not None and label_map.ignores
-        if label_map is not None and not label_map.only_ignores:
+        if options.objects is not None:
+            mask_dtype = smallest_mask_type(options.objects.number_classes - 1)
+        elif label_map is not None and not label_map.only_ignores:
             mask_dtype = smallest_mask_type(label_map.largest_class + may_ignore)
         else:
             mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})
@@ -1034,7 +1103,7 @@ class Build:
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter, counts_once: bool) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
-        contents, last_pair, uncounted = Contents(), None, 0
+        contents, last_pair, uncounted, objects = Contents(), None, 0, NO_OBJECTS
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
         encode = functools.partial(encode_or_problem, self._options._replace(counts_once=counts_once))
         for job, encoded in self._workers.run(encode, jobs, lambda job: str(job.pair.image), lambda job: job.nbytes):
@@ -1049,7 +1118,9 @@ class Build:
                         writer.append(record, job.pair.image.label)
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics, self._specs[job.pair])
-                    last_pair = job.pair
+                    last_pair, objects = job.pair, NO_OBJECTS
+                if encoded.objects is not None:
+                    objects = contents.add_objects(encoded.objects, objects)
             self._done += len(job.origins)
             self._progress.update(self._done)
         self._progress.close()
@@ -1312,6 +1383,11 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
             break
         records = len(metadata.records_of_class(position))
         yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
+    if info.get("objects"):
+        yield (
+            f"  {info['object_count']} objects, {info['touching_pairs']} pairs of them touch; "
+            f"{ObjectClasses(**info['objects'])}"
+        )
     if info["ignored_pixels"]:
         ignored = info["ignored_pixels"]
         yield f"  ignored or without data: {ignored} more pixels ({100 * ignored / (total + ignored):.2f} % of all)"

@@ -41,7 +41,9 @@ REDUCED_IMAGE, TRANSPARENCY_MASK = 1, 4  # bits of a TIFF's NewSubfileType
 LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings that may change values
 # TIFF tags that place an image: pixel scale, tie points, transformation and keys of GeoTIFF. Not GDAL's own 42112 and
 # 42113, which describe the image's values.
-PLACEMENT_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+PIXEL_SCALE_TAG, TIE_POINTS_TAG, TRANSFORMATION_TAG, GEO_KEYS_TAG = 33550, 33922, 34264, 34735
+PLACEMENT_TAGS = (PIXEL_SCALE_TAG, TIE_POINTS_TAG, TRANSFORMATION_TAG, GEO_KEYS_TAG, 34736, 34737)
+RASTER_TYPE_KEY, PIXEL_IS_POINT = 1025, 2  # codes of GeoTIFF
 RESOLUTION_PER_CENTIMETER = 3  # a code of TIFF
 PER_CENTIMETER = {"nm": 1e7, "µm": 1e4, "mm": 10.0, "cm": 1.0}
 UNIT_NAMES = {  # what programs call them, with either of the letters mu
@@ -506,6 +508,15 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         """How large the pixels are, as stored; None if the file does not declare a length."""
         return None if self._open_file is None else _pixel_size(self._open_file, self._keyframe)
 
+    def coordinates(self, rows: np.ndarray, columns: np.ndarray) -> Optional[np.ndarray]:
+        """Return the coordinates (N, 2) of places that the georeference gives; None without one.
+
+        Whole numbers are centers of pixels. An image that its file turns has none, as its georeference is that of the
+        stored pixels.
+        """
+        found = _georeference(self.placement) if self.orientation.code == 1 else None
+        return None if found is None else np.stack([columns, rows, np.ones(len(rows))], axis=1) @ found.T
+
     @property
     def nbytes(self) -> int:
         """Bytes of the decoded image."""
@@ -760,6 +771,18 @@ def name_of(code: Any) -> str:
 def clipped(window: Window, shape: Sequence[int]) -> Window:
     """Return what of a window lies in an image of some shape (H, W, ...)."""
     rows, columns = (slice(part.start, min(part.stop, length)) for part, length in zip(window, shape))
+    return rows, columns
+
+
+def widened(window: Window, by: int, shape: Sequence[int]) -> Window:
+    """Return a window with so many pixels around it, as far as an image of some shape (H, W, ...) has them."""
+    rows, columns = (slice(max(part.start - by, 0), min(part.stop + by, length)) for part, length in zip(window, shape))
+    return rows, columns
+
+
+def relative_window(window: Window, outer: Window) -> Window:
+    """Return a window, counted from the start of another one that contains it."""
+    rows, columns = (slice(one.start - other.start, one.stop - other.start) for one, other in zip(window, outer))
     return rows, columns
 
 
@@ -1239,6 +1262,22 @@ def _placement(file: Any, page: Any) -> dict[str, Any]:
     if unit:  # ImageJ has no code for it, but reads it here
         placement["description"] = f"ImageJ=1.53t\nunit={unit}\n"
     return placement
+
+
+def _georeference(placement: Mapping[str, Any]) -> Optional[np.ndarray]:
+    """Return what takes column, row and 1 of the center of a pixel to its coordinates, (2, 3); None if nothing does."""
+    tags = {tag[0]: tag[3] for tag in placement.get("extratags", ())}
+    with contextlib.suppress(Exception):  # whatever comes of damaged tags: the pixels do not depend on them
+        if TRANSFORMATION_TAG in tags:
+            to_map = np.reshape(tags[TRANSFORMATION_TAG], (4, 4))[:2, [0, 1, 3]].astype(np.float64)
+        else:
+            (across, down, _), tie = tags[PIXEL_SCALE_TAG], tags[TIE_POINTS_TAG]
+            to_map = np.array([[across, 0, tie[3] - across * tie[0]], [0, -down, tie[4] + down * tie[1]]], np.float64)
+        keys = np.reshape(tags[GEO_KEYS_TAG], (-1, 4))
+        if not np.any((keys[:, 0] == RASTER_TYPE_KEY) & (keys[:, 3] == PIXEL_IS_POINT)):
+            to_map[:, 2] += to_map[:, :2].sum(axis=1) / 2  # it is given for the corners of pixels
+        return to_map if np.isfinite(to_map).all() else None
+    return None
 
 
 class PixelSize(NamedTuple):

@@ -97,7 +97,9 @@ from image_files import (
     normalize,
     paired_planes,
     reflect_to,
+    relative_window,
     suffix_list,
+    widened,
     without_data,
 )
 from lmdb_utils import (
@@ -110,16 +112,32 @@ from lmdb_utils import (
     check_saved_model,
     count_classes,
 )
+from objects import (
+    Ids,
+    Numbering,
+    ObjectClasses,
+    ObjectTable,
+    Overlaps,
+    Strip,
+    checked_ids,
+    grown,
+    numbered,
+    strips_of,
+)
 from reports import (
     FIGURES_FOLDER,
     NOTHING,
+    OBJECT_ROWS,
+    OBJECTS_FILE,
     PAGE_FILE,
     SCORES_FILE,
     TABLE_FILE,
+    AboutObjects,
     Figures,
     Measurement,
     Wanted,
     report_masks,
+    write_objects,
 )
 
 Item = TypeVar("Item")
@@ -130,7 +148,7 @@ TIFF_LAYOUT: Any = {"tile": (TIFF_TILE, TIFF_TILE), "compression": "zlib", "phot
 SIZE_WITH_OVERVIEWS = 4 / 3  # of a file without
 BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
 QUEUED_TILES = 16  # of a file, that wait to be compressed
-SUBFOLDERS = ("probabilities", "overlays", FIGURES_FOLDER)  # of the output folder
+SUBFOLDERS = ("probabilities", "overlays", "objects", FIGURES_FOLDER)  # of the output folder
 PLANES_FOLDER = "planes"  # of the output folder, until all planes of a stack are there
 OVERLAY_PIXELS, THUMBNAIL_PIXELS = 2048, 256  # edges that larger pictures are brought down to
 THUMBNAIL_QUALITY = 70  # of a JPEG
@@ -140,6 +158,7 @@ OUTLINE_COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]],
     np.uint8,
 )
+OBJECT_COLORS = OUTLINE_COLORS  # of the objects 1, 2, ..., and again from the first one on
 # Of wrong pixels: that are background, that are taken for background, and of another class.
 FALSE_COLOR, MISSED_COLOR, CONFUSED_COLOR = np.array([[255, 0, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
 
@@ -259,6 +278,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "figures, the worst or least certain first [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_report", 0, text)
+    text = (
+        "whether to number the objects in each mask: uint32 TIFFs in OUTPUT_FOLDER/objects with an id for each "
+        f"connected region, and a row for each object in OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--save_objects", 0, text)
+    text = "connected regions of fewer pixels are left out of --save_objects"
+    parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), default=1, help=text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -281,7 +307,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     shard = args.shard or shard_from_slurm(os.environ)
     targets = plan_targets(images, args)
     truths = find_truths(images, args)
-    wanted = Wanted(args.mask_folder is not None, bool(args.save_table), bool(args.save_report))
+    wanted = Wanted(
+        args.mask_folder is not None, bool(args.save_table), bool(args.save_report), bool(args.save_objects)
+    )
+    check_smallest(args)
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
         logging.info(
@@ -302,14 +331,17 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
                 with own_work(targets[image], claims, bool(args.overwrite)) as is_mine:
                     if is_mine:
                         about = segment_file(image, targets[image], model, sizer, truths.get(image))
+                        if args.save_objects:
+                            save_objects(image, targets[image], truths.get(image), model, args.smallest_object)
                         logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
                 failed.append(image.label)
                 logging.error("%s", error)
-        assemble_stacks(targets, claims)
         if any(wanted):
-            failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model)
+            smallest = args.smallest_object if args.save_objects else None
+            failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model, smallest)
+        assemble_stacks(targets, claims)
     if others:
         logging.info("%d images were left to another process, which writes into the same folder", others)
     done = len(images) - len(failed) - others
@@ -419,6 +451,7 @@ class Model:
     value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
     image_dtype: Optional[str] = None  # of the training images
     label_map: Optional[LabelMap] = None  # from the values of the training masks to classes
+    objects: Optional[ObjectClasses] = None  # what the ids of objects in the training masks became, if they had these
     image_no_data: Optional[float] = None  # value of pixels without data, besides what a file itself declares
     no_data_class: Optional[int] = None  # what a mask has there, if it is to declare a value for it; otherwise 0
     members: Sequence["Model"] = ()  # of which the softmax is averaged, if this stands for several
@@ -431,6 +464,11 @@ class Model:
             f"{self.channels} channels, {self.number_classes} classes, {self.features} features, radius {self.radius}, "
             f"label map {self.label_map}, deviation floors {floors}"
         )
+
+    @property
+    def growth(self) -> int:
+        """How far objects grow over the border class, pixels; 0 without one. Both sides of a border are as wide."""
+        return 2 * self.objects.border_width if self.objects else 0
 
     @property
     def networks(self) -> Sequence["Model"]:
@@ -485,7 +523,15 @@ def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
     """
     first = models[0]
     for model, filepath in zip(models, filepaths):
-        for name in ("channels", "number_classes", "source_channels", "channel_suffixes", "label_map", "image_no_data"):
+        for name in (
+            "channels",
+            "number_classes",
+            "source_channels",
+            "channel_suffixes",
+            "label_map",
+            "objects",
+            "image_no_data",
+        ):
             expected, found = getattr(first, name), getattr(model, name)
             if expected != found:
                 raise InputError(
@@ -560,6 +606,7 @@ def load_model_once(folder: Path) -> Model:
         metadata.get("value_range"),
         metadata.get("image_dtype"),
         parsed_label_map(metadata, folder),
+        ObjectClasses(**metadata["objects"]) if metadata.get("objects") else None,
         metadata.get("image_no_data"),
     )
 
@@ -589,6 +636,7 @@ def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
         "value_range": optional(list_of(list_of(real(), 2))),
         "image_dtype": optional(any_text),
         "label_map": optional(any_text),
+        "objects": optional(ObjectClasses.are),
         "image_no_data": optional(real()),
     }
     check_values(metadata, {name: known[name] for name in known if name in metadata}, folder / file.name)
@@ -785,6 +833,7 @@ class Block(NamedTuple):
 
 
 Output = Callable[[Block], None]  # takes the blocks that become a file
+StripOutput = Callable[[Strip, np.ndarray, Optional[np.ndarray]], None]  # takes strips, pixels, and where data lacks
 
 
 class Contents:
@@ -828,6 +877,7 @@ def segment_file(
 ) -> str:
     """Segment an image file into files; return what there is to say about it."""
     start = time.monotonic()
+    targets.remove_objects()
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
         truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
@@ -1111,12 +1161,28 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
 
     def windows(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
         """Yield the class or `IGNORED` of each pixel (rows, columns) of windows."""
+        around = self._model.objects.border_width if self._model.objects else 0
+        wider = [widened(window, around, self._file.shape) for window in windows]
+        for window, outer, values in zip(windows, wider, self._file.windows(wider)):
+            yield self._classes_of(values[..., 0])[relative_window(window, outer)]
+
+    def ids(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
+        """Yield the id of the object or `IGNORED` of each pixel (rows, columns) of windows."""
         for values in self._file.windows(windows):
-            yield self._classes_of(values[..., 0])
+            yield self._ids_of(values[..., 0])
+
+    def _ids_of(self, values: np.ndarray) -> np.ndarray:
+        """Return the ids of objects that values of the file are."""
+        label_map = self._model.label_map
+        ignored = np.zeros(values.shape, bool) if label_map is None else label_map.covers(values)
+        return np.where(ignored, IGNORED, checked_ids(np.where(ignored, 0, values), self._file.path)).astype(np.int32)
 
     def _classes_of(self, values: np.ndarray) -> np.ndarray:
         """Return what values of the file mean."""
         label_map, classes = self._model.label_map, self._model.number_classes
+        if self._model.objects is not None:
+            numbers = self._ids_of(values)
+            return np.where(numbers == IGNORED, IGNORED, self._model.objects.apply(numbers)).astype(np.int32)
         try:
             ids = values if label_map is None else label_map.apply(values)
         except UnnamedValues as error:
@@ -1159,13 +1225,22 @@ def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional
 
 
 def measure_masks(
-    images: Sequence[Source], targets: Mapping[Source, "Targets"], truths: Mapping[Source, Source], model: Model
+    images: Sequence[Source],
+    targets: Mapping[Source, "Targets"],
+    truths: Mapping[Source, Source],
+    model: Model,
+    smallest_object: Optional[int] = None,
 ) -> list[str]:
-    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
+    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail.
+
+    Their objects are numbered as well, if the smallest one is given.
+    """
     failed = []
     for image in images:
         try:
             measure_mask(image, targets[image], truths.get(image), model)
+            if smallest_object is not None:
+                save_objects(image, targets[image], truths.get(image), model, smallest_object)
         except InputError as error:
             failed.append(image.label)
             logging.error("%s", error)
@@ -1198,15 +1273,23 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
             drawing.save_thumbnail(targets.thumbnail)
         figures = measurement.figures(source.label, image.pixel_size, truth.identity if truth else None)
         with atomic_output(targets.figures) as temporary:  # the mask does not tell how probable it is
-            figures._replace(probability=found and found.probability).write(temporary)
+            is_same = found is not None and (truth is None or found.truth == truth.identity)
+            objects = found.objects if found is not None and is_same else None
+            figures._replace(probability=found and found.probability, objects=objects).write(temporary)
 
 
 def blocks_of_mask(
-    mask: ImageFile, image: ImageFile, truth: Optional[Truth], model: Model, with_image: bool
+    mask: ImageFile,
+    image: ImageFile,
+    truth: Optional[Truth],
+    model: Model,
+    with_image: bool,
+    strips: Optional[Sequence[Window]] = None,
 ) -> Iterator[Block]:
     """Yield a mask that exists in strips; without z-scores unless `with_image`, and without softmax."""
     height, width, _ = mask.shape
-    strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
+    if strips is None:
+        strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
     statistics = ChannelStatistics.of_file(image) if with_image else None
 
     def blocks() -> Generator[Block, None, None]:
@@ -1225,6 +1308,70 @@ def blocks_of_mask(
             yield Block(rows.start, 0, scores, NOTHING, classes[..., 0], missing)
 
     yield from truth.added_to(blocks(), strips) if truth is not None else blocks()
+
+
+# ---------------------------------------------------------------------------------------------- objects
+
+
+def check_smallest(args: argparse.Namespace) -> None:
+    """Refuse an option that nothing honors."""
+    if args.smallest_object > 1 and not args.save_objects:
+        raise InputError("--smallest_object needs --save_objects 1; set it, or leave the other one out")
+
+
+def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source], model: Model, smallest: int) -> None:
+    """Write and measure the objects of a mask that is finished, unless that is done."""
+    figures, true_mask = Figures.read(targets.figures, model.number_classes), true_mask if model.objects else None
+    known = figures.objects
+    if known and known.smallest == smallest and (known.matches or not true_mask) and targets.has_objects:
+        return
+    with contextlib.ExitStack() as stack:
+        image = stack.enter_context(open_image(source, model))
+        truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
+        mask = stack.enter_context(targets.finished_mask().open(as_mask=True))
+        height, width, _ = mask.shape
+        strips = [(rows, slice(0, width)) for rows in strips_of(height, width, model.growth, model.size_factor)]
+        progress = Progress(f"objects of {image.path.name}", 2 * len(strips), "strips")  # which are read twice
+        ids = number_objects(mask, image, model, strips, smallest, progress)
+        found = numbered(strips_of_mask(mask, image, model, strips), ids, model.growth > 0)
+        found = grown(found, model.growth) if model.growth else found
+        true_ids = truth.ids(strips) if truth else itertools.repeat(None)
+        table, overlaps = ObjectTable(ids.objects, image.shape[2]), Overlaps()
+        with targets.open_objects(image, model) as outputs:
+            for done, (strip, pixels, true) in enumerate(zip(found, image.windows(strips), true_ids), len(strips) + 1):
+                missing = without_data(pixels, image.no_data)
+                table.add(strip, pixels, missing)
+                if true is not None:
+                    nowhere = true == IGNORED if missing is None else (true == IGNORED) | missing.all(axis=2)
+                    overlaps.add(true, strip.ids, nowhere)
+                for add in outputs:
+                    add(strip, pixels, missing)
+                progress.update(done)
+        progress.close()
+        with atomic_output(targets.object_rows) as temporary:
+            write_objects(temporary, table, image)
+        about = AboutObjects(smallest, ids.objects, overlaps.matches() if truth else None)
+        with atomic_output(targets.figures) as temporary:
+            figures._replace(objects=about).write(temporary)
+
+
+def number_objects(
+    mask: ImageFile, image: ImageFile, model: Model, strips: Sequence[Window], smallest: int, progress: Progress
+) -> Ids:
+    """Return the ids of the objects of a mask."""
+    numbering = Numbering(model.growth > 0, smallest)
+    for done, (_, classes) in enumerate(strips_of_mask(mask, image, model, strips), 1):
+        numbering.add(classes)
+        progress.update(done)
+    return numbering.finish()
+
+
+def strips_of_mask(
+    mask: ImageFile, image: ImageFile, model: Model, strips: Sequence[Window]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the rows and classes of strips of a mask; 0 where the image has no data."""
+    for (rows, _), block in zip(strips, blocks_of_mask(mask, image, None, model, False, strips)):
+        yield rows, block.classes if block.missing is None else np.where(block.missing, 0, block.classes)
 
 
 # ---------------------------------------------------------------------------------------------- results on disk
@@ -1298,7 +1445,7 @@ class Targets:
     @classmethod
     def of(cls, source: Source, args: argparse.Namespace) -> "Targets":
         """Return the files for an image."""
-        is_measured = bool(args.mask_folder or args.save_table or args.save_report)
+        is_measured = bool(args.mask_folder or args.save_table or args.save_report or args.save_objects)
         flags = map(bool, (args.save_probabilities, args.save_overlay, args.overviews, is_measured, args.save_report))
         return cls(args.output_folder, source, *flags)
 
@@ -1324,6 +1471,32 @@ class Targets:
         if not self.source.plane:
             return self.complete_mask
         return self.folder / PLANES_FOLDER / self.file_name / f"{self.source.place}.tif"
+
+    @property
+    def complete_objects(self) -> Path:
+        """The file for the ids of objects, of all planes."""
+        return (self.folder / SUBFOLDERS[2] / self.file_name).with_suffix(".tif")
+
+    @property
+    def objects(self) -> Path:
+        """The file for the ids of objects in this image or plane."""
+        return self.mask.with_name(f"{self.source.place}-objects.tif") if self.source.plane else self.complete_objects
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether the ids are there, and a row for each object."""
+        return self.object_rows.is_file() and (self.objects.is_file() or self.complete_objects.is_file())
+
+    def remove_objects(self) -> None:
+        """Remove what is known of the objects of an earlier mask."""
+        with file_errors(self.objects):
+            for path in {self.object_rows, self.objects, self.complete_objects}:
+                path.unlink(missing_ok=True)
+
+    @property
+    def object_rows(self) -> Path:
+        """The file of what is measured of each object."""
+        return self.folder / FIGURES_FOLDER / f"{self.mask_name}{OBJECT_ROWS}"
 
     def finished_mask(self) -> Source:
         """Return where the mask of an earlier run is."""
@@ -1397,18 +1570,35 @@ class Targets:
                 outputs.append(stack.enter_context(thumbnail(self.thumbnail, image, model)))
             yield outputs
 
+    @contextlib.contextmanager
+    def open_objects(self, image: ImageFile, model: Model) -> Iterator[list[StripOutput]]:
+        """Begin the files of objects; yield functions that take strips with the pixels of the image."""
+        with contextlib.ExitStack() as stack:
+            ids = tiff_of(
+                self.objects,
+                image,
+                np.dtype(np.uint32),
+                lambda block: block.classes,
+                with_overviews=self.with_overviews,
+            )
+            add = stack.enter_context(ids)
+            outputs: list[StripOutput] = [
+                lambda strip, pixels, missing: add(Block(strip.rows.start, 0, NOTHING, NOTHING, strip.ids, missing))
+            ]
+            if self.is_drawn:
+                outputs.append(stack.enter_context(thumbnail_of_objects(self.thumbnail, image, model)))
+            yield outputs
+
 
 def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
-    """Make one file of the masks of each stack of which all planes are there."""
+    """Make one file of the masks of each stack of which all planes are there; the same for all else that has planes."""
     stacks: dict[Source, list[Targets]] = {}
     for source, files in targets.items():
         if source.plane:
             stacks.setdefault(source._replace(plane=()), []).append(files)
     for source, planes in stacks.items():
-        if not all(path.is_file() for files in planes for path in files.results):
-            continue
         name = planes[0].file_name
-        if claims.claim(name):
+        if any(files.mask.parent.is_dir() for files in planes) and claims.claim(name):
             try:
                 assemble_stack(source, planes)
             finally:
@@ -1416,15 +1606,25 @@ def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
 
 
 def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
-    """Make one file of masks, and one of probabilities, of the files of all planes, which are removed."""
+    """Make one file each of the masks, probabilities and objects of all planes, whose files are removed.
+
+    The mask comes last, since it stands for all of them.
+    """
     first, layout = planes[0], StackLayout.of(source.files[0])
-    if first.complete_probabilities is not None:
-        with atomic_output(first.complete_probabilities) as temporary:
-            write_stack(temporary, layout, [files.probabilities for files in planes if files.probabilities], False)
-    with atomic_output(first.complete_mask) as temporary:
-        write_stack(temporary, layout, [files.mask for files in planes], layout.is_named)
-    logging.info("%s: %d planes in one file", first.file_name, len(planes))
-    remove(first.mask.parent)
+    is_new, is_done = all(path.is_file() for files in planes for path in files.results), False
+    probabilities = [files.probabilities for files in planes if files.probabilities is not None] if is_new else []
+    for target, parts, with_axes in (
+        (first.complete_probabilities, probabilities, False),
+        (first.complete_objects, [files.objects for files in planes], layout.is_named),
+        (first.complete_mask, [files.mask for files in planes] if is_new else [], layout.is_named),
+    ):
+        if target is not None and parts and all(path.is_file() for path in parts):
+            with atomic_output(target) as temporary:
+                write_stack(temporary, layout, parts, with_axes)
+            logging.info("%s: %d planes in one file", target.relative_to(first.folder), len(planes))
+            is_done = target != first.complete_probabilities
+    if is_done:
+        remove(first.mask.parent)
     with contextlib.suppress(OSError):  # other stacks are being made
         os.removedirs(first.mask.parent.parent)
 
@@ -1713,6 +1913,19 @@ def thumbnail(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
     drawing.save_thumbnail(target)
 
 
+@contextlib.contextmanager
+def thumbnail_of_objects(target: Path, image: ImageFile, model: Model) -> Iterator[StripOutput]:
+    """Begin a small picture of the image beside one with its objects in colors; yield a function that takes strips."""
+    drawing, statistics = Drawing(image, model, THUMBNAIL_PIXELS, with_objects=True), ChannelStatistics.of_file(image)
+
+    def add(strip: Strip, pixels: np.ndarray, missing: Optional[np.ndarray]) -> None:
+        scores = normalize(pixels, statistics.mean, statistics.deviation, model.deviation_floor, missing=missing)
+        drawing.add(Block(strip.rows.start, 0, scores, NOTHING, strip.ids, None))
+
+    yield add
+    drawing.save_thumbnail(target)
+
+
 class Drawing:
     """A picture of an image and its mask, block by block.
 
@@ -1727,15 +1940,17 @@ class Drawing:
         Has the grid and the number of classes.
     largest : int
         Pixels of the longer edge, as far as the grid allows.
+    with_objects : bool
+        Whether blocks have ids of objects in place of classes, which get colors.
     """
 
-    def __init__(self, image: ImageFile, model: Model, largest: int) -> None:
+    def __init__(self, image: ImageFile, model: Model, largest: int, with_objects: bool = False) -> None:
         height, width, _ = image.shape
-        self._factor, self._largest = 1, largest
+        self._factor, self._largest, self._with_objects = 1, largest, with_objects
         while max(height, width) > largest * self._factor and model.size_factor % (2 * self._factor) == 0:
             self._factor *= 2
         self.picture = np.zeros((-(-height // self._factor), -(-width // self._factor), 3), np.uint8)
-        self._classes = np.zeros(self.picture.shape[:2], model.mask_dtype)
+        self._classes = np.zeros(self.picture.shape[:2], np.uint32 if with_objects else model.mask_dtype)
         self._truth = np.full(self.picture.shape[:2], IGNORED)
 
     def add(self, block: Block) -> None:
@@ -1763,6 +1978,10 @@ class Drawing:
             (truth == 0, FALSE_COLOR), (classes == 0, MISSED_COLOR), (truth * classes > 0, CONFUSED_COLOR),
         ):  # fmt: skip
             picture[wrong & kind] = picture[wrong & kind] // 2 + color // 2
+        if self._with_objects:
+            inside = classes > 0
+            picture[inside] = picture[inside] // 2 + OBJECT_COLORS[classes[inside] % len(OBJECT_COLORS)] // 2
+            return picture
         outlines = find_boundaries(classes, connectivity=1, mode="inner", background=0)
         picture[outlines] = OUTLINE_COLORS[(classes[outlines] - 1) % len(OUTLINE_COLORS)]
         return picture

@@ -49,6 +49,7 @@ from cli import (
     whole,
     whole_number,
 )
+from objects import ObjectClasses
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
 FORMAT_VERSION = 2
@@ -395,6 +396,9 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
         "split_by": optional(any_text),
         "tile_size": optional(whole(1)),
         "label_map": optional(any_text),
+        "objects": optional(ObjectClasses.are),
+        "object_count": whole(0),
+        "touching_pairs": whole(0),
         "image_no_data": optional(real()),
         "channels": optional(list_of(whole(0), channels)),
         "channel_suffixes": optional(list_of(any_text)),
@@ -623,6 +627,13 @@ class LabelMap(NamedTuple):
         """Whether the map only says what to ignore: other values are the classes then that they are."""
         return self.largest_class == IGNORED
 
+    def covers(self, values: np.ndarray) -> np.ndarray:
+        """Return which values the map names, as bool."""
+        named = np.zeros(values.shape, bool)
+        for first, last, _ in self.ranges:
+            named |= (values >= first) & (values <= last)
+        return named
+
     def apply(self, mask: np.ndarray) -> np.ndarray:
         """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse `UnnamedValues`."""
         if mask.dtype.itemsize <= 2:
@@ -663,7 +674,8 @@ def advise_label_map(values: Sequence[int]) -> str:
         below = f"{values[0]}-0:0" if values[0] < 0 else "0:0"
         return (
             f"found {len(values)} different values, {shown}: if they number single objects, "
-            f"--label_map{space}{below},1-{max(values[-1], 1)}:1 makes one class of them"
+            "--objects 1 makes one class of them (and --border_width 2 another one of their borders), and so does "
+            f"--label_map{space}{below},1-{max(values[-1], 1)}:1"
         )
     positive = [value for value in values if value > 0]
     if values[0] >= 0 and values[-1] == len(positive):

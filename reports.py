@@ -32,8 +32,9 @@ from cli import (
     text_in_utf8,
     whole,
 )
-from image_files import PixelSize, displayable, normalize, without_data
+from image_files import ImageFile, PixelSize, displayable, normalize, without_data
 from lmdb_utils import Database, StoredImage
+from objects import MATCH_THRESHOLDS, Matches, ObjectTable
 
 if TYPE_CHECKING:
     from train_unet import RunState
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 LARGEST_FIGURE = 1e38  # in a CSV file; beyond what training computes with, and still drawn
 EXAMPLES = 4  # test images in the picture of predictions
 FIGURES_FOLDER = "figures"  # of inference: what is measured of each image, one file for each
+OBJECTS_FILE, OBJECT_ROWS = "objects.csv", ".objects.csv"  # of all images; what the name of that of one ends in
 SCORES_FILE, CONFUSION_FILE, TABLE_FILE, PAGE_FILE = "scores.csv", "confusion.csv", "table.csv", "report.html"
 TABLE_COLUMNS = (
     "image", "class", "pixels", "share", "regions", "mean_region_pixels", "unit", "area", "mean_region_area",
@@ -321,6 +323,28 @@ def text_of_score(score: float) -> str:
 # ---------------------------------------------------------------------------------------------- scores of inference
 
 
+class AboutObjects(NamedTuple):
+    """How many objects a mask has, and how many of them are true."""
+
+    smallest: int  # pixels that each has at least
+    number: int
+    matches: Optional[Matches]  # with true objects; None if these are not known
+
+    @classmethod
+    def read(cls, values: Sequence[Any], path: Path) -> "AboutObjects":
+        """Return what the values in a file are; raise `InputError` if they are not what `Figures.write` writes."""
+        about = cls(*values)
+        three_values = list_of(lambda value: True, 3)
+        check_values(
+            about._asdict(), {"smallest": whole(1), "number": whole(0), "matches": optional(three_values)}, path
+        )
+        if about.matches is None:
+            return about
+        matches, hits = Matches(*about.matches), list_of(whole(0), len(MATCH_THRESHOLDS))
+        check_values(matches._asdict(), {"true": whole(0), "found": whole(0), "hits": hits}, path)
+        return about._replace(matches=matches)
+
+
 class Figures(NamedTuple):
     """What is measured of the mask of one image; a small JSON file, so that processes and runs share the work."""
 
@@ -331,6 +355,7 @@ class Figures(NamedTuple):
     probability: Optional[float]  # mean of that of each pixel's class; None if it is not known any more
     truth: Optional[list[Any]]  # name, bytes and time of change (ns) of the file with the true classes
     confusion: Optional[np.ndarray]  # int64 (classes, classes); rows are true classes, columns predicted ones
+    objects: Optional[AboutObjects] = None  # None if they have not been numbered
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -345,18 +370,27 @@ class Figures(NamedTuple):
         checks = {
             "image": text_in_utf8, "pixels": counts, "regions": counts, "pixel_size": optional(anything),
             "probability": optional(real(0, 1)), "truth": optional(anything),
-            "confusion": optional(list_of(counts, number_classes)),
+            "confusion": optional(list_of(counts, number_classes)), "objects": optional(list_of(lambda value: True, 3)),
         }  # fmt: skip
         values = read_json(path)
+        if isinstance(values, dict):
+            values.setdefault("objects", None)  # which an earlier version did not count
         check_values(values, checks, path)
         if values["pixel_size"] is not None:
             values["pixel_size"] = PixelSize(*values["pixel_size"])
             check_values(
                 values["pixel_size"]._asdict(), {"height": real(0), "width": real(0), "unit": text_in_utf8}, path
             )
+        if values["objects"] is not None:
+            values["objects"] = AboutObjects.read(values["objects"], path)
         for name in ("pixels", "regions", "confusion"):
             values[name] = None if values[name] is None else np.array(values[name], np.int64)
         return cls(**{name: values[name] for name in cls._fields})
+
+    @property
+    def matches(self) -> Optional[Matches]:
+        """Those of its objects with true ones, None if they are not known."""
+        return None if self.objects is None else self.objects.matches
 
     @property
     def mean_iou(self) -> float:
@@ -485,6 +519,7 @@ class Wanted(NamedTuple):
     scores: bool = False
     table: bool = False
     page: bool = False
+    objects: bool = False
 
 
 def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Sequence[str]) -> None:
@@ -498,6 +533,8 @@ def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Seque
         scored = [each for each in found if each.confusion is not None]
         if wanted.scores and scored:
             write_scores(folder, number_classes, scored)
+        if wanted.objects:
+            pool_objects(folder, [(each.image, path) for each, path in zip(found, paths)])
         if wanted.table:
             write_csv(folder / TABLE_FILE, [TABLE_COLUMNS, *(row for each in found for row in rows_of_table(each))])
         if wanted.page:
@@ -527,8 +564,13 @@ def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -
     scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in range(number_classes)]
     total = total_confusion(scored)
     rows = [row_of_scores(each.image, each.confusion) for each in scored]
-    head = ["image", "pixels", "accuracy", "mean_iou", *scores]
-    write_csv(folder / SCORES_FILE, [head, *rows, row_of_scores("total", total)])
+    table = [["image", "pixels", "accuracy", "mean_iou", *scores], *rows, row_of_scores("total", total)]
+    matches = [each.matches for each in scored]
+    if any(matches):
+        more = [row_of_matches([each]) for each in matches]
+        more = [["true_objects", "found_objects", "ap_50", "ap"], *more, row_of_matches(matches)]
+        table = [[*row, *others] for row, others in zip(table, more)]
+    write_csv(folder / SCORES_FILE, table)
     columns = [f"predicted_{class_id}" for class_id in range(number_classes)]
     write_csv(folder / CONFUSION_FILE, [["true_class", *columns], *([i, *row] for i, row in enumerate(total))])
 
@@ -546,6 +588,13 @@ def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
         figures["accuracy"], mean_of_present(figures["iou"]), ", ".join(f"{dice:.4f}" for dice in figures["dice"]),
         folder / SCORES_FILE,
     )  # fmt: skip
+    matches = [each.matches for each in scored if each.matches is not None]
+    if matches:
+        at_half, mean = mean_precision(matches)
+        counts = sum(each.found for each in matches), sum(each.true for each in matches)
+        logging.info(
+            "objects: %d found, %d true; average precision %.4f at an IoU of 0.5, mean %.4f", *counts, at_half, mean
+        )
     worst = sorted((each for each in scored if not math.isnan(each.mean_iou)), key=lambda each: each.mean_iou)
     shown = (f"{each.image} {each.mean_iou:.4f}" for each in worst[:SHOWN_WORST])
     logging.info("lowest mean IoU: %s", ", ".join(shown))
@@ -556,6 +605,59 @@ def row_of_scores(name: str, confusion: Any) -> list[str]:
     scores = score_confusion(confusion)
     values = (scores["accuracy"], mean_of_present(scores["iou"]), *scores["iou"], *scores["dice"])
     return [name, str(confusion.sum()), *map(text_of_score, values)]
+
+
+def row_of_matches(matches: Sequence[Optional[Matches]]) -> list[str]:
+    """Return numbers of objects and average precision, in several images the mean of theirs."""
+    known = [each for each in matches if each is not None]
+    if not known:
+        return [""] * 4
+    counts = sum(each.true for each in known), sum(each.found for each in known)
+    return [*map(str, counts), *map(text_of_score, mean_precision(known))]
+
+
+def mean_precision(matches: Sequence[Matches]) -> tuple[float, float]:
+    """Return the average precision at an intersection over union of 0.5, and its mean over all thresholds.
+
+    Both are means over images, as in the Data Science Bowl 2018; NaN if none of them has an object.
+    """
+    precision = np.array([each.precision for each in matches if each.true + each.found])
+    return (float(precision[:, 0].mean()), float(precision.mean())) if len(precision) else (math.nan, math.nan)
+
+
+def write_objects(path: Path, table: ObjectTable, image: ImageFile) -> None:
+    """Write a row for each object of an image."""
+    size, places, boxes, means = image.pixel_size, table.centroids, table.boxes, table.means
+    coordinates = image.coordinates(*places.T)
+    head = ["id", "class", "pixels", "unit", "area", "row", "column", "map_x", "map_y"]
+    head += ["first_row", "first_column", "end_row", "end_column"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*head, *(f"mean_{channel}" for channel in range(image.shape[2]))])
+        for index, (class_id, pixels) in enumerate(zip(table.classes.tolist(), table.areas.tolist())):
+            area = [f"{size.unit}²", f"{pixels * size.area:.6g}"] if size else ["", ""]
+            on_map = ["", ""] if coordinates is None else [f"{each:.12g}" for each in coordinates[index]]
+            values = ("" if math.isnan(mean) else f"{mean:.6g}" for mean in means[index])
+            row = [index + 1, class_id, pixels, *area, *(f"{each:.2f}" for each in places[index]), *on_map]
+            writer.writerow([*row, *boxes[index].tolist(), *values])
+
+
+def pool_objects(folder: Path, images: Sequence[tuple[str, Path]]) -> None:
+    """Write the objects of all images into one table, in which the name of the image precedes each row."""
+    with replacing(folder / OBJECTS_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as pooled:
+        is_first = True
+        for name, figures in images:
+            path = figures.with_suffix(OBJECT_ROWS)
+            if not path.is_file():
+                continue
+            start = io.StringIO()
+            csv.writer(start, lineterminator="").writerow([printable(name)])
+            with open(path, encoding="utf-8", errors="replace", newline="") as rows:
+                head = next(rows, "")
+                if is_first:
+                    pooled.write(f"image,{head}")
+                pooled.writelines(f"{start.getvalue()},{row}" for row in rows)
+            is_first = False
 
 
 def rows_of_table(figures: Figures) -> Iterator[list[Any]]:
@@ -605,7 +707,13 @@ def page_of_masks(
     columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
     if scored:
         columns += ["mean IoU", *(f"Dice {class_id}" for class_id in shown)]
-    rows = (row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored)) for i in chosen)
+    has_objects = any(each.objects is not None for each in found)
+    if has_objects:
+        columns += ["objects", "average precision"] if any(each.matches for each in found) else ["objects"]
+    rows = (
+        [*row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored)), *objects_of_page(found[i], columns)]
+        for i in chosen
+    )
     parts.append(sortable_table(columns, rows))
     return html_page(f"Masks in {folder.name}", parts)
 
@@ -642,6 +750,14 @@ def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored:
             dice = score_confusion(figures.confusion)["dice"][list(shown)].tolist()
         cells += [number_cell(value, "{:.4f}") for value in (figures.mean_iou, *dice)]
     return cells
+
+
+def objects_of_page(figures: Figures, columns: Sequence[str]) -> list[str]:
+    """Return the cells that tell an image's objects, as many as there are columns for them."""
+    number = math.nan if figures.objects is None else figures.objects.number
+    precision = math.nan if figures.matches is None else mean_precision([figures.matches])[1]
+    cells = [number_cell(number, "{:,.0f}"), number_cell(precision, "{:.4f}")]
+    return cells[: sum(name in ("objects", "average precision") for name in columns)]
 
 
 def page_of_training(folder: Path, state: "RunState", test: dict[str, Any]) -> str:

@@ -414,6 +414,7 @@ def export(run: Run, model: Any, train_data: Metadata) -> None:
         "source_channels": train_data.info.get("channels"),
         "channel_suffixes": train_data.info.get("channel_suffixes"),
         "label_map": train_data.info.get("label_map"),
+        "objects": train_data.info.get("objects"),
         "image_no_data": train_data.info.get("image_no_data"),
         "radius": RADIUS,
         "size_factor": SIZE_FACTOR,
@@ -884,7 +885,7 @@ def read_metadata(args: argparse.Namespace) -> tuple[Metadata, Metadata]:
             found.append(database.metadata)
         check_classes(found[-1], args.number_classes, filepath)
     train, test = found
-    for option in ("label_map", "image_no_data", "channels", "channel_suffixes"):
+    for option in ("label_map", "objects", "image_no_data", "channels", "channel_suffixes"):
         one, other = train.info.get(option), test.info.get(option)
         if one != other:
             raise InputError(
