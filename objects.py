@@ -59,13 +59,13 @@ class ObjectClasses(NamedTuple):
         Parameters
         ----------
         ids : ndarray, shape (H, W)
-            int32: 0 for background, negative for pixels that are to be ignored. Pixels within `border_width` of an
+            Of int32: 0 for background, negative for pixels that are to be ignored. Pixels within `border_width` of an
             edge are right only if the mask ends there.
 
         Returns
         -------
         ndarray, shape (H, W)
-            uint8: `BACKGROUND`, `INSIDE`, or `BORDER` for pixels of an object that have one of another object (or of
+            Of uint8: `BACKGROUND`, `INSIDE`, or `BORDER` for pixels of an object that have one of another object (or of
             the background, if that counts) within a disk of radius `border_width`.
         """
         from scipy.ndimage import maximum_filter, minimum_filter
