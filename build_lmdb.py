@@ -1015,8 +1015,8 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     if options.may_ignore and ids.max() >= reserved:
         raise Unusable(
             ProblemKind.RESERVED,
-            f"{path}: found {reserved}, which stands for ignored pixels in masks of {options.mask_dtype}; set "
-            f"--ignore_value {reserved} if that is what it means, or say with --label_map what each value means",
+            f"{path}: {reserved} stands for ignored pixels in masks of {options.mask_dtype}; "
+            f"{advise_label_map(np.unique(mask).tolist()) or f'--ignore_value {reserved} is for these'}",
         )
     result = ids.astype(options.mask_dtype)
     if options.label_map is not None and options.label_map.ignores:
@@ -1390,7 +1390,9 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         )
     if info["ignored_pixels"]:
         ignored = info["ignored_pixels"]
-        yield f"  ignored or without data: {ignored} more pixels ({100 * ignored / (total + ignored):.2f} % of all)"
+        is_divided = info.get("tile_size") and info.get("side") == "test"  # between neighboring tiles
+        which = "ignored, without data or counted in a neighboring tile" if is_divided else "ignored or without data"
+        yield f"  {which}: {ignored} more pixels ({100 * ignored / (total + ignored):.2f} % of all)"
 
 
 def unusual_content(metadata: Metadata) -> Iterator[str]:

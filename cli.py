@@ -371,6 +371,11 @@ class Progress:
         Name of what the rate counts; `unit` by default.
     first : int
         Units that were done before, by an earlier run.
+
+    Attributes
+    ----------
+    total : int
+        Units of work; may be changed.
     """
 
     TERMINAL_SECONDS = 0.5
@@ -379,7 +384,7 @@ class Progress:
     def __init__(
         self, label: str, total: int, unit: str, rate_factor: float = 1.0, rate_unit: str = "", first: int = 0
     ) -> None:
-        self._label, self._total, self._unit, self._first = printable(label), total, unit, first
+        self._label, self.total, self._unit, self._first = printable(label), total, unit, first
         self._rate_factor, self._rate_unit = rate_factor, rate_unit or unit
         self._terminal = sys.stdout.isatty()
         self._interval = self.TERMINAL_SECONDS if self._terminal else self.FILE_SECONDS
@@ -392,9 +397,9 @@ class Progress:
             return
         self._shown = now
         rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = format_seconds((self._total - done) / max(rate, 1e-9)) if rate else "unknown"
+        left = format_seconds((self.total - done) / max(rate, 1e-9)) if rate else "unknown"
         line = (
-            f"{self._label} {done}/{self._total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
+            f"{self._label} {done}/{self.total}{self._unit and ' ' + self._unit} {details + ' ' if details else ''}"
             f"{rate * self._rate_factor:.1f} {self._rate_unit}/s, {left} left"
         )
         if self._terminal:

@@ -249,6 +249,7 @@ def train_one_epoch(run: Run, batches: "BatchSupply") -> Optional[dict[str, floa
                 steps.close()  # after the one that is queued already, whose loss comes next
         learning_rate = learning_rate_at(state.step - 1, args, state)  # before the plan changes
         heed(run, votes)
+        progress.total = state.epoch_step + steps_to_test(args, state)
     progress.close()
     batches.advise(args.reader_count)
     if votes.stop:
