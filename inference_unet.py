@@ -305,8 +305,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     log_settings(args)
     images = find_images(args)
     shard = args.shard or shard_from_slurm(os.environ)
-    targets = plan_targets(images, args)
     truths = find_truths(images, args)
+    targets = plan_targets(images, truths, args)
     wanted = Wanted(
         args.mask_folder is not None, bool(args.save_table), bool(args.save_report), bool(args.save_objects)
     )
@@ -1325,6 +1325,10 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
     known = figures.objects
     if known and known.smallest == smallest and (known.matches or not true_mask) and targets.has_objects:
         return
+    if os.path.lexists(targets.complete_objects) and not targets.object_rows.is_file():
+        raise InputError(
+            f"{targets.complete_objects} is not from this program; move it, or choose another --output_folder"
+        )
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
         truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
@@ -1347,9 +1351,9 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
                 for add in outputs:
                     add(strip, pixels, missing)
                 progress.update(done)
+            with atomic_output(targets.object_rows) as temporary:  # first, as they say whose the other file is
+                write_objects(temporary, table, image)
         progress.close()
-        with atomic_output(targets.object_rows) as temporary:
-            write_objects(temporary, table, image)
         about = AboutObjects(smallest, ids.objects, overlaps.matches() if truth else None)
         with atomic_output(targets.figures) as temporary:
             figures._replace(objects=about).write(temporary)
@@ -1377,24 +1381,28 @@ def strips_of_mask(
 # ---------------------------------------------------------------------------------------------- results on disk
 
 
-def plan_targets(images: Sequence[Source], args: argparse.Namespace) -> dict[Source, "Targets"]:
+def plan_targets(
+    images: Sequence[Source], truths: Mapping[Source, Source], args: argparse.Namespace
+) -> dict[Source, "Targets"]:
     """Return the files that each image becomes.
 
     Raises
     ------
     InputError
-        If one of them would replace an image, or two images would become the same file.
+        If one of them would replace an image or a true mask, or two images would become the same file.
     """
     targets = {image: Targets.of(image, args) for image in images}
-    originals = {os.path.realpath(file): file for image in images for file in image.files}
+    originals = {os.path.realpath(file): f"the image {file}" for image in images for file in image.files}
+    originals.update(
+        {os.path.realpath(file): f"the true mask {file}" for each in truths.values() for file in each.files}
+    )
     sources: dict[str, Source] = {}
     for image, files in targets.items():
-        for path in {*files.results, files.complete_mask}:
+        for path in {*files.results, files.complete_mask, *([files.complete_objects] if args.save_objects else [])}:
             place = os.path.join(os.path.realpath(path.parent), path.name)
             if place in originals:
                 raise InputError(
-                    f"{path} would replace the image {originals[place]}; choose another --output_folder than "
-                    f"{args.output_folder}"
+                    f"{path} would replace {originals[place]}; choose another --output_folder than {args.output_folder}"
                 )
             if sources.setdefault(place, image)._replace(plane=()) != image._replace(plane=()):
                 raise InputError(
@@ -1488,10 +1496,11 @@ class Targets:
         return self.object_rows.is_file() and (self.objects.is_file() or self.complete_objects.is_file())
 
     def remove_objects(self) -> None:
-        """Remove what is known of the objects of an earlier mask."""
-        with file_errors(self.objects):
-            for path in {self.object_rows, self.objects, self.complete_objects}:
-                path.unlink(missing_ok=True)
+        """Remove what is known of the objects of an earlier mask; nothing that somebody else has put there."""
+        if self.object_rows.is_file():
+            with file_errors(self.objects):
+                for path in (self.objects, self.complete_objects, self.object_rows):
+                    path.unlink(missing_ok=True)
 
     @property
     def object_rows(self) -> Path:

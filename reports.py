@@ -698,18 +698,18 @@ def page_of_masks(
     kind = "lowest scores" if scored else "least certain masks"
     some = f": the {len(chosen)} of {len(found)} with the {kind}" if len(chosen) < len(found) else ""
     parts.append(f"<h2>Images{some}</h2>")
-    parts.append(
-        f"<p>Image and mask, in which outlines enclose regions of the classes.{ERROR_COLORS if scored else ''}</p>"
-    )
     shown = most_frequent(found, number_classes)
     if len(shown) < number_classes:
         parts.append(f"<p>Of {number_classes} classes the {len(shown)} with the most pixels.</p>")
     columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
     if scored:
         columns += ["mean IoU", *(f"Dice {class_id}" for class_id in shown)]
-    has_objects = any(each.objects is not None for each in found)
-    if has_objects:
+    if any(each.objects for each in found):
         columns += ["objects", "average precision"] if any(each.matches for each in found) else ["objects"]
+        parts.append("<p>Image and mask, in which each object has a color.</p>")
+    else:
+        errors = ERROR_COLORS if scored else ""
+        parts.append(f"<p>Image and mask, in which outlines enclose regions of the classes.{errors}</p>")
     rows = (
         [*row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored)), *objects_of_page(found[i], columns)]
         for i in chosen

@@ -322,6 +322,8 @@ def test_objects_are_those_of_the_complete_mask(tmp_path, model, plain_model, ha
         done = infer(model if has_border else plain_model, tmp_path / "images", out, *options)
         assert done.returncode == 0, done.stdout
         found.append([tifffile.imread(out / "objects" / f"a{index}.tif") for index in range(2)])
+        page = (out / "report.html").read_text()
+        assert "each object has a color" in page and ("average precision" in page) == has_border
         rows = rows_of(out / "objects.csv")
         for index in range(2):
             mask = tifffile.imread(out / f"a{index}.tif")
@@ -375,6 +377,26 @@ def test_objects_are_made_later_and_made_anew_for_new_masks(tmp_path, model):
     assert not (out / "objects" / "a0.tif").exists() and not list((out / "figures").glob("*.objects.csv"))
     done = infer(model, tmp_path / "images", out, "--smallest_object", 9)
     assert done.returncode == 2 and "--save_objects" in "\n".join(errors_of(done.stdout))
+
+
+def test_files_of_others_are_left_alone(tmp_path, model):
+    """Truth in a folder named objects beside the masks, other files there, and images that would share a file."""
+    masks = write_objects(tmp_path, count=1)
+    out = tmp_path / "out"
+    (out / "objects").mkdir(parents=True)
+    (tmp_path / "masks" / "a0.tif").rename(out / "objects" / "a0.tif")
+    options = ["--save_objects", 1, "--overwrite", 1]
+    done = infer(model, tmp_path / "images", out, "--mask_folder", out / "objects", *options)
+    assert done.returncode == 2 and "would replace the true mask" in "\n".join(errors_of(done.stdout)), done.stdout
+    done = infer(model, tmp_path / "images", out, *options)
+    assert done.returncode == 2 and "is not from this program" in "\n".join(errors_of(done.stdout)), done.stdout
+    assert infer(model, tmp_path / "images", out, "--overwrite", 1).returncode == 0
+    np.testing.assert_array_equal(tifffile.imread(out / "objects" / "a0.tif"), masks[0])
+    done = infer(model, tmp_path / "images", out, "--mask_folder", out / "objects", "--save_table", 1)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "images" / "a0.tiff").write_bytes((tmp_path / "images" / "a0.tif").read_bytes())
+    done = infer(model, tmp_path / "images", tmp_path / "other", "--save_objects", 1)
+    assert done.returncode == 2 and "would both become" in "\n".join(errors_of(done.stdout)), done.stdout
 
 
 def test_shards_pool_their_objects(tmp_path, model):
