@@ -324,7 +324,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     failed, others = [], 0
-    mark_as_results(args.output_folder)
+    mark_as_results(args.output_folder, args.image_folder)
     with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
         for number, image in enumerate(waiting, 1):
             try:
@@ -1420,10 +1420,10 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"cannot create --output_folder {folder}: {cause_of(error)}") from error
 
 
-def mark_as_results(folder: Path) -> None:
-    """Let no later search of a tree take the masks for images, unless the folder has had other files before."""
+def mark_as_results(folder: Path, images: Path) -> None:
+    """Let no later search of the tree of images take masks in it for images, unless they share their folder."""
     with file_errors(folder):
-        if not any(folder.iterdir()):
+        if images.resolve() in folder.resolve().parents and not any(folder.iterdir()):
             (folder / RESULTS_MARK).touch()
 
 

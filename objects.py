@@ -19,7 +19,9 @@ BACKGROUND, INSIDE, BORDER = 0, 1, 2  # the classes that objects become
 LARGEST_BORDER = 32  # pixels
 LARGEST_ID, LARGEST_UINT32 = 2**31 - 1, 2**32 - 1
 STRIP_PIXELS = 2**20  # of a strip, so that few are needed for small masks, and little memory for wide ones
-MATCH_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of the intersection over union, as in the Data Science Bowl 2018
+MATCH_THRESHOLDS = np.round(
+    np.arange(0.5, 1.0, 0.05), 2
+)  # of the intersection over union, as in the Data Science Bowl 2018
 
 # ---------------------------------------------------------------------------------------------- from objects to classes
 
