@@ -499,8 +499,7 @@ def test_unusual_classes_get_a_hint_that_mends_them(tmp_path, values, hint):
         tifffile.imwrite(path, np.resize(np.array(values, np.uint8), (64, 64)))
     done = start(tmp_path)
     assert done.returncode == 0 and hint in done.stdout, done.stdout
-    option = hint[hint.index("--label_map") :].split()[1]
-    done = start(tmp_path, "--label_map", option)
+    done = start(tmp_path, *hint[hint.index("--") :].split()[:2])
     assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout
 
 
