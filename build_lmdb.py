@@ -108,9 +108,10 @@ from lmdb_utils import (
     any_int,
     ignored_id,
     new_databases,
+    object_ids,
     record_bytes,
 )
-from objects import LARGEST_BORDER, NO_OBJECTS, ObjectCensus, ObjectClasses, checked_ids
+from objects import LARGEST_BORDER, NO_OBJECTS, ObjectCensus, ObjectClasses
 
 SIDES = ("train", "test")
 LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
@@ -877,6 +878,7 @@ class Contents:
         self._deviations = array.array("f")  # compact, because there may be a million images
         self._pixels, self._valid = 0, np.zeros((), np.int64)
         self.objects = self.touching = 0  # objects, and pairs of them that touch
+        self._of_image = NO_OBJECTS  # those of the image that was added last
 
     def add(self, statistics: ChannelStatistics, spec: PairSpec) -> None:
         """Take note of an image."""
@@ -884,13 +886,14 @@ class Contents:
         self._minimum = np.minimum(self._minimum, statistics.minimum)
         self._maximum = np.maximum(self._maximum, statistics.maximum)
         self._deviations.extend(statistics.deviation)
+        self._of_image = NO_OBJECTS
 
-    def add_objects(self, census: ObjectCensus, of_image: ObjectCensus) -> ObjectCensus:
-        """Take note of the objects in a part of an image, of which others are known; return those of all parts."""
-        joined = of_image.joined(census)
-        self.objects += len(joined.ids) - len(of_image.ids)
-        self.touching += len(joined.touching) - len(of_image.touching)
-        return joined
+    def add_objects(self, census: ObjectCensus) -> None:
+        """Take note of the objects in a part of the image that was added last."""
+        joined = self._of_image.joined(census)
+        self.objects += len(joined.ids) - len(self._of_image.ids)
+        self.touching += len(joined.touching) - len(self._of_image.touching)
+        self._of_image = joined
 
     @property
     def value_range(self) -> list[tuple[float, float]]:
@@ -982,10 +985,11 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
         wider = [widened(window, around, mask.shape) for window in windows]
         for origin, window, outer, pixels, values in zip(job.origins, windows, wider, parts, mask.windows(wider)):
             pixels = pixels.astype(LOSSLESS_WIDENING.get(pixels.dtype.name, pixels.dtype), copy=False)
-            inside, no_data = relative_window(window, outer), None
-            ids = class_ids(values[..., 0], mask.path, options)[inside]
+            ids, inside, no_data = values[..., 0], relative_window(window, outer), None
             if options.objects is not None:
-                census = census.joined(ObjectCensus.of(object_ids(values[..., 0], mask.path, options)[inside]))
+                ids = checked_objects(ids, mask.path, options)
+                census = census.joined(ObjectCensus.of(ids[inside]))
+            ids = class_ids(ids, mask.path, options)[inside]
             missing = without_data(pixels, image.no_data)
             if missing is not None:
                 no_data = image.no_data
@@ -1001,10 +1005,8 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     """Return what the values (H, W) of a mask mean: class ids and `ignored_id`, in the database's mask type."""
     reserved, ids = ignored_id(options.mask_dtype), mask
     if options.objects is not None:
-        objects = object_ids(mask, path, options)
-        ids = np.where(objects < 0, reserved, options.objects.apply(objects))
-        return ids.astype(options.mask_dtype)
-    if options.label_map is not None:
+        ids = options.objects.apply(mask)
+    elif options.label_map is not None:
         try:
             ids = options.label_map.apply(mask)
         except UnnamedValues as error:
@@ -1016,7 +1018,7 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
         raise Unusable(
             ProblemKind.RESERVED,
             f"{path}: {reserved} stands for ignored pixels in masks of {options.mask_dtype}; "
-            f"{advise_label_map(np.unique(mask).tolist()) or f'--ignore_value {reserved} is for these'}",
+            f"{advise_label_map(np.unique(mask).tolist())}",
         )
     result = ids.astype(options.mask_dtype)
     if options.label_map is not None and options.label_map.ignores:
@@ -1024,11 +1026,10 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
     return result
 
 
-def object_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
-    """Return the ids of objects that a mask (H, W) has, int32, with `IGNORED` where it is to be ignored."""
-    ignored = np.zeros(mask.shape, bool) if options.label_map is None else options.label_map.covers(mask)
+def checked_objects(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
+    """Return the ids of objects in a mask (H, W), int32, `IGNORED` where it is to be ignored."""
     try:
-        return np.where(ignored, IGNORED, checked_ids(np.where(ignored, 0, mask), path)).astype(np.int32)
+        return object_ids(mask, options.label_map, path)
     except InputError as error:
         raise Unusable(ProblemKind.BAD_OBJECTS, str(error)) from None
 
@@ -1103,7 +1104,7 @@ class Build:
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter, counts_once: bool) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
-        contents, last_pair, uncounted, objects = Contents(), None, 0, NO_OBJECTS
+        contents, last_pair, uncounted = Contents(), None, 0
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
         encode = functools.partial(encode_or_problem, self._options._replace(counts_once=counts_once))
         for job, encoded in self._workers.run(encode, jobs, lambda job: str(job.pair.image), lambda job: job.nbytes):
@@ -1118,9 +1119,9 @@ class Build:
                         writer.append(record, job.pair.image.label)
                 if job.pair != last_pair:  # once an image
                     contents.add(encoded.statistics, self._specs[job.pair])
-                    last_pair, objects = job.pair, NO_OBJECTS
+                    last_pair = job.pair
                 if encoded.objects is not None:
-                    objects = contents.add_objects(encoded.objects, objects)
+                    contents.add_objects(encoded.objects)
             self._done += len(job.origins)
             self._progress.update(self._done)
         self._progress.close()

@@ -111,6 +111,7 @@ from lmdb_utils import (
     UnnamedValues,
     check_saved_model,
     count_classes,
+    object_ids,
 )
 from objects import (
     Ids,
@@ -119,7 +120,6 @@ from objects import (
     ObjectTable,
     Overlaps,
     Strip,
-    checked_ids,
     grown,
     numbered,
     strips_of,
@@ -1173,16 +1173,13 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
 
     def _ids_of(self, values: np.ndarray) -> np.ndarray:
         """Return the ids of objects that values of the file are."""
-        label_map = self._model.label_map
-        ignored = np.zeros(values.shape, bool) if label_map is None else label_map.covers(values)
-        return np.where(ignored, IGNORED, checked_ids(np.where(ignored, 0, values), self._file.path)).astype(np.int32)
+        return object_ids(values, self._model.label_map, self._file.path)
 
     def _classes_of(self, values: np.ndarray) -> np.ndarray:
         """Return what values of the file mean."""
         label_map, classes = self._model.label_map, self._model.number_classes
         if self._model.objects is not None:
-            numbers = self._ids_of(values)
-            return np.where(numbers == IGNORED, IGNORED, self._model.objects.apply(numbers)).astype(np.int32)
+            return self._model.objects.apply(self._ids_of(values)).astype(np.int32)
         try:
             ids = values if label_map is None else label_map.apply(values)
         except UnnamedValues as error:

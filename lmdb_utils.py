@@ -49,7 +49,7 @@ from cli import (
     whole,
     whole_number,
 )
-from objects import ObjectClasses
+from objects import LARGEST_ID, ObjectClasses
 
 FORMAT_NAME = "semantic-segmentation-lmdb"
 FORMAT_VERSION = 2
@@ -654,6 +654,25 @@ class LabelMap(NamedTuple):
         inside = (position >= 0) & (values <= lasts[position])
         others = np.where(values >= 0, values, UNNAMED) if self.only_ignores else UNNAMED
         return np.where(inside, classes[position], others).astype(np.int32)
+
+
+def object_ids(values: np.ndarray, label_map: Optional[LabelMap], path: PathLike) -> np.ndarray:
+    """Return the ids of objects in a mask (H, W) as int32, `IGNORED` where the label map says so.
+
+    Raises
+    ------
+    InputError
+        If some are negative or above `LARGEST_ID`.
+    """
+    ignored = False if label_map is None else label_map.covers(values)
+    ids = np.where(ignored, 0, values)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high > LARGEST_ID:
+        raise InputError(
+            f"expected object ids from 0 (background) to {LARGEST_ID} in {path}, found {low if low < 0 else high}; "
+            "renumber the objects, or use --ignore_value if this value marks pixels without a class"
+        )
+    return np.where(ignored, IGNORED, ids).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from cli import InputError
-
 BACKGROUND, INSIDE, BORDER = 0, 1, 2  # the classes that objects become
 LARGEST_BORDER = 32  # pixels
 LARGEST_ID, LARGEST_UINT32 = 2**31 - 1, 2**32 - 1
@@ -61,20 +59,20 @@ class ObjectClasses(NamedTuple):
         Parameters
         ----------
         ids : ndarray, shape (H, W)
-            Of int32: 0 for background, negative for pixels that are to be ignored. Pixels within `border_width` of an
+            Of int32: 0 for background, -1 for pixels that are to be ignored. Pixels within `border_width` of an
             edge are right only if the mask ends there.
 
         Returns
         -------
         ndarray, shape (H, W)
-            Of uint8: `BACKGROUND`, `INSIDE`, or `BORDER` for pixels of an object that have one of another object (or of
-            the background, if that counts) within a disk of radius `border_width`.
+            Of int8: `BACKGROUND`, `INSIDE`, or `BORDER` for pixels of an object that have one of another object (or of
+            the background, if that counts) within a disk of radius `border_width`; -1 for those to be ignored.
         """
         from scipy.ndimage import maximum_filter, minimum_filter
         from skimage.morphology import disk
 
-        classes = (ids > 0).astype(np.uint8)
-        if self.border_width and classes.any():
+        classes = np.sign(ids).astype(np.int8)
+        if self.border_width and ids.any():
             around = disk(self.border_width)
             others = ids >= 0 if self.meets_background else ids > 0
             lowest = np.where(others, ids, LARGEST_ID)
@@ -82,23 +80,6 @@ class ObjectClasses(NamedTuple):
             differs |= minimum_filter(lowest, footprint=around, mode="nearest") < ids
             classes[differs & (ids > 0)] = BORDER
         return classes
-
-
-def checked_ids(values: np.ndarray, path: Any) -> np.ndarray:
-    """Return the ids of objects as int32.
-
-    Raises
-    ------
-    InputError
-        If some are negative or above `LARGEST_ID`.
-    """
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > LARGEST_ID:
-        raise InputError(
-            f"expected object ids from 0 (background) to {LARGEST_ID} in {path}, found {low if low < 0 else high}; "
-            "number the objects anew, or leave pixels without a class out with --ignore_value"
-        )
-    return values.astype(np.int32)
 
 
 class ObjectCensus(NamedTuple):
