@@ -31,7 +31,7 @@ IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".j
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
 SHOWN_NAMES, LONGEST_NAME = 3, 255  # in a message; characters
-RESULTS_MARK = ".unet_results"  # an empty file in a folder of results, which are no images to search a tree for
+RESULTS_MARK = ".unet_results"  # an empty file in a folder of results inside a tree, which are no images
 LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
 MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -200,7 +200,7 @@ class Folder(NamedTuple):
                 mark = self.path / inside / RESULTS_MARK
                 if os.path.lexists(mark):
                     logging.warning(
-                        "left out %s, masks of another run; remove %s if it is to be taken", mark.parent, mark
+                        "left out %s, which contains masks of another run; remove %s to use it", mark.parent, mark
                     )
                 else:
                     yield from self._names_below(inside, passed | {place})

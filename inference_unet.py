@@ -283,8 +283,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         f"connected region, and a row for each object in OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_objects", 0, text)
-    text = "connected regions of fewer pixels are left out of --save_objects"
-    parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), default=1, help=text)
+    text = "pixels that a connected region must have to be an object, for --save_objects 1; if not given, one"
+    parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), help=text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -303,6 +303,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Segment all images; a bad one is reported and does not keep the others from being segmented."""
     log_settings(args)
+    if args.smallest_object is not None and not args.save_objects:
+        raise InputError(
+            "expected --save_objects 1 beside --smallest_object, got 0; set it, or leave the other one out"
+        )
     images = find_images(args)
     shard = args.shard or shard_from_slurm(os.environ)
     truths = find_truths(images, args)
@@ -310,7 +314,6 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     wanted = Wanted(
         args.mask_folder is not None, bool(args.save_table), bool(args.save_report), bool(args.save_objects)
     )
-    check_smallest(args)
     images = images[shard.part - 1 :: shard.parts]
     if shard.parts > 1:
         logging.info(
@@ -332,15 +335,15 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
                     if is_mine:
                         about = segment_file(image, targets[image], model, sizer, truths.get(image))
                         if args.save_objects:
-                            save_objects(image, targets[image], truths.get(image), model, args.smallest_object)
+                            save_objects(image, targets[image], truths.get(image), model, args.smallest_object or 1)
                         logging.info("%d/%d %s", number, len(waiting), about)
                     others += not is_mine
             except InputError as error:
                 failed.append(image.label)
                 logging.error("%s", error)
         if any(wanted):
-            smallest = args.smallest_object if args.save_objects else None
-            failed += measure_masks(sorted(set(images) - set(waiting)), targets, truths, model, smallest)
+            earlier = sorted(set(images) - set(waiting))
+            failed += measure_masks(earlier, targets, truths, model, args.smallest_object or 1)
         assemble_stacks(targets, claims)
     if others:
         logging.info("%d images were left to another process, which writes into the same folder", others)
@@ -877,7 +880,6 @@ def segment_file(
 ) -> str:
     """Segment an image file into files; return what there is to say about it."""
     start = time.monotonic()
-    targets.remove_objects()
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
         truth = stack.enter_context(Truth(true_mask, image, model)) if true_mask else None
@@ -1226,17 +1228,14 @@ def measure_masks(
     targets: Mapping[Source, "Targets"],
     truths: Mapping[Source, Source],
     model: Model,
-    smallest_object: Optional[int] = None,
+    smallest_object: int,
 ) -> list[str]:
-    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail.
-
-    Their objects are numbered as well, if the smallest one is given.
-    """
+    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
     failed = []
     for image in images:
         try:
             measure_mask(image, targets[image], truths.get(image), model)
-            if smallest_object is not None:
+            if targets[image].with_objects:
                 save_objects(image, targets[image], truths.get(image), model, smallest_object)
         except InputError as error:
             failed.append(image.label)
@@ -1249,7 +1248,7 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
     found = None
     with contextlib.suppress(InputError, OSError):
         found = Figures.read(targets.figures, model.number_classes)
-    is_drawn = targets.is_drawn and not targets.thumbnail.is_file()
+    is_drawn = targets.is_drawn and not targets.with_objects and not targets.thumbnail.is_file()
     if found is not None and true_mask is None and not is_drawn:
         return
     with contextlib.ExitStack() as stack:
@@ -1310,17 +1309,11 @@ def blocks_of_mask(
 # ---------------------------------------------------------------------------------------------- objects
 
 
-def check_smallest(args: argparse.Namespace) -> None:
-    """Refuse an option that nothing honors."""
-    if args.smallest_object > 1 and not args.save_objects:
-        raise InputError("--smallest_object needs --save_objects 1; set it, or leave the other one out")
-
-
 def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source], model: Model, smallest: int) -> None:
     """Write and measure the objects of a mask that is finished, unless that is done."""
     figures, true_mask = Figures.read(targets.figures, model.number_classes), true_mask if model.objects else None
-    known = figures.objects
-    if known and known.smallest == smallest and (known.matches or not true_mask) and targets.has_objects:
+    known, is_drawn = figures.objects, targets.thumbnail.is_file() or not targets.is_drawn
+    if known and known.smallest == smallest and (known.matches or not true_mask) and targets.has_objects and is_drawn:
         return
     if os.path.lexists(targets.complete_objects) and not targets.object_rows.is_file():
         raise InputError(
@@ -1350,6 +1343,8 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
                 progress.update(done)
             with atomic_output(targets.object_rows) as temporary:  # first, as they say whose the other file is
                 write_objects(temporary, table, image)
+            if not targets.is_drawn:
+                remove(targets.thumbnail)  # it shows the classes
         progress.close()
         about = AboutObjects(smallest, ids.objects, overlaps.matches() if truth else None)
         with atomic_output(targets.figures) as temporary:
@@ -1395,7 +1390,7 @@ def plan_targets(
     )
     sources: dict[str, Source] = {}
     for image, files in targets.items():
-        for path in {*files.results, files.complete_mask, *([files.complete_objects] if args.save_objects else [])}:
+        for path in {*files.results, files.complete_mask, *([files.complete_objects] if files.with_objects else [])}:
             place = os.path.join(os.path.realpath(path.parent), path.name)
             if place in originals:
                 raise InputError(
@@ -1444,14 +1439,16 @@ class Targets:
     with_probabilities: bool = False
     with_overlay: bool = False
     with_overviews: bool = False
-    is_measured: bool = False  # whether figures are asked for, and
-    is_drawn: bool = False  # thumbnails; masks that are there already can have both made later
+    is_measured: bool = False  # whether figures are asked for,
+    is_drawn: bool = False  # thumbnails,
+    with_objects: bool = False  # and the ids of objects; masks that are there already can have all made later
 
     @classmethod
     def of(cls, source: Source, args: argparse.Namespace) -> "Targets":
         """Return the files for an image."""
         is_measured = bool(args.mask_folder or args.save_table or args.save_report or args.save_objects)
-        flags = map(bool, (args.save_probabilities, args.save_overlay, args.overviews, is_measured, args.save_report))
+        results = args.save_probabilities, args.save_overlay, args.overviews
+        flags = map(bool, (*results, is_measured, args.save_report, args.save_objects))
         return cls(args.output_folder, source, *flags)
 
     @property
@@ -1555,6 +1552,7 @@ class Targets:
     @contextlib.contextmanager
     def open(self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None) -> Iterator[list[Output]]:
         """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
+        self.remove_objects()
         with contextlib.ExitStack() as stack:
             if self.mask.suffix.lower() == ".png":
                 mask = png_mask(self.mask, image, model)
@@ -1572,7 +1570,7 @@ class Targets:
                 outputs.append(stack.enter_context(softmax))
             if self.overlay is not None:
                 outputs.append(stack.enter_context(overlay(self.overlay, image, model)))
-            if self.is_drawn:
+            if self.is_drawn and not self.with_objects:
                 outputs.append(stack.enter_context(thumbnail(self.thumbnail, image, model)))
             yield outputs
 
@@ -1614,22 +1612,21 @@ def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
 def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
     """Make one file each of the masks, probabilities and objects of all planes, whose files are removed.
 
-    The mask comes last, since it stands for all of them.
+    The mask comes last, since it stands for all of them. Objects may be numbered after it has been made.
     """
     first, layout = planes[0], StackLayout.of(source.files[0])
-    is_new, is_done = all(path.is_file() for files in planes for path in files.results), False
-    probabilities = [files.probabilities for files in planes if files.probabilities is not None] if is_new else []
-    for target, parts, with_axes in (
-        (first.complete_probabilities, probabilities, False),
-        (first.complete_objects, [files.objects for files in planes], layout.is_named),
-        (first.complete_mask, [files.mask for files in planes] if is_new else [], layout.is_named),
-    ):
-        if target is not None and parts and all(path.is_file() for path in parts):
-            with atomic_output(target) as temporary:
-                write_stack(temporary, layout, parts, with_axes)
-            logging.info("%s: %d planes in one file", target.relative_to(first.folder), len(planes))
-            is_done = target != first.complete_probabilities
-    if is_done:
+    kinds = [(first.complete_objects, [files.objects for files in planes], layout.is_named)]
+    if all(path.is_file() for files in planes for path in files.results):
+        if first.complete_probabilities is not None:
+            softmax = [files.probabilities for files in planes if files.probabilities is not None]
+            kinds.append((first.complete_probabilities, softmax, False))
+        kinds.append((first.complete_mask, [files.mask for files in planes], layout.is_named))
+    complete = [kind for kind in kinds if all(path.is_file() for path in kind[1])]
+    for target, parts, with_axes in complete:
+        with atomic_output(target) as temporary:
+            write_stack(temporary, layout, parts, with_axes)
+        logging.info("%s: %d planes in one file", target.relative_to(first.folder), len(planes))
+    if complete:
         remove(first.mask.parent)
     with contextlib.suppress(OSError):  # other stacks are being made
         os.removedirs(first.mask.parent.parent)

@@ -567,9 +567,9 @@ def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -
     table = [["image", "pixels", "accuracy", "mean_iou", *scores], *rows, row_of_scores("total", total)]
     matches = [each.matches for each in scored]
     if any(matches):
-        more = [row_of_matches([each]) for each in matches]
-        more = [["true_objects", "found_objects", "ap_50", "ap"], *more, row_of_matches(matches)]
-        table = [[*row, *others] for row, others in zip(table, more)]
+        of_objects = [["true_objects", "found_objects", "ap_50", "ap"]]
+        of_objects += [*(row_of_matches([each]) for each in matches), row_of_matches(matches)]
+        table = [[*row, *more] for row, more in zip(table, of_objects)]
     write_csv(folder / SCORES_FILE, table)
     columns = [f"predicted_{class_id}" for class_id in range(number_classes)]
     write_csv(folder / CONFUSION_FILE, [["true_class", *columns], *([i, *row] for i, row in enumerate(total))])
@@ -704,15 +704,17 @@ def page_of_masks(
     columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
     if scored:
         columns += ["mean IoU", *(f"Dice {class_id}" for class_id in shown)]
-    if any(each.objects for each in found):
-        columns += ["objects", "average precision"] if any(each.matches for each in found) else ["objects"]
-        parts.append("<p>Image and mask, in which each object has a color.</p>")
-    else:
-        errors = ERROR_COLORS if scored else ""
-        parts.append(f"<p>Image and mask, in which outlines enclose regions of the classes.{errors}</p>")
+    of_objects = ["objects"] * any(each.objects for each in found)
+    of_objects += ["average precision"] * any(each.matches for each in found)
     rows = (
-        [*row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored)), *objects_of_page(found[i], columns)]
+        row_of_page(found[i], paths[i].with_suffix(".jpg"), shown, bool(scored))
+        + cells_of_objects(found[i])[: len(of_objects)]
         for i in chosen
+    )
+    columns += of_objects
+    parts.append(
+        f"<p>Image and mask, in which outlines enclose regions of the classes.{ERROR_COLORS if scored else ''}"
+        f"{' Objects that have been numbered have a color each instead.' if of_objects else ''}</p>"
     )
     parts.append(sortable_table(columns, rows))
     return html_page(f"Masks in {folder.name}", parts)
@@ -752,12 +754,11 @@ def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored:
     return cells
 
 
-def objects_of_page(figures: Figures, columns: Sequence[str]) -> list[str]:
-    """Return the cells that tell an image's objects, as many as there are columns for them."""
+def cells_of_objects(figures: Figures) -> list[str]:
+    """Return the cells of an image about its objects."""
     number = math.nan if figures.objects is None else figures.objects.number
     precision = math.nan if figures.matches is None else mean_precision([figures.matches])[1]
-    cells = [number_cell(number, "{:,.0f}"), number_cell(precision, "{:.4f}")]
-    return cells[: sum(name in ("objects", "average precision") for name in columns)]
+    return [number_cell(number, "{:,.0f}"), number_cell(precision, "{:.4f}")]
 
 
 def page_of_training(folder: Path, state: "RunState", test: dict[str, Any]) -> str:
