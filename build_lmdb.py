@@ -186,7 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Script which converts two folders of images and masks into a pair of lmdb databases for training.",
     )
     add_database_options(parser.add_argument_group("databases"))
-    add_content_options(parser.add_argument_group("what is in the files"))
+    content = parser.add_argument_group("what is in the files")
+    for add_options in (add_folder_options, add_split_options, add_mask_options, add_image_options):
+        add_options(content)
     add_work_options(parser.add_argument_group("work and results"))
     return parser
 
@@ -217,8 +219,8 @@ def add_database_options(group: Any) -> None:
     group.add_argument("--tile_size", type=tile_size, default=512, help=text)
 
 
-def add_content_options(group: Any) -> None:
-    """Add which files belong together, and what becomes of mask values and channels."""
+def add_folder_options(group: Any) -> None:
+    """Add which files belong together."""
     text = "format (extension) of the masks, tif or png; both where it is not given"
     group.add_argument("--mask_format", type=mask_format, help=text)
     text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
@@ -233,6 +235,10 @@ def add_content_options(group: Any) -> None:
         "plane of its mask; all planes of a file are on one side of the split"
     )
     group.add_argument("--stack", choices=("planes",), help=text)
+
+
+def add_split_options(group: Any) -> None:
+    """Add which images test."""
     text = "seed of the split into train and test, which is by image, never by tile"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = (
@@ -253,6 +259,10 @@ def add_content_options(group: Any) -> None:
         "takes the place of --train_fraction"
     )
     either.add_argument("--test_list", metavar="FILE", type=some_path, help=text)
+
+
+def add_mask_options(group: Any) -> None:
+    """Add what becomes of mask values."""
     text = (
         "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
         "objects, or 255:ignore for pixels that count nowhere; values that it does not name are refused, unless all "
@@ -275,6 +285,10 @@ def add_content_options(group: Any) -> None:
         "whether pixels of an object within --border_width of the background become class 2, too [0 = False, 1 = True]"
     )
     add_flag(group, "--border_to_background", 0, text)
+
+
+def add_image_options(group: Any) -> None:
+    """Add what becomes of pixels and channels, and of files that cannot be used."""
     text = (
         "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
         "says; they are left out of mean and standard deviation, the network sees 0, and if no channel of a pixel has "
@@ -410,10 +424,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     if len(pairs) < 2:
         report_problems(problems, bool(args.skip_bad))
     sides = split_pairs(pairs, images, args)
-    tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
-    options = Options(
-        tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data, objects_of(args, label_map)
-    )
+    options = options_of(args)
     targets = [args.output_folder / f"{side}-{args.dataset_name}.lmdb" for side in SIDES]
     if args.preview:
         previews = [target.with_suffix(".png") for target in targets]
@@ -424,29 +435,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         problems += unusable
         report_problems(problems, options.skip_bad)
         if not specs:
-            raise InputError("no pair of files is left to build with; mend the files that were left out")
+            raise InputError("no pair of files is left to build with; fix the files that were left out")
         with new_databases(*targets) as writers:
-            build = Build(workers, specs, measured, options)
-            filled = [
-                build.fill(pairs_of_side, writer, counts_once=tile_size is not None and side == "test")
-                for side, pairs_of_side, writer in zip(SIDES, sides, writers)
-            ]
-            report_problems(build.problems, options.skip_bad)
-            problems += build.problems
-            for side, writer in zip(SIDES, writers):
-                if not len(writer):
-                    raise InputError(
-                        f"no image is left to {side} with; fix the files that were left out, or change --seed"
-                    )
-            about = describe_build(args, options, len(problems))
-            about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
-            about["ignored_id"] = build.ignored_id
-            for side, contents, writer in zip(SIDES, filled, writers):
-                of_images = {
-                    "value_range": contents.value_range, "missing_shares": contents.missing_shares,
-                    "object_count": contents.objects, "touching_pairs": contents.touching,
-                }  # fmt: skip
-                writer.finish({**about, "side": side, **of_images})
+            problems += fill_databases(Build(workers, specs, measured, options), sides, writers, args, len(problems))
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
             if args.fold:
                 left_out = {problem.path for problem in problems}
@@ -455,6 +446,42 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
                     args.output_folder / f"test-{args.dataset_name}.txt",
                 )
     describe_databases(targets, bool(args.preview))
+
+
+def options_of(args: argparse.Namespace) -> "Options":
+    """Return what the processes have to know of the arguments."""
+    tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
+    return Options(
+        tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data, objects_of(args, label_map)
+    )
+
+
+def fill_databases(
+    build: "Build",
+    sides: Sequence[list[Pair]],
+    writers: Sequence[DatabaseWriter],
+    args: argparse.Namespace,
+    left_out: int,
+) -> list[Problem]:
+    """Write the records and the metadata of both databases; return the pairs whose pixels cannot be used.
+
+    `left_out` is the number of problems that were found before.
+    """
+    options = build.options
+    filled = [
+        build.fill(pairs, writer, counts_once=options.tile_size is not None and side == "test")
+        for side, pairs, writer in zip(SIDES, sides, writers)
+    ]
+    report_problems(build.problems, options.skip_bad)
+    for side, writer in zip(SIDES, writers):
+        if not len(writer):
+            raise InputError(f"no image is left to {side} with; fix the files that were left out, or change --seed")
+    about = describe_build(args, options, left_out + len(build.problems))
+    about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
+    about["ignored_id"] = build.ignored_id
+    for side, contents, writer in zip(SIDES, filled, writers):
+        writer.finish({**about, "side": side, **contents.described()})
+    return build.problems
 
 
 def check_previews(previews: Iterable[Path], inputs: Iterable[PathLike], advice: str) -> None:
@@ -895,6 +922,15 @@ class Contents:
         self.touching += len(joined.touching) - len(self._of_image.touching)
         self._of_image = joined
 
+    def described(self) -> dict[str, Any]:
+        """Return what a database's metadata keeps of it."""
+        return {
+            "value_range": self.value_range,
+            "missing_shares": self.missing_shares,
+            "object_count": self.objects,
+            "touching_pairs": self.touching,
+        }
+
     @property
     def value_range(self) -> list[tuple[float, float]]:
         """Minimum and maximum of each channel; 0 for one that has no data."""
@@ -1050,6 +1086,8 @@ class Build:
 
     Attributes
     ----------
+    options : Options
+        Those of all processes, with what the headers of the files add.
     problems : list of Problem
         One for each pair whose pixels turned out to be unusable.
     image_dtype : str
@@ -1076,7 +1114,7 @@ class Build:
             mask_dtype = np.result_type(*{spec.mask_dtype for spec in specs.values()})
         self.ignored_id = ignored_id(mask_dtype) if may_ignore else None
         self._workers, self._specs, self._measured = workers, specs, measured
-        self._options = options._replace(mask_dtype=mask_dtype.name, may_ignore=may_ignore)
+        self.options = options._replace(mask_dtype=mask_dtype.name, may_ignore=may_ignore)
         self.image_dtype = next(iter(specs.values())).image_dtype
         self.problems: list[Problem] = []
         if options.skip_bad:
@@ -1084,7 +1122,7 @@ class Build:
         records = sum(
             images * len(job.origins)
             for spec, images in collections.Counter(specs.values()).items()
-            for job in encode_jobs(Pair(Source("", ("",)), Source("", ("",))), spec, self._options)
+            for job in encode_jobs(Pair(Source("", ("",)), Source("", ("",))), spec, self.options)
         )
         self._unit = "images" if options.tile_size is None else "tiles"
         self._progress, self._done = Progress("building", records, self._unit), 0
@@ -1092,26 +1130,26 @@ class Build:
     def _try_large_images(self) -> None:
         """Leave out the images of several jobs that cannot be used, before a record of them has been appended."""
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in self._measured if pair in self._specs)
-        find = functools.partial(find_problem, self._options)
+        find = functools.partial(find_problem, self.options)
         for job, problem in self._workers.run(find, jobs, lambda job: str(job.pair.image)):
             if problem is not None and self._specs.pop(job.pair, None) is not None:
                 self.problems.append(problem)
 
     def _jobs(self, pair: Pair) -> Iterator[EncodeJob]:
         """Yield the jobs for a pair that is usable, with the statistics of its image if that is large."""
-        for job in encode_jobs(pair, self._specs[pair], self._options):
+        for job in encode_jobs(pair, self._specs[pair], self.options):
             yield job._replace(statistics=self._measured.get(pair))
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter, counts_once: bool) -> Contents:
         """Append the records of the pairs that are usable; return what there is to know about their images."""
         contents, last_pair, uncounted = Contents(), None, 0
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
-        encode = functools.partial(encode_or_problem, self._options._replace(counts_once=counts_once))
+        encode = functools.partial(encode_or_problem, self.options._replace(counts_once=counts_once))
         for job, encoded in self._workers.run(encode, jobs, lambda job: str(job.pair.image), lambda job: job.nbytes):
             if isinstance(encoded, Problem):
                 if not self.problems or self.problems[-1].path != encoded.path:
                     self.problems.append(encoded)
-            elif self._options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
+            elif self.options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
                 for record in encoded.records:
                     if record.class_counts.keys() == {self.ignored_id}:
                         uncounted += 1

@@ -180,7 +180,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
     parser = Parser("inference", "Script to segment the images of a folder with the selected unet model")
     add_data_options(parser)
-    add_run_options(parser)
+    add_work_options(parser)
+    add_file_options(parser)
+    add_measuring_options(parser)
     return parser
 
 
@@ -213,10 +215,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "to call them by their paths in it in lists, logs and tables [0 = false, 1 = true]"
     )
     add_flag(parser, "--recursive", 0, text)
+    text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
+    parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add options beyond the specification."""
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """Add how the work is done."""
     text = (
         "largest edge in pixels of the tiles that larger images are cut into, halo included; changes memory and "
         "speed, not the result. Without it, tiles have the shape that makes least work for an image in half of the "
@@ -224,15 +228,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "memory run out all the same, they are halved"
     )
     parser.add_argument("--tile_size", type=whole_number(1, LARGEST_TILE), help=text)
-    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in"
-    add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
-    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in"
-    add_flag(parser, "--save_overlay", 0, f"{text} OUTPUT_FOLDER/overlays [0 = false, 1 = true]")
     text = (
-        "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
-        "a run that was interrupted goes on"
+        "whether to average the softmax over the four mirror images of each image, which takes four times as long and "
+        "mostly makes masks a little better [0 = false, 1 = true]"
     )
-    add_flag(parser, "--overwrite", 0, text)
+    add_flag(parser, "--flips", 0, text)
     text = (
         "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
         "says; if not given, the value that the training databases were built with"
@@ -244,22 +244,39 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_data_class", metavar="CLASS", type=class_id, help=text)
     text = (
+        "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
+        "a run that was interrupted goes on"
+    )
+    add_flag(parser, "--overwrite", 0, text)
+    text = (
         "do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
         "the tasks of an srun and the elements of a job array share the images by themselves"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
-    text = (
-        "whether to average the softmax over the four mirror images of each image, which takes four times as long and "
-        "mostly makes masks a little better [0 = false, 1 = true]"
-    )
-    add_flag(parser, "--flips", 0, text)
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """Add which files there are for each image."""
+    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in"
+    add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
+    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in"
+    add_flag(parser, "--save_overlay", 0, f"{text} OUTPUT_FOLDER/overlays [0 = false, 1 = true]")
     text = (
         f"whether masks of more than {OVERVIEWS_ABOVE} pixels along an edge contain smaller copies of themselves, so "
         "that viewers open them at once [0 = false, 1 = true]"
     )
     add_flag(parser, "--overviews", 1, text)
-    text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
-    parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
+    text = (
+        "whether to number the objects in each mask: uint32 TIFFs in OUTPUT_FOLDER/objects with an id for each "
+        f"connected region, and a row for each object in OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
+    )
+    add_flag(parser, "--save_objects", 0, text)
+    text = "pixels that a connected region must have to be an object, for --save_objects 1; if not given, one"
+    parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), help=text)
+
+
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is measured of all masks."""
     text = (
         "folder with true masks, named as for build_lmdb.py, whose values become classes as in the training databases; "
         f"accuracy, IoU and Dice of each image and of all are written to OUTPUT_FOLDER/{SCORES_FILE}, and wrong "
@@ -278,13 +295,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "figures, the worst or least certain first [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_report", 0, text)
-    text = (
-        "whether to number the objects in each mask: uint32 TIFFs in OUTPUT_FOLDER/objects with an id for each "
-        f"connected region, and a row for each object in OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
-    )
-    add_flag(parser, "--save_objects", 0, text)
-    text = "pixels that a connected region must have to be an object, for --save_objects 1; if not given, one"
-    parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), help=text)
 
 
 class_id = whole_number(0, 2**16 - 1)
@@ -326,21 +336,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     waiting = [image for image in images if args.overwrite or not targets[image].exist()]
     if len(waiting) < len(images):
         logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
-    failed, others = [], 0
     mark_as_results(args.output_folder, args.image_folder)
     with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
-        for number, image in enumerate(waiting, 1):
-            try:
-                with own_work(targets[image], claims, bool(args.overwrite)) as is_mine:
-                    if is_mine:
-                        about = segment_file(image, targets[image], model, sizer, truths.get(image))
-                        if args.save_objects:
-                            save_objects(image, targets[image], truths.get(image), model, args.smallest_object or 1)
-                        logging.info("%d/%d %s", number, len(waiting), about)
-                    others += not is_mine
-            except InputError as error:
-                failed.append(image.label)
-                logging.error("%s", error)
+        failed, others = segment_files(waiting, targets, truths, model, sizer, claims, args)
         if any(wanted):
             earlier = sorted(set(images) - set(waiting))
             failed += measure_masks(earlier, targets, truths, model, args.smallest_object or 1)
@@ -354,6 +352,32 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if failed:
         logging.error("%d images failed: %s", len(failed), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
+
+
+def segment_files(
+    images: Sequence[Source],
+    targets: Mapping[Source, "Targets"],
+    truths: Mapping[Source, Source],
+    model: "Model",
+    sizer: "TileSizer",
+    claims: Claims,
+    args: argparse.Namespace,
+) -> tuple[list[str], int]:
+    """Segment images into files; return the names of those that fail, and how many are done by other processes."""
+    failed, others = [], 0
+    for number, image in enumerate(images, 1):
+        try:
+            with own_work(targets[image], claims, bool(args.overwrite)) as is_mine:
+                if is_mine:
+                    about = segment_file(image, targets[image], model, sizer, truths.get(image))
+                    if args.save_objects:
+                        save_objects(image, targets[image], truths.get(image), model, args.smallest_object or 1)
+                    logging.info("%d/%d %s", number, len(images), about)
+                others += not is_mine
+        except InputError as error:
+            failed.append(image.label)
+            logging.error("%s", error)
+    return failed, others
 
 
 def find_images(args: argparse.Namespace) -> list[Source]:
