@@ -860,7 +860,7 @@ class Block(NamedTuple):
 
 
 Output = Callable[[Block], None]  # takes the blocks that become a file
-StripOutput = Callable[[Strip, np.ndarray, Optional[np.ndarray]], None]  # takes strips, pixels, and where data lacks
+StripOutput = Callable[[Strip, np.ndarray, Optional[np.ndarray]], None]  # takes strips, pixels, what has no data
 
 
 class Contents:
@@ -1299,17 +1299,11 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
 
 
 def blocks_of_mask(
-    mask: ImageFile,
-    image: ImageFile,
-    truth: Optional[Truth],
-    model: Model,
-    with_image: bool,
-    strips: Optional[Sequence[Window]] = None,
+    mask: ImageFile, image: ImageFile, truth: Optional[Truth], model: Model, with_image: bool
 ) -> Iterator[Block]:
     """Yield a mask that exists in strips; without z-scores unless `with_image`, and without softmax."""
     height, width, _ = mask.shape
-    if strips is None:
-        strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
+    strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
     statistics = ChannelStatistics.of_file(image) if with_image else None
 
     def blocks() -> Generator[Block, None, None]:
@@ -1351,12 +1345,13 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
         strips = [(rows, slice(0, width)) for rows in strips_of(height, width, model.growth, model.size_factor)]
         progress = Progress(f"objects of {image.path.name}", 2 * len(strips), "strips")  # which are read twice
         ids = number_objects(mask, image, model, strips, smallest, progress)
-        found = numbered(strips_of_mask(mask, image, model, strips), ids, model.growth > 0)
+        seen, again = itertools.tee(image.windows(strips))  # strips are numbered one ahead of those that are done
+        found = numbered(strips_of_mask(mask, strips, seen, image.no_data), ids, model.growth > 0)
         found = grown(found, model.growth) if model.growth else found
         true_ids = truth.ids(strips) if truth else itertools.repeat(None)
         table, overlaps = ObjectTable(ids.objects, image.shape[2]), Overlaps()
         with targets.open_objects(image, model) as outputs:
-            for done, (strip, pixels, true) in enumerate(zip(found, image.windows(strips), true_ids), len(strips) + 1):
+            for done, (strip, pixels, true) in enumerate(zip(found, again, true_ids), len(strips) + 1):
                 missing = without_data(pixels, image.no_data)
                 table.add(strip, pixels, missing)
                 if true is not None:
@@ -1380,18 +1375,20 @@ def number_objects(
 ) -> Ids:
     """Return the ids of the objects of a mask."""
     numbering = Numbering(model.growth > 0, smallest)
-    for done, (_, classes) in enumerate(strips_of_mask(mask, image, model, strips), 1):
+    seen = itertools.repeat(None) if image.no_data is None else image.windows(strips)
+    for done, (_, classes) in enumerate(strips_of_mask(mask, strips, seen, image.no_data), 1):
         numbering.add(classes)
         progress.update(done)
     return numbering.finish()
 
 
 def strips_of_mask(
-    mask: ImageFile, image: ImageFile, model: Model, strips: Sequence[Window]
+    mask: ImageFile, strips: Sequence[Window], seen: Iterable[Optional[np.ndarray]], no_data: Optional[float]
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the rows and classes of strips of a mask; 0 where the image has no data."""
-    for (rows, _), block in zip(strips, blocks_of_mask(mask, image, None, model, False, strips)):
-        yield rows, block.classes if block.missing is None else np.where(block.missing, 0, block.classes)
+    """Yield the rows and classes of strips of a mask; 0 for pixels without data in what is `seen` of the image."""
+    for (rows, _), classes, pixels in zip(strips, mask.windows(strips), seen):
+        missing = None if pixels is None else without_data(pixels, no_data)
+        yield rows, classes[..., 0] if missing is None else np.where(missing.all(axis=2), 0, classes[..., 0])
 
 
 # ---------------------------------------------------------------------------------------------- results on disk

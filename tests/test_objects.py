@@ -435,6 +435,24 @@ def test_training_hands_the_classes_of_objects_to_inference(tmp_path):
     assert done.returncode == 2 and "--objects" in "\n".join(errors_of(done.stdout)), done.stdout
 
 
+def test_pixels_without_data_are_in_no_object(tmp_path, model):
+    """In an image that is taken in two strips."""
+    write_objects(tmp_path, (1100, 1000), 1)
+    image = tifffile.imread(tmp_path / "images" / "a0.tif")
+    image[1000:1080, 20:50] = 9999
+    tifffile.imwrite(tmp_path / "images" / "a0.tif", image)
+    options = ["--save_objects", 1, "--image_no_data", 9999, "--no_data_class", 1]
+    done = infer(model, tmp_path / "images", tmp_path / "out", *options, "--mask_folder", tmp_path / "masks")
+    assert done.returncode == 0, done.stdout
+    mask, ids = (tifffile.imread(tmp_path / "out" / name) for name in ("a0.tif", "objects/a0.tif"))
+    assert (mask[image == 9999] == 1).all()
+    np.testing.assert_array_equal(ids, objects_of(np.where(image == 9999, 0, mask), True))
+    [row, _] = rows_of(tmp_path / "out" / "scores.csv")
+    truth = np.where(image == 9999, 0, tifffile.imread(tmp_path / "masks" / "a0.tif"))
+    assert int(row["true_objects"]) == len(ObjectCensus.of(truth.astype(int)).ids)
+    assert all(float(row["mean_0"]) < 9000 for row in rows_of(tmp_path / "out" / "objects.csv"))
+
+
 def test_shards_pool_their_objects(tmp_path, model):
     write_objects(tmp_path)
     for part in ("1/2", "2/2"):
