@@ -1,9 +1,9 @@
 """Augmentation of one image and its mask: draw the parameters once, then apply them to both.
 
-Owns `sample_transformation`, which draws a `Transformation`, and `Augmenter`, which carries it out. Reflection,
-rotation, jitter and scale become one affine map about the image center, so that pixels are interpolated once only:
-bilinear in the image, nearest neighbor in the mask (a class id is never a mean of two others). What would lie outside
-is filled by reflection about the border pixels.
+`sample_transformation` draws a `Transformation`, and `Augmenter` applies it. Reflection, rotation, jitter and scale
+form one affine map about the image center, so that pixels are interpolated only once. Interpolation is bilinear in the
+image and nearest-neighbor in the mask, so that a class id is never the mean of two others. Pixels outside the image are
+filled by reflection about the border pixels.
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import NamedTuple, Optional
 import numpy as np
 from numpy.typing import DTypeLike
 
-BLOCK_PIXELS = 2**16  # worked on together: a few buffers of so many float32 stay in the processor's cache
+BLOCK_PIXELS = 2**16  # processed together, so that a few float32 buffers of this size stay in the processor's cache
 BLUR_BLOCK = 32  # rows or columns that one matrix product blurs
-BLUR_TRUNCATE = 4.0  # the blur's kernel ends at so many sigma, as in scipy.ndimage.gaussian_filter
-NOISE_STRETCHES = 2**20  # stretches of a noise pool that an image may get
+BLUR_TRUNCATE = 4.0  # radius of the blur kernel in sigmas, as in scipy.ndimage.gaussian_filter
+NOISE_STRETCHES = 2**20  # number of different stretches of a noise pool
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Transformation:
     reflect_rows, reflect_columns : bool
         Mirror top to bottom, left to right.
     rotation : float
-        Radians.
+        Angle in radians.
     jitter_rows, jitter_columns : float
         Shift in pixels, positive toward higher indices.
     scale_rows, scale_columns : float
         Magnification, 1 for none.
     blur_sigma : float
-        Standard deviation of the Gaussian blur in pixels, no blur unless positive.
+        Standard deviation of the Gaussian blur in pixels; no blur unless positive.
     noise_sigma : float
         Standard deviation of the added Gaussian noise, as a fraction of the image's range.
     intensity_shift : float
@@ -54,7 +54,7 @@ class Transformation:
 
     @property
     def is_mirror(self) -> bool:
-        """Whether the geometry is at most a mirror image, which needs no interpolation."""
+        """Whether the geometry is at most a reflection, which needs no interpolation."""
         geometry = (self.rotation, self.jitter_rows, self.jitter_columns, self.scale_rows, self.scale_columns)
         return geometry == (0, 0, 0, 1, 1)
 
@@ -89,27 +89,27 @@ def sample_transformation(
     reflection_flag : bool
         Mirror each axis with probability 0.5.
     rotation_flag : bool
-        Rotate by an angle uniform over the circle.
+        Rotate by an angle drawn uniformly from the full circle.
     jitter_augmentation_severity : float
         Shift each axis uniformly within this fraction of its size.
     noise_augmentation_severity : float
         Largest noise standard deviation as a fraction of the image's range; uniform from 0.
     scale_augmentation_severity : float
-        Magnify each axis uniformly within ``1 - severity .. 1 + severity``; below 1.
+        Magnify each axis uniformly within ``1 - severity .. 1 + severity``; must be below 1.
     blur_max_sigma : float
         Blur sigma uniform in ``-blur_max_sigma .. blur_max_sigma`` pixels; half of all images stay sharp.
     intensity_augmentation_severity : float
-        Shift by a constant uniform within this fraction of the image's range.
+        Add a constant drawn uniformly within this fraction of the image's range.
     rotation_probability, jitter_probability, noise_probability, scale_probability : float
-        Share of the images that are transformed in this way at all.
+        Fraction of images that are transformed in this way.
     blur_probability, intensity_probability : float
-        The same.
+        Same as above.
 
     Returns
     -------
     Transformation
-        The same number of draws is made whatever the limits are, so that switching one transformation off leaves
-        the others as they were.
+        The number of draws does not depend on the limits, so that turning off one transformation leaves the others
+        unchanged.
     """
     draws = rng.random(16).tolist()
     reflect_rows, reflect_columns, turn, noise = draws[:4]
@@ -142,7 +142,7 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
     Parameters
     ----------
     transformation : Transformation
-        Of which only the geometry counts.
+        Only its geometry is used.
     height, width : int
         Size of the image in pixels.
 
@@ -167,11 +167,11 @@ def inverse_affine(transformation: Transformation, height: int, width: int) -> t
 
 
 class _Map(NamedTuple):
-    """The affine map in fixed-point numbers of `bits` binary digits after the point.
+    """The affine map in fixed-point numbers with `bits` binary digits after the point.
 
-    The source position of pixel (i, j), row and column, is ``row_terms[:, i] + column_terms[:, j]``. `last` is the last
-    row and column, of shape (2, 1, 1); `beyond` tells whether some position lies outside of the image, and `far_beyond`
-    whether a single reflection leaves it there.
+    The source position (row, column) of pixel (i, j) is ``row_terms[:, i] + column_terms[:, j]``. `last` is the last
+    row and column, of shape (2, 1, 1). `beyond` is True if some position lies outside the image, and `far_beyond` is
+    True if a single reflection does not bring it inside.
     """
 
     row_terms: np.ndarray
@@ -190,7 +190,7 @@ class Augmenter:
     image_shape : (int, int, int)
         Height, width, channels.
     mask_dtype : dtype
-        Of the masks that `apply` returns; it must hold every class id.
+        Type of the masks that `apply` returns; it must represent every class id.
 
     Attributes
     ----------
@@ -199,9 +199,10 @@ class Augmenter:
 
     Notes
     -----
-    What a pixel needs (where it comes from, the weights of its four neighbors there) is computed once for the mask and
-    all channels. Positions are 32-bit fixed-point numbers: additions, shifts and bit masks do what rounding, splitting
-    and reflecting would take several floating-point passes for. `BLOCK_PIXELS` go through all steps before the next.
+    The source position of a pixel and the weights of its four neighbors there are computed once for the mask and all
+    channels. Positions are 32-bit fixed-point numbers, so that additions, shifts and bit masks replace several
+    floating-point passes for rounding, splitting and reflecting. A block of `BLOCK_PIXELS` goes through all steps
+    before the next block.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], mask_dtype: DTypeLike) -> None:
@@ -209,8 +210,8 @@ class Augmenter:
         self._height, self._width = height, width
         self._block_rows = min(height, max(1, BLOCK_PIXELS // width))
         block = self._block_rows * width
-        # One row and column more: the neighbors of the last ones have weight 0, but they are read. The odd stride also
-        # keeps a column of a power of two of rows from competing for the same few lines of the cache.
+        # One more row and column, because the neighbors of the last ones have weight 0 but are read. If the width is a
+        # power of two, the odd stride also keeps the pixels of a column from competing for the same few cache lines.
         self._padded_source = np.zeros((channels, height + 1, width + 1), np.float32)
         self._source = self._padded_source[:, :height, :width]
         self._padded_mask = np.zeros((height + 1, width + 1), mask_dtype)
@@ -224,7 +225,7 @@ class Augmenter:
         self._fraction = np.empty((2, self._block_rows, width), np.float32)
         self._index = np.empty(block, np.intp)
         self._values = np.empty((3, block), np.float32)
-        # Two pools of normal numbers; each channel gets the sum of a stretch of one and a stretch of the other.
+        # Two pools of normal random numbers; each channel gets the sum of one stretch from each pool.
         self._noise = np.random.default_rng(0).standard_normal((2, height * width + NOISE_STRETCHES), np.float32)
         self._noise *= np.float32(0.5**0.5)
 
@@ -243,25 +244,25 @@ class Augmenter:
         transformation : Transformation
             What to do.
         image : ndarray, shape (H, W, C)
-            Any real dtype; computed with as float32, which holds whole numbers up to 2**24 exactly.
+            Any real dtype; converted to float32, which represents whole numbers up to 2**24 exactly.
         mask : ndarray, shape (H, W)
             Class ids.
         rng : numpy.random.Generator, optional
-            Source of the noise; needed where `noise_sigma` is positive.
+            Source of the noise; needed if `noise_sigma` is positive.
         missing : ndarray of bool, shape (H, W, C), optional
-            Pixels without data. They move as those of the mask do, and are 0 in the end.
+            Pixels without data. They move like mask pixels and are 0 in the result.
 
         Returns
         -------
         image : ndarray of float32, shape (H, W, C)
             In the units of the input.
         mask : ndarray, shape (H, W)
-            Like `image` a view of a buffer that the next call overwrites.
+            Like `image`, a view of a buffer that the next call overwrites.
 
         Notes
         -----
-        The order is that of a microscope: geometry, then blur (optics), then noise and offset (camera). Noise and
-        shift are fractions of the range (maximum minus minimum over all channels) of the image as it came in.
+        The steps have the same order as in a microscope: geometry, then blur (optics), then noise and shift (camera).
+        Noise and shift are fractions of the range (maximum minus minimum over all channels) of the input image.
         """
         t = transformation
         np.copyto(self._source, np.moveaxis(image, 2, 0), casting="unsafe")
@@ -290,7 +291,7 @@ class Augmenter:
         return np.moveaxis(self._result, 0, 2), self._result_mask
 
     def _planes_of(self, missing: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return a padded source like that of the mask for each channel of an array, and room for the result."""
+        """Return a padded source, like the mask's, and an uninitialized result for each channel of an array."""
         height, width, channels = missing.shape
         sources = np.zeros((channels, height + 1, width + 1), bool)
         sources[:, :height, :width] = np.moveaxis(missing, 2, 0)
@@ -299,7 +300,7 @@ class Augmenter:
     # ------------------------------------------------------------------ geometry
 
     def _warp(self, transformation: Transformation, nearest: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Resample the image through the affine map, and padded sources without interpolation into their results."""
+        """Resample the image through the affine map, and padded sources into their results without interpolation."""
         affine = self._fixed_point_map(*inverse_affine(transformation, self._height, self._width))
         for first in range(0, self._height, self._block_rows):
             rows = slice(first, min(first + self._block_rows, self._height))
@@ -325,7 +326,7 @@ class Augmenter:
         )
 
     def _locate(self, affine: _Map, rows: slice) -> np.ndarray:
-        """Return the source position of each pixel of some rows, reflected into the image where it lies outside."""
+        """Return the source position of each pixel of some rows, reflected into the image if it lies outside."""
         position, mirrored = (buffer[:, : rows.stop - rows.start] for buffer in (self._position, self._integers))
         np.add(affine.row_terms[:, rows, None], affine.column_terms[:, None], out=position)
         if affine.far_beyond:
@@ -352,11 +353,11 @@ class Augmenter:
         np.right_shift(nearest, bits, out=nearest)
         index = self._flat_index(nearest)
         for source, result in pairs:
-            # All indices are valid. Modes other than the default write into `out` without a buffer in between.
+            # All indices are valid. Modes other than the default write into `out` without an intermediate buffer.
             np.take(source.reshape(-1), index, out=result.reshape(-1), mode="wrap")
 
     def _interpolate(self, bits: int, position: np.ndarray, results: np.ndarray) -> None:
-        """Fill rows of all channels with the mean of four neighbors weighted by nearness; overwrites `position`."""
+        """Fill rows of all channels by bilinear interpolation of four neighbors; `position` is overwritten."""
         integers, fraction = (buffer[:, : results.shape[1]] for buffer in (self._integers, self._fraction))
         np.bitwise_and(position, (1 << bits) - 1, out=integers)
         np.copyto(fraction, integers, casting="unsafe")
@@ -378,7 +379,7 @@ class Augmenter:
     # ------------------------------------------------------------------ blur and noise
 
     def _blur(self, sigma: float) -> None:
-        """Blur each channel by products with banded matrices, down the columns, then along the rows."""
+        """Blur each channel by products with banded matrices, first down the columns, then along the rows."""
         kernel = gaussian_kernel(sigma)
         down = blur_operator(kernel, self._height)
         along = down if self._width == self._height else blur_operator(kernel, self._width)
@@ -391,9 +392,9 @@ class Augmenter:
     def _add_noise(self, sigma: float, rng: np.random.Generator) -> None:
         """Add white Gaussian noise.
 
-        New normal numbers for each pixel would take longer than everything else together. The sum of two stretches of
-        such numbers is as Gaussian; within a channel no number occurs twice, and a million million pairs of stretches
-        make it unlikely that two images get the same.
+        Drawing a new normal number for each pixel would take longer than everything else together. The sum of two
+        stretches of stored normal numbers is Gaussian, too. Within a channel no stored number is used twice, and with
+        about 1e12 pairs of stretches it is unlikely that two images get the same noise.
         """
         pixels, block = self._height * self._width, self._index.size
         for plane in self._result.reshape(-1, pixels):
@@ -416,7 +417,7 @@ def _blend(start: np.ndarray, end: np.ndarray, fraction: np.ndarray, out: np.nda
 
 
 def gaussian_kernel(sigma: float) -> np.ndarray:
-    """Return the weights of a Gaussian at whole pixels, float64 of odd length, normalized to a sum of 1."""
+    """Return the weights of a Gaussian at integer pixel distances, float64 of odd length, normalized to a sum of 1."""
     radius = int(BLUR_TRUNCATE * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return weights / weights.sum()
@@ -430,16 +431,16 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
     kernel : ndarray, shape (2 * radius + 1,)
         Weights of the neighbors, from `gaussian_kernel`.
     size : int
-        Length of the axis in pixels; the image is continued by reflection about its border pixels.
+        Length of the axis in pixels; the image is extended by reflection about its border pixels.
 
     Returns
     -------
     list of (slice, slice, ndarray of float32)
-        For each block of pixels: which it depends on, which it is, and the weights, of shape (outputs, inputs).
+        For each block of pixels: its inputs, its outputs, and the weights, of shape (outputs, inputs).
     """
     radius = len(kernel) // 2
     inputs = np.arange(-radius, size + radius) % max(2 * (size - 1), 1)
-    inputs = np.minimum(inputs, 2 * (size - 1) - inputs)  # of an output and each weight: inputs[output + weight]
+    inputs = np.minimum(inputs, 2 * (size - 1) - inputs)  # output i and weight j use the pixel inputs[i + j]
     blocks = []
     matrices: dict[tuple[int, int, int], np.ndarray] = {}  # all blocks away from the borders share one
     for first in range(0, size, BLUR_BLOCK):
@@ -450,7 +451,7 @@ def blur_operator(kernel: np.ndarray, size: int) -> list[tuple[slice, slice, np.
             shape = (stop - first, high - low)
             outputs = np.arange(stop - first)[:, None]
             flat = outputs * shape[1] + inputs[first + outputs + np.arange(len(kernel))] - low
-            weights = np.broadcast_to(kernel, flat.shape)  # where reflection meets itself, weights add up
+            weights = np.broadcast_to(kernel, flat.shape)  # if reflections overlap, weights add up
             matrix = np.bincount(flat.ravel(), weights.ravel(), shape[0] * shape[1])
             matrices[key] = matrix.reshape(shape).astype(np.float32)
         blocks.append((slice(low, high), slice(first, stop), matrices[key]))

@@ -3,12 +3,12 @@ r"""Turn a folder of images and a folder of masks into a training and a test dat
     python build_lmdb.py --image_folder data/images/ --mask_folder data/masks/ --output_folder data/ \
         --dataset_name cells
 
-Owns pairing, checking, splitting, and cropping or tiling. Never imports TensorFlow: it runs on login nodes.
+Owns pairing, checking, splitting, and cropping or tiling. Never imports TensorFlow, because it runs on login nodes.
 
-All files are checked first (their headers only, unless they are large), so that everything that is wrong is reported at
-once; then several processes read them, measure their channels and encode records, which this one appends in order. What
-only the pixels show, such as NaN, comes up then, and is gathered in the same way: a database appears when all of it is
-in order.
+All files are checked first (only their headers, unless they are large), so that all problems are reported at once.
+Several processes then read them, measure their channels and encode records, which the main process appends in order.
+Problems that only the pixels show, such as infinity, are found at this point and collected in the same way. A database
+appears only when all of it is valid.
 """
 
 import os
@@ -16,8 +16,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while modules are loaded is no traceback
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while modules are loaded
 
 import argparse
 import array
@@ -116,33 +116,33 @@ from objects import LARGEST_BORDER, NO_OBJECTS, ObjectCensus, ObjectClasses
 SIDES = ("train", "test")
 LOSSLESS_WIDENING = {"bool": "uint8", "int8": "int32", "int16": "int32", "float16": "float32"}
 
-JOB_BYTES = 32 * 2**20  # of records that a process makes in one go, if a file can be read in parts
-LARGEST_TILE = 2**14  # pixels; edge
+JOB_BYTES = 32 * 2**20  # of records that a process encodes at once, if a file can be read in parts
+LARGEST_TILE = 2**14  # edge in pixels
 MANY_CHANNELS = 2**16
-INDIVISIBLE_FACTOR = 16  # times as many, if each part means to decode the complete file
-WORKER_BYTES = 8 * 2**20  # of files, for which a process is worth its start
-CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # that go to a process together: each message takes time
+INDIVISIBLE_FACTOR = 16  # multiple of JOB_BYTES, if reading any part decodes the complete file
+WORKER_BYTES = 8 * 2**20  # of files that make it worth starting a process
+CHUNK_TASKS, CHUNK_BYTES = 16, 4 * 2**20  # sent to a process together, because each message takes time
 PREFETCHED_CHUNKS = 3  # for each process
-PREFETCHED_BYTES = 256 * 2**20  # of records that may wait for being appended
+PREFETCHED_BYTES = 256 * 2**20  # of records that may wait to be appended
 SHOWN_PROBLEMS = 3  # of each kind
-FLOOR_FRACTION = 0.01  # of the median deviation of the training images: float32 channels are divided by at least that
+FLOOR_FRACTION = 0.01  # of the median deviation of the training images; the smallest divisor of float32 channels
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class ProblemKind(enum.Enum):
-    """Why files cannot be used, in the words of a list of them."""
+    """Why files cannot be used, worded as the heading of a list of files."""
 
     NO_MASK = "images without a mask"
     NO_IMAGE = "masks without an image"
     SHARED_NAME = "files that share a name"
     UNREADABLE = "files that cannot be read"
-    OTHER_SIZE = "masks of another size than their images"
+    OTHER_SIZE = "masks that differ in size from their images"
     BAD_IMAGE = "images that cannot be stored"
-    BAD_MASK = "masks that hold no class ids"
-    MIXED_TYPES = "images of another type than most"
-    MIXED_SIZES = "images of another size than most"
+    BAD_MASK = "masks that contain no class ids"
+    MIXED_TYPES = "images that differ in type from most"
+    MIXED_SIZES = "images that differ in size from most"
     BAD_PIXELS = "images with infinity or values that are too large"
     UNMAPPED = "masks with values that --label_map does not name"
     NEGATIVE = "masks with negative values"
@@ -160,7 +160,7 @@ class Pair(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Why a file cannot be used: the kind of problem, the file, all that is to be said, and advice for the kind."""
+    """Why a file cannot be used: the kind of problem, the file, the full message, and advice for the kind."""
 
     kind: ProblemKind
     path: str
@@ -169,7 +169,7 @@ class Problem(NamedTuple):
 
 
 class Unusable(InputError):
-    """A pair of files cannot be used, for a reason of a known kind."""
+    """A pair of files cannot be used for a known kind of reason."""
 
     def __init__(self, kind: ProblemKind, message: str) -> None:
         super().__init__(message)
@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Script which converts two folders of images and masks into a pair of lmdb databases for training.",
     )
     add_database_options(parser.add_argument_group("databases"))
-    content = parser.add_argument_group("what is in the files")
+    content = parser.add_argument_group("contents of the files")
     for add_options in (add_folder_options, add_split_options, add_mask_options, add_image_options):
         add_options(content)
     add_work_options(parser.add_argument_group("work and results"))
@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_database_options(group: Any) -> None:
-    """Add what the specification lists, in its order."""
+    """Add the options of the specification, in its order."""
     text = "filepath to the folder containing the images"
     group.add_argument("--image_folder", type=some_path, default="data/images/", help=text)
     text = "filepath to the folder containing the masks, with the names of their images"
@@ -203,13 +203,13 @@ def add_database_options(group: Any) -> None:
     group.add_argument("--output_folder", type=some_path, default="data/", help=text)
     text = "name of the dataset to be used in creating the lmdb files: train-NAME.lmdb and test-NAME.lmdb"
     group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
-    text = "what fraction of the images to use for training (0.0, 1.0); the others tell how well it does on new ones"
+    text = "fraction of the images to use for training (0.0, 1.0); the others test the network on new images"
     group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     group.add_argument("--image_format", type=image_format, default="tif", help=text)
     text = (
-        "Whether to shard the image into tiles [0 = False, 1 = True]; without, images are cropped about the center to "
-        f"multiples of {SIZE_FACTOR}"
+        "Whether to shard the image into tiles [0 = False, 1 = True]; without tiling, images are cropped around the "
+        f"center to multiples of {SIZE_FACTOR}"
     )
     add_flag(group, "--use_tiling", 0, text)
     text = (
@@ -220,109 +220,109 @@ def add_database_options(group: Any) -> None:
 
 
 def add_folder_options(group: Any) -> None:
-    """Add which files belong together."""
-    text = "format (extension) of the masks, tif or png; both where it is not given"
+    """Add the options for pairing files."""
+    text = "format (extension) of the masks, tif or png; both if not given"
     group.add_argument("--mask_format", type=mask_format, help=text)
-    text = "what the name of a mask has after that of its image, such as _mask for cell1.tif and cell1_mask.tif"
+    text = "suffix that a mask's name adds to the name of its image, such as _mask for cell1.tif and cell1_mask.tif"
     group.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
     text = (
-        "whether to use the images in all folders below IMAGE_FOLDER as well, with masks in folders of the same names; "
-        "their names, in lists and for --split_by, are then their paths in it [0 = False, 1 = True]"
+        "whether to also use the images in all subfolders of IMAGE_FOLDER, with masks in subfolders of the same names; "
+        "lists and --split_by then identify images by their paths in IMAGE_FOLDER [0 = False, 1 = True]"
     )
     add_flag(group, "--recursive", 0, text)
     text = (
-        "planes takes each plane of a TIFF with several (Z, T, OME's images, or pages) as an image, with the same "
-        "plane of its mask; all planes of a file are on one side of the split"
+        "planes treats each plane of a TIFF that has several (Z, T, OME images, or pages) as an image, paired with the "
+        "same plane of its mask; all planes of a file go to the same side of the split"
     )
     group.add_argument("--stack", choices=("planes",), help=text)
 
 
 def add_split_options(group: Any) -> None:
-    """Add which images test."""
-    text = "seed of the split into train and test, which is by image, never by tile"
+    """Add the options for choosing test images."""
+    text = "seed of the split into training and test images, which is by image, never by tile"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
     text = (
-        "regular expression for what in an image's name (without extension) tells its slide, patient or field, such as "
-        "'^[^_]+' for slide7_03.tif; a (group) narrows what counts. All images of one go to one side, since a test "
-        "image of a slide that was trained on makes the test loss look better than it is"
+        "regular expression for the part of an image's name (without extension) that identifies its slide, patient or "
+        "field, such as '^[^_]+' for slide7_03.tif; a (group) selects part of the match. All images of a slide go to "
+        "the same side, because a test image of a slide used for training makes the test loss look better than it is"
     )
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
     text = (
-        "cross-validation: fold 2/5 tests on the second fifth of the images (or of the groups that --split_by makes), "
+        "fold of a cross-validation; 2/5 tests on the second fifth of the images (or of the groups from --split_by) "
         "and trains on the others; each image is in the test set of exactly one fold; lists the test images "
-        "in OUTPUT_FOLDER/test-NAME.txt; takes the place of --train_fraction"
+        "in OUTPUT_FOLDER/test-NAME.txt; replaces --train_fraction"
     )
     either = group.add_mutually_exclusive_group()
     either.add_argument("--fold", metavar="FOLD/FOLDS", type=fold, help=text)
     text = (
-        "text file with the names of the test images, one per line, with or without extension; all other images train; "
-        "takes the place of --train_fraction"
+        "text file with the names of the test images, one per line, with or without extension; all other images are "
+        "used for training; replaces --train_fraction"
     )
     either.add_argument("--test_list", metavar="FILE", type=some_path, help=text)
 
 
 def add_mask_options(group: Any) -> None:
-    """Add what becomes of mask values."""
+    """Add the options for mask values."""
     text = (
         "class of each mask value or range of values, such as 0:0,255:1, or 0:0,1-65535:1 for masks that number "
-        "objects, or 255:ignore for pixels that count nowhere; values that it does not name are refused, unless all "
-        "it says is what to ignore; write --label_map=-1:0,... if the first is negative"
+        "objects, or 255:ignore for pixels to exclude; unlisted values are rejected, unless the map lists only values "
+        "to ignore; write --label_map=-1:0,... if the first value is negative"
     )
     group.add_argument("--label_map", metavar="VALUES:CLASS,...", type=LabelMap.parse, help=text)
     text = (
-        "value of mask pixels that have no class, such as 255 for void; they count neither in training nor in scores "
-        "and class statistics; the same as --label_map VALUE:ignore, and may be set beside one"
+        "value of mask pixels without a class, such as 255 for void; excluded from training, scores and class "
+        "statistics; the same as --label_map VALUE:ignore, and can be combined with a label map"
     )
     group.add_argument("--ignore_value", metavar="VALUE", type=any_int, help=text)
-    text = "whether masks have an id for each object, which becomes class 1, and 0 for background [0 = False, 1 = True]"
+    text = "whether masks have an id for each object and 0 for background; objects become class 1 [0 = False, 1 = True]"
     add_flag(group, "--objects", 0, text)
     text = (
-        "pixels of an object within so many pixels of another object become class 2, so that the network learns to "
-        "separate objects that touch; 0 for no such class; needs --objects 1"
+        "distance in pixels to another object within which pixels of an object become class 2, so that the network "
+        "learns to separate touching objects; 0 for no class 2; needs --objects 1"
     )
     group.add_argument("--border_width", metavar="PIXELS", type=whole_number(0, LARGEST_BORDER), default=0, help=text)
     text = (
-        "whether pixels of an object within --border_width of the background become class 2, too [0 = False, 1 = True]"
+        "whether pixels of an object within --border_width of the background also become class 2 [0 = False, 1 = True]"
     )
     add_flag(group, "--border_to_background", 0, text)
 
 
 def add_image_options(group: Any) -> None:
-    """Add what becomes of pixels and channels, and of files that cannot be used."""
+    """Add the options for pixels, channels, and files that cannot be used."""
     text = (
-        "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
-        "says; they are left out of mean and standard deviation, the network sees 0, and if no channel of a pixel has "
-        "data its class is ignored; inference uses the same value"
+        "value of image pixels without data, such as --image_no_data=-9999, in addition to NaN and the value of a GDAL "
+        "no-data tag; excluded from mean and standard deviation; the network sees 0, and if no channel of a pixel has "
+        "data, its class is ignored; inference uses the same value"
     )
     group.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
-    text = "channels of the images to use, counted from 0: 0,1,2 leaves out an alpha channel; inference uses the same"
+    text = "channels of the images to use, counted from 0; 0,1,2 leaves out alpha; inference uses the same channels"
     group.add_argument("--channels", metavar="CHANNELS", type=channel_list, help=text)
     text = (
-        "for images of which each channel is a file of its own: what its name adds to that of the image, in the order "
-        "of the channels, such as _B02,_B03,_B04; files of any format; inference uses the same"
+        "suffixes that channel files add to the image name, in channel order, for images with one file per channel, "
+        "such as _B02,_B03,_B04; the files may have any format; inference uses the same suffixes"
     )
     group.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffix_list, help=text)
-    text = "whether to leave out files that cannot be used and list them in skipped-NAME.tsv, instead of ending [0, 1]"
+    text = "whether to skip files that cannot be used and list them in skipped-NAME.tsv, instead of stopping [0, 1]"
     add_flag(group, "--skip_bad", 0, text)
 
 
 def add_work_options(group: Any) -> None:
-    """Add who works, and how to look at a database."""
+    """Add the options for processes and for viewing a database."""
     text = (
-        "number of processes that read, check and encode; as many as there are cores where it is not given, fewer for "
-        "little work; the result is the same for any number"
+        "number of processes that read, check and encode; if not given, one for each core, or fewer for little work; "
+        "the result is the same for any number"
     )
     group.add_argument("--num_workers", type=process_count, help=text)
-    add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks beside the database [0, 1]")
-    text = "print what is in a database, and build nothing"
+    add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks next to the database [0, 1]")
+    text = "print the contents of a database and build nothing"
     group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=some_path, help=text)
 
 
 def mask_format(text: str) -> str:
-    """Return `text` as the format of masks, tif or png; the ``type`` of ``--mask_format``."""
+    """Return `text` as a mask format, tif or png; the ``type`` of ``--mask_format``."""
     name = image_format(text)
     if name not in MASK_FORMATS:
-        raise argparse.ArgumentTypeError(f"expected tif or png, got {text!r}: JPEG alters class ids")
+        raise argparse.ArgumentTypeError(f"expected tif or png, got {text!r}; JPEG alters class ids")
     return name
 
 
@@ -330,7 +330,7 @@ open_fraction = number_type(float, lambda value: 0 < value < 1, "a number betwee
 
 
 def fold(text: str) -> Part:
-    """Return `text` as a fold of several; the ``type`` of ``--fold``."""
+    """Return `text` as one fold of several; the ``type`` of ``--fold``."""
     value = Part.parse(text)
     if value.parts < 2:
         raise argparse.ArgumentTypeError(f"expected at least 2 folds, such as 1/5, got {text!r}")
@@ -372,18 +372,18 @@ def channel_list(text: str) -> tuple[int, ...]:
 
 
 def label_map_of(args: argparse.Namespace) -> Optional[LabelMap]:
-    """Return what --label_map and --ignore_value say together, None if neither is given."""
+    """Return --label_map and --ignore_value combined, or None if neither is given."""
     parts = [args.label_map.text] if args.label_map is not None else []
     if args.ignore_value is not None:
         parts.append(f"{args.ignore_value}:ignore")
     try:
         return LabelMap.parse(",".join(parts)) if parts else None
     except argparse.ArgumentTypeError as error:
-        raise InputError(f"--label_map and --ignore_value do not fit together: {error}") from None
+        raise InputError(f"cannot combine --label_map and --ignore_value: {error}") from None
 
 
 def objects_of(args: argparse.Namespace, label_map: Optional[LabelMap]) -> Optional[ObjectClasses]:
-    """Return what the ids of objects become, None if masks contain classes."""
+    """Return the classes that object ids become, or None if masks contain classes."""
     if not args.objects:
         if args.border_width or args.border_to_background:
             raise InputError("--border_width and --border_to_background need --objects 1; set it, or leave them out")
@@ -394,16 +394,16 @@ def objects_of(args: argparse.Namespace, label_map: Optional[LabelMap]) -> Optio
             "class 1, and --ignore_value leaves one out"
         )
     if args.border_to_background and not args.border_width:
-        raise InputError("expected --border_width beside --border_to_background 1, got 0; try --border_width 2")
+        raise InputError("expected --border_width with --border_to_background 1, got 0; try --border_width 2")
     return ObjectClasses(args.border_width, bool(args.border_to_background))
 
 
 def smallest_mask_type(class_id: int) -> np.dtype:
-    """Return the smallest mask type that holds a class."""
+    """Return the smallest mask type that can represent a class."""
     return np.dtype(next(name for name in MASK_DTYPES if class_id <= np.iinfo(name).max))
 
 
-# ---------------------------------------------------------------------------------------------- the course of a build
+# ---------------------------------------------------------------------------------------------- running a build
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -435,7 +435,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         problems += unusable
         report_problems(problems, options.skip_bad)
         if not specs:
-            raise InputError("no pair of files is left to build with; fix the files that were left out")
+            raise InputError("no usable pair of files remains; fix the files that were left out")
         with new_databases(*targets) as writers:
             problems += fill_databases(Build(workers, specs, measured, options), sides, writers, args, len(problems))
             list_skipped(problems, args.output_folder / f"skipped-{args.dataset_name}.tsv")
@@ -449,7 +449,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
 
 
 def options_of(args: argparse.Namespace) -> "Options":
-    """Return what the processes have to know of the arguments."""
+    """Return the settings that the processes need from the arguments."""
     tile_size, label_map = args.tile_size if args.use_tiling else None, label_map_of(args)
     return Options(
         tile_size, args.channels, label_map, bool(args.skip_bad), args.image_no_data, objects_of(args, label_map)
@@ -465,7 +465,7 @@ def fill_databases(
 ) -> list[Problem]:
     """Write the records and the metadata of both databases; return the pairs whose pixels cannot be used.
 
-    `left_out` is the number of problems that were found before.
+    `left_out` is the number of problems found earlier.
     """
     options = build.options
     filled = [
@@ -475,9 +475,9 @@ def fill_databases(
     report_problems(build.problems, options.skip_bad)
     for side, writer in zip(SIDES, writers):
         if not len(writer):
-            raise InputError(f"no image is left to {side} with; fix the files that were left out, or change --seed")
+            raise InputError(f"no image remains to {side} with; fix the files that were left out, or change --seed")
     about = describe_build(args, options, left_out + len(build.problems))
-    about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes as training
+    about["deviation_floor"] = filled[0].deviation_floors(build.image_dtype)  # testing normalizes like training
     about["ignored_id"] = build.ignored_id
     for side, contents, writer in zip(SIDES, filled, writers):
         writer.finish({**about, "side": side, **contents.described()})
@@ -485,7 +485,7 @@ def fill_databases(
 
 
 def check_previews(previews: Iterable[Path], inputs: Iterable[PathLike], advice: str) -> None:
-    """Refuse to draw over a file that is read; `advice` says what it is, and what to do."""
+    """Raise `InputError` if a preview would replace an input; `advice` describes the input and what to do."""
     places = {os.path.realpath(path) for path in inputs}
     for preview in previews:
         if os.path.realpath(preview) in places:
@@ -493,18 +493,18 @@ def check_previews(previews: Iterable[Path], inputs: Iterable[PathLike], advice:
 
 
 def sensible_workers(pairs: Sequence[Pair]) -> int:
-    """Return as many processes as there are cores, but no more than have enough to do to be worth their start."""
+    """Return the number of processes: one for each core, or fewer if the work does not justify starting that many."""
     cores, nbytes = len(os.sched_getaffinity(0)), 0
     for pair in pairs:
-        with contextlib.suppress(OSError):  # a link to nowhere, which is reported when it is read
+        with contextlib.suppress(OSError):  # a broken link, which is reported when it is read
             nbytes += pair.image.nbytes + pair.mask.nbytes
-        if nbytes >= (cores - 1) * WORKER_BYTES:  # it takes long to ask about all of many files
+        if nbytes >= (cores - 1) * WORKER_BYTES:  # checking the sizes of all files takes long if there are many
             return cores
     return 1 + nbytes // WORKER_BYTES
 
 
 def describe_build(args: argparse.Namespace, options: "Options", left_out: int) -> dict[str, Any]:
-    """Return what a database's metadata keeps of how it was made."""
+    """Return the entries of a database's metadata that record how it was made."""
     return {
         "dataset_name": args.dataset_name,
         "seed": args.seed,
@@ -523,7 +523,7 @@ def describe_build(args: argparse.Namespace, options: "Options", left_out: int) 
 
 
 def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
-    """Log problems by kind, with the first few of each; refuse to build unless bad files are to be left out."""
+    """Log problems by kind, with the first few of each; raise `InputError` unless bad files are skipped."""
     log = logging.warning if skip_bad else logging.error
     kinds: dict[ProblemKind, list[Problem]] = {}
     for problem in problems:
@@ -537,13 +537,13 @@ def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
     if problems and not skip_bad:
         several = len(problems) > 1
         raise InputError(
-            f"nothing was built, because {len(problems)} file{'s' * several} cannot be used; mend "
+            f"nothing was built, because {len(problems)} file{'s' * several} cannot be used; fix "
             f"{'them, or leave them' if several else 'it, or leave it'} out with --skip_bad 1"
         )
 
 
 def list_skipped(problems: Sequence[Problem], path: Path) -> None:
-    """Write the files that were left out, with the reasons; remove a list of an earlier build if there are none."""
+    """Write a list of the files left out, with the reasons; remove the list of an earlier build if there are none."""
     if not problems:
         path.unlink(missing_ok=True)
         return
@@ -554,7 +554,7 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
 
 
 def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
-    """Write the names of images, one per line, as --test_list and --image_list of inference take them."""
+    """Write the names of images, one per line, as input for --test_list and for --image_list of inference."""
     with replacing(path) as temporary:
         temporary.write_bytes(
             b"".join(os.fsencode(name) + b"\n" for name in dict.fromkeys(pair.image.name for pair in pairs))
@@ -565,14 +565,14 @@ def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
 
 
 def folders_of(args: argparse.Namespace) -> tuple[Folder, Folder]:
-    """Return where images and masks are; each without what lies below it and is something else."""
+    """Return the folders of images and of masks, each without subfolders that serve another purpose."""
     folders = args.image_folder, args.mask_folder, args.output_folder
     images, masks = (Folder(folder, bool(args.recursive), folders) for folder in folders[:2])
     return images, masks
 
 
 def find_images(args: argparse.Namespace) -> tuple[list[Source], list[Problem]]:
-    """Return the images, sorted by name, and those of which a channel has no file or several."""
+    """Return the images, sorted by name, and problems of images with no file or several files for a channel."""
     folder = folders_of(args)[0]
     if args.channel_suffixes is None:
         return list_images(folder, args.image_format), []
@@ -581,7 +581,7 @@ def find_images(args: argparse.Namespace) -> tuple[list[Source], list[Problem]]:
 
 
 def find_pairs(args: argparse.Namespace, images: Sequence[Source]) -> tuple[list[Pair], list[Problem]]:
-    """Return each image with its mask, sorted by name, and what has no partner or several."""
+    """Return each image with its mask, sorted by name, and problems of files with no partner or several partners."""
     suffix = composed(args.mask_suffix or "")
     masks = list_masks(folders_of(args)[1], args.mask_format, suffix)
     if os.path.samefile(args.image_folder, args.mask_folder):
@@ -595,7 +595,7 @@ def find_pairs(args: argparse.Namespace, images: Sequence[Source]) -> tuple[list
             others = ", ".join(os.path.basename(other.name) for other in group if other != each)
             problems.append(Problem(ProblemKind.SHARED_NAME, str(each), f"{each}: there is also {others}"))
     lone_images, lone_masks = sorted(by_image.keys() - by_mask.keys()), sorted(by_mask.keys() - by_image.keys())
-    advice = f"; names must be equal but for the extension{guess_suffix(lone_images, lone_masks)}"
+    advice = f"; names must be equal except for the extension{guess_suffix(lone_images, lone_masks)}"
     for kind, lone, stems in (
         (ProblemKind.NO_MASK, lone_images, by_image), (ProblemKind.NO_IMAGE, lone_masks, by_mask),
     ):  # fmt: skip
@@ -618,9 +618,9 @@ def find_pairs(args: argparse.Namespace, images: Sequence[Source]) -> tuple[list
 def split_pairs(
     pairs: Sequence[Pair], images: Sequence[Source], args: argparse.Namespace
 ) -> tuple[list[Pair], list[Pair]]:
-    """Split by image or by group of images, with at least one on each side; return the pairs to train and to test with.
+    """Split by image or by group of images, with at least one on each side; return the training and the test pairs.
 
-    At random but reproducibly, unless the test images are listed. `images` has those without a mask as well.
+    The split is random but reproducible, unless the test images are listed. `images` includes images without a mask.
     """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -644,7 +644,7 @@ def split_pairs(
 
 
 def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]:
-    """Return the groups of each fold: each group goes to the fold that has the fewest images so far."""
+    """Return the groups of each fold; each group goes to the fold with the fewest images so far."""
     parts: list[list[list[Pair]]] = [[] for _ in range(folds)]
     sizes = [(0, fold) for fold in range(folds)]
     for group in groups:
@@ -655,27 +655,27 @@ def folds_of(groups: Sequence[list[Pair]], folds: int) -> list[list[list[Pair]]]
 
 
 def listed_groups(groups: Sequence[list[Pair]], images: Sequence[Source], args: argparse.Namespace) -> list[list[Pair]]:
-    """Return the groups of the images that --test_list names; refuse parts of a group, and all or none of them."""
+    """Return the groups that --test_list names; raise `InputError` for part of a group, and for all or no groups."""
     listed = listed_stems(args.test_list, "--test_list", images, args.image_folder)
     test = []
     for group in groups:
         chosen = [pair for pair in group if pair.image.stem in listed]
         if 0 < len(chosen) < len(group):
             raise InputError(
-                f"--test_list {args.test_list} has {len(chosen)} of the {len(group)} images of the group of "
+                f"--test_list {args.test_list} has {len(chosen)} of the {len(group)} images in the group of "
                 f"{chosen[0].image} (--split_by), expected all or none; complete the list"
             )
         test += [group] if chosen else []
     if not 0 < len(test) < len(groups):
         raise InputError(
-            f"expected some of the images with masks in --test_list {args.test_list}, to test with, and not all; found "
-            f"{len(listed)} names, {'all' if test else 'none'} of them"
+            f"expected some but not all of the images with masks in --test_list {args.test_list}, found "
+            f"{len(listed)} names, {'all' if test else 'none'} of these images"
         )
     return test
 
 
 def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
-    """Return what of an image's name tells its group: all of it without a pattern."""
+    """Return the part of an image's name that identifies its group; the full name without a pattern."""
     if split_by is None:
         return pair.image.name
     match = split_by.search(os.path.splitext(pair.image.name)[0])
@@ -684,54 +684,54 @@ def group_of(pair: Pair, split_by: "Optional[re.Pattern[str]]") -> str:
     return "\0".join(group or "" for group in match.groups()) if split_by.groups else match[0]
 
 
-# ---------------------------------------------------------------------------------------------- looking at headers
+# ---------------------------------------------------------------------------------------------- reading headers
 
 
 class Options(NamedTuple):
-    """What the processes have to know; the last two are known when all headers are."""
+    """Settings that the processes need. The last two are known once all headers have been read."""
 
     tile_size: Optional[int]
     channels: Optional[tuple[int, ...]]
     label_map: Optional[LabelMap]
     skip_bad: bool
     image_no_data: Optional[float]
-    objects: Optional[ObjectClasses] = None  # what ids of objects become, if masks have these instead of classes
-    counts_once: bool = False  # whether each pixel of an image counts in one of its tiles only, as for testing
+    objects: Optional[ObjectClasses] = None  # the classes that object ids become, if masks contain ids
+    counts_once: bool = False  # whether each pixel of an image counts in only one of its tiles, as for testing
     mask_dtype: str = "int32"
     may_ignore: bool = True  # whether the largest value of the mask type stands for ignored pixels
 
 
 class PairSpec(NamedTuple):
-    """What the headers of a pair say."""
+    """Properties of a pair from its headers."""
 
     height: int
     width: int
-    channels: int  # that are used
+    channels: int  # number in use
     dtypes: tuple[str, str]  # of image and mask in the files
     divisible: bool  # whether both files can be read in parts
     may_lack_data: bool  # whether there is a value for pixels without data
-    notes: tuple[str, ...] = ()  # what has been done with the files that their user should know
+    notes: tuple[str, ...] = ()  # what the user should know about how the files are read
 
     @property
     def image_dtype(self) -> str:
-        """Type that the image is stored in."""
+        """Type of the image in the database."""
         return LOSSLESS_WIDENING.get(self.dtypes[0], self.dtypes[0])
 
     @property
     def mask_dtype(self) -> str:
-        """Type that the mask is stored in, if the whole database is of this kind and nothing is mapped."""
+        """Type of the mask in the database, if all masks have this type and no values are mapped."""
         return LOSSLESS_WIDENING.get(self.dtypes[1], self.dtypes[1])
 
 
 def survey(
     workers: "Workers", pairs: Sequence[Pair], options: Options
 ) -> tuple[dict[Pair, PairSpec], dict[Pair, ChannelStatistics], list[Problem]]:
-    """Look at the headers of all pairs; return what is usable, the statistics of large images, and the problems."""
+    """Check the headers of all pairs; return the usable pairs, the statistics of large images, and the problems."""
     specs: dict[Pair, PairSpec] = {}
     measured: dict[Pair, ChannelStatistics] = {}
     known: dict[PairSpec, PairSpec] = {}  # a million pairs of one kind share one object
     problems = []
-    progress = Progress("looking at", len(pairs), "pairs")
+    progress = Progress("checking", len(pairs), "pairs")
     for pair, found in workers.run(functools.partial(survey_pair, options), pairs, lambda pair: str(pair.image)):
         if isinstance(found, Problem):
             problems.append(found)
@@ -761,7 +761,7 @@ def survey(
 def differing(
     specs: dict[Pair, PairSpec], kind: ProblemKind, describe: Callable[[PairSpec], str], advice: str
 ) -> list[Problem]:
-    """Take the pairs out that are not like most, and return them as problems."""
+    """Remove the pairs that differ from most others, and return them as problems."""
     counts = collections.Counter(map(describe, specs.values()))
     if len(counts) < 2:
         return []
@@ -776,9 +776,9 @@ def differing(
 
 
 def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[ChannelStatistics]], Problem]:
-    """Return what the headers of a pair tell; runs in a worker process.
+    """Check the headers of a pair; runs in a worker process.
 
-    A large image, of which several jobs encode a part each, is measured here: each record contains the statistics of
+    A large image, which several jobs encode in parts, is measured here, because each record contains the statistics of
     the complete image.
     """
 
@@ -792,7 +792,7 @@ def survey_pair(options: Options, pair: Pair) -> Union[tuple[PairSpec, Optional[
 
 
 def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]:
-    """Return what `work` returns, or why a pair cannot be used."""
+    """Return the result of `work`, or why a pair cannot be used."""
     try:
         return work()
     except UnusablePixels as error:
@@ -803,14 +803,14 @@ def problem_or(work: Callable[[], Result], pair: Pair) -> Union[Result, Problem]
 
 @contextlib.contextmanager
 def open_pair(pair: Pair, options: Options) -> Iterator[tuple[ImageFile, ImageFile]]:
-    """Yield both files, opened; the size of the mask tells where the channels of the image are."""
+    """Open both files and yield them; the size of the mask identifies the channel axis of the image."""
     with pair.mask.open(as_mask=True) as mask:
         with pair.image.open(size=mask.shape[:2], no_data=options.image_no_data) as image:
             yield image, mask
 
 
 def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSpec:
-    """Return the specification of a pair of files; raise `Unusable` if their headers are not in order."""
+    """Return the specification of a pair of files; raise `Unusable` if their headers show a problem."""
     fault = describe_mask_fault(mask, options)
     if fault:
         raise Unusable(ProblemKind.BAD_MASK, fault)
@@ -818,8 +818,8 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
     if (height, width) != mask.shape[:2]:
         raise Unusable(
             ProblemKind.OTHER_SIZE,
-            f"{image.path} is {height} x {width}, {mask.path} is {mask.shape[0]} x {mask.shape[1]}; is the mask that "
-            "of another image?",
+            f"{image.path} is {height} x {width}, {mask.path} is {mask.shape[0]} x {mask.shape[1]}; does the mask "
+            "belong to another image?",
         )
     fault = describe_image_fault(image)
     if fault:
@@ -832,7 +832,7 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
     if options.tile_size is None and record_bytes(image.shape, image.dtype, np.int32) > LARGEST_RECORD:
         raise Unusable(
             ProblemKind.BAD_IMAGE,
-            f"{image.path} is larger than the 4 GiB that a record of a database can have; set --use_tiling 1",
+            f"{image.path} is larger than the 4 GiB limit of a database record; set --use_tiling 1",
         )
     dtypes = image.dtype.name, mask.dtype.name
     notes = *(f"images: {note}" for note in image.notes), *(f"masks: {note}" for note in mask.notes)
@@ -841,7 +841,7 @@ def check_headers(image: ImageFile, mask: ImageFile, options: Options) -> PairSp
 
 
 def describe_image_fault(image: ImageFile) -> str:
-    """Return why an image cannot be stored, from its header, or nothing."""
+    """Return why an image cannot be stored, judging by its header, or an empty string."""
     height, width, _ = image.shape
     if min(height, width) < SIZE_FACTOR:
         return (
@@ -851,13 +851,13 @@ def describe_image_fault(image: ImageFile) -> str:
     if image.dtype.name not in (*IMAGE_DTYPES, *LOSSLESS_WIDENING):
         return (
             f"expected an image of {', '.join(IMAGE_DTYPES)} in {image.path}, found {image.dtype}, which none of them "
-            f"holds without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}"
+            f"can store without loss; convert it, for example to {'int32' if image.dtype.kind in 'iu' else 'float32'}"
         )
     return ""
 
 
 def describe_mask_fault(mask: ImageFile, options: Options) -> str:
-    """Return why a mask contains no class ids, from its header, or nothing."""
+    """Return why a mask cannot contain class ids, judging by its header, or an empty string."""
     fault = mask_fault(mask)
     if options.objects is not None:
         return fault
@@ -875,17 +875,17 @@ def describe_mask_fault(mask: ImageFile, options: Options) -> str:
 
 
 class EncodeJob(NamedTuple):
-    """Records of a pair that a process makes in one go."""
+    """Records of a pair that a process encodes at once."""
 
     pair: Pair
     size: tuple[int, int]  # height and width of a record
     origins: list[tuple[int, int]]  # row and column of each record in the image
     record_bytes: int
-    statistics: Optional[ChannelStatistics] = None  # of the complete image, if another job has a part of it, too
+    statistics: Optional[ChannelStatistics] = None  # of the complete image, if other jobs encode parts of it
 
     @property
     def nbytes(self) -> int:
-        """Length of all of these records."""
+        """Total size of the records in bytes."""
         return len(self.origins) * self.record_bytes
 
 
@@ -898,17 +898,17 @@ class Encoded(NamedTuple):
 
 
 class Contents:
-    """What is known of the images of one side: the range of their values, and their deviations."""
+    """Statistics of the images of one side: value ranges, deviations and objects."""
 
     def __init__(self) -> None:
         self._minimum, self._maximum = np.array(np.inf), np.array(-np.inf)
         self._deviations = array.array("f")  # compact, because there may be a million images
         self._pixels, self._valid = 0, np.zeros((), np.int64)
-        self.objects = self.touching = 0  # objects, and pairs of them that touch
-        self._of_image = NO_OBJECTS  # those of the image that was added last
+        self.objects = self.touching = 0  # objects, and pairs of touching objects
+        self._of_image = NO_OBJECTS  # objects of the image that was added last
 
     def add(self, statistics: ChannelStatistics, spec: PairSpec) -> None:
-        """Take note of an image."""
+        """Add an image."""
         self._pixels, self._valid = self._pixels + spec.height * spec.width, self._valid + statistics.valid
         self._minimum = np.minimum(self._minimum, statistics.minimum)
         self._maximum = np.maximum(self._maximum, statistics.maximum)
@@ -916,14 +916,14 @@ class Contents:
         self._of_image = NO_OBJECTS
 
     def add_objects(self, census: ObjectCensus) -> None:
-        """Take note of the objects in a part of the image that was added last."""
+        """Add the objects in a part of the image that was added last."""
         joined = self._of_image.joined(census)
         self.objects += len(joined.ids) - len(self._of_image.ids)
         self.touching += len(joined.touching) - len(self._of_image.touching)
         self._of_image = joined
 
     def described(self) -> dict[str, Any]:
-        """Return what a database's metadata keeps of it."""
+        """Return the statistics that a database's metadata contains."""
         return {
             "value_range": self.value_range,
             "missing_shares": self.missing_shares,
@@ -933,21 +933,21 @@ class Contents:
 
     @property
     def value_range(self) -> list[tuple[float, float]]:
-        """Minimum and maximum of each channel; 0 for one that has no data."""
+        """Minimum and maximum of each channel; 0 for a channel without data."""
         limits = np.stack([self._minimum, self._maximum], axis=1)
         return [(low, high) for low, high in np.where(np.isfinite(limits), limits, 0).tolist()]
 
     @property
     def missing_shares(self) -> list[float]:
-        """Share of the pixels of each channel that have no data."""
+        """Share of pixels without data in each channel."""
         shares: list[float] = (1 - self._valid / self._pixels).tolist()
         return shares
 
     def deviation_floors(self, image_dtype: str) -> list[float]:
-        """Return the least deviation by which each channel is divided.
+        """Return the smallest deviation by which each channel is divided.
 
-        For integers that is 1, as in the NIST reference implementation. Floats have no such unit: a fraction of the
-        median over all images that vary.
+        For integers it is 1, as in the NIST reference implementation. Floats have no natural unit, so the deviation is
+        a fraction of the median over all images that are not constant.
         """
         of_channels = np.asarray(self._deviations, np.float64).reshape(-1, len(self._minimum)).T
         if image_dtype != "float32":
@@ -965,7 +965,7 @@ def grid_of(spec: PairSpec, tile_size: Optional[int]) -> tuple[tuple[int, int], 
 
 
 def encode_jobs(pair: Pair, spec: PairSpec, options: Options) -> list[EncodeJob]:
-    """Return the jobs for a pair: complete rows of tiles if these are not too large, so that little is read twice."""
+    """Return the jobs for a pair, in complete rows of tiles unless they are too large, so that little is read twice."""
     size, rows, columns = grid_of(spec, options.tile_size)
     origins = [(row, column) for row in rows for column in columns]
     nbytes = record_bytes((*size, spec.channels), spec.image_dtype, options.mask_dtype)
@@ -977,18 +977,19 @@ def encode_jobs(pair: Pair, spec: PairSpec, options: Options) -> list[EncodeJob]
 
 
 def tile_starts(length: int, size: int) -> list[int]:
-    """Return where tiles start along one axis of `length` >= `size` pixels: the last is moved inside the image.
+    """Return where tiles start along one axis of `length` >= `size` pixels; the last tile is moved inside the image.
 
-    Neighbors overlap by at least `RADIUS`, so that each pixel is seen with some surroundings in one of them.
+    Neighbors overlap by at least `RADIUS`, so that one of them shows each pixel with some surroundings.
     """
     return [*range(0, length - size, size - RADIUS), length - size]
 
 
 def own_part(ids: np.ndarray, origin: tuple[int, int], shape: Sequence[int], ignored: int) -> np.ndarray:
-    """Return the mask of a tile in which only those pixels count that are its own; the others become `ignored`.
+    """Return the mask of a tile with all pixels outside its zone of responsibility set to `ignored`.
 
-    Neighbors share an overlap at its middle, where both see about as much around a pixel. What lies outside the image,
-    reflected into a tile that is larger, belongs to none. So the scores of tiles are those of the images.
+    The zones of neighbors meet in the middle of their overlap, where both tiles show about the same surroundings of a
+    pixel. Reflected pixels outside the image belong to no zone. The scores of all tiles are therefore the scores of the
+    images.
     """
     own = []
     for start, length, size in zip(origin, shape, ids.shape):
@@ -1038,7 +1039,7 @@ def encode_records(options: Options, job: EncodeJob) -> Encoded:
 
 
 def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
-    """Return what the values (H, W) of a mask mean: class ids and `ignored_id`, in the database's mask type."""
+    """Return the values (H, W) of a mask as class ids and `ignored_id`, in the database's mask type."""
     reserved, ids = ignored_id(options.mask_dtype), mask
     if options.objects is not None:
         ids = options.objects.apply(mask)
@@ -1063,7 +1064,7 @@ def class_ids(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
 
 
 def checked_objects(mask: np.ndarray, path: Path, options: Options) -> np.ndarray:
-    """Return the ids of objects in a mask (H, W), int32, `IGNORED` where it is to be ignored."""
+    """Return the object ids in a mask (H, W) as int32, with `IGNORED` for ignored pixels."""
     try:
         return object_ids(mask, options.label_map, path)
     except InputError as error:
@@ -1076,24 +1077,24 @@ def encode_or_problem(options: Options, job: EncodeJob) -> Union[Encoded, Proble
 
 
 def find_problem(options: Options, job: EncodeJob) -> Optional[Problem]:
-    """Return why the pair of a job cannot be used, None if it can; runs in a worker process."""
+    """Return why the pair of a job cannot be used, or None if it can; runs in a worker process."""
     encoded = encode_or_problem(options, job)
     return encoded if isinstance(encoded, Problem) else None
 
 
 class Build:
-    """Has the pairs that are usable so far encoded, and appends their records.
+    """Encodes the usable pairs in worker processes, and appends their records.
 
     Attributes
     ----------
     options : Options
-        Those of all processes, with what the headers of the files add.
+        Settings of all processes, completed from the headers of the files.
     problems : list of Problem
         One for each pair whose pixels turned out to be unusable.
     image_dtype : str
-        Of the records.
+        Image type of the records.
     ignored_id : int or None
-        What ignored pixels have in place of a class id, if there may be any.
+        Value of ignored pixels in place of a class id; None if no pixel can be ignored.
     """
 
     def __init__(
@@ -1128,7 +1129,7 @@ class Build:
         self._progress, self._done = Progress("building", records, self._unit), 0
 
     def _try_large_images(self) -> None:
-        """Leave out the images of several jobs that cannot be used, before a record of them has been appended."""
+        """Leave out unusable images that take several jobs, before any of their records is appended."""
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in self._measured if pair in self._specs)
         find = functools.partial(find_problem, self.options)
         for job, problem in self._workers.run(find, jobs, lambda job: str(job.pair.image)):
@@ -1136,12 +1137,12 @@ class Build:
                 self.problems.append(problem)
 
     def _jobs(self, pair: Pair) -> Iterator[EncodeJob]:
-        """Yield the jobs for a pair that is usable, with the statistics of its image if that is large."""
+        """Yield the jobs for a usable pair, with the statistics of its image if the image is large."""
         for job in encode_jobs(pair, self._specs[pair], self.options):
             yield job._replace(statistics=self._measured.get(pair))
 
     def fill(self, pairs: Sequence[Pair], writer: DatabaseWriter, counts_once: bool) -> Contents:
-        """Append the records of the pairs that are usable; return what there is to know about their images."""
+        """Append the records of the usable pairs; return the statistics of their images."""
         contents, last_pair, uncounted = Contents(), None, 0
         jobs = itertools.chain.from_iterable(self._jobs(pair) for pair in pairs if pair in self._specs)
         encode = functools.partial(encode_or_problem, self.options._replace(counts_once=counts_once))
@@ -1149,13 +1150,13 @@ class Build:
             if isinstance(encoded, Problem):
                 if not self.problems or self.problems[-1].path != encoded.path:
                     self.problems.append(encoded)
-            elif self.options.skip_bad or not self.problems:  # otherwise only the other problems are of interest
+            elif self.options.skip_bad or not self.problems:  # otherwise only further problems matter
                 for record in encoded.records:
                     if record.class_counts.keys() == {self.ignored_id}:
                         uncounted += 1
                     else:
                         writer.append(record, job.pair.image.label)
-                if job.pair != last_pair:  # once an image
+                if job.pair != last_pair:  # once per image
                     contents.add(encoded.statistics, self._specs[job.pair])
                     last_pair = job.pair
                 if encoded.objects is not None:
@@ -1172,21 +1173,21 @@ class Build:
 
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
-    """Processes that do tasks, of which the results come in the order of the tasks; a context manager.
+    """Processes that do tasks and return the results in task order; a context manager.
 
-    Arrays in results come through shared memory, several times as fast as through a pipe. With a `count` of 1, this
-    process does the tasks itself.
+    Arrays in results go through shared memory, which is several times as fast as a pipe. With a `count` of 1, the
+    current process does the tasks itself.
     """
 
     def __init__(self, count: int) -> None:
         self._max_chunks = PREFETCHED_CHUNKS * count
         self._processes: list[Any] = []
         self._connections: list[Any] = []
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # connections of processes that have nothing to do
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()  # connections of idle processes
         self._threads = ThreadPoolExecutor(count)  # each waits for a process
         self._pending: collections.deque[Chunk] = collections.deque()
         self._memories: list[SharedMemory] = []
-        self._idle: list[SharedMemory] = []  # those of chunks that are finished
+        self._idle: list[SharedMemory] = []  # shared memory of finished chunks
         try:
             for _ in range(count if count > 1 else 0):
                 self._start_process()
@@ -1195,13 +1196,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             raise
 
     def _start_process(self) -> None:
-        """Start a process: spawned, since what one inherits by a fork, such as an open database, is not its own."""
+        """Start a process by spawning, because a forked one would inherit open databases and other state."""
         context = multiprocessing.get_context("spawn")
         connection, other = context.Pipe()
         process = context.Process(target=serve, args=(other,), daemon=True)
         with signals_held():
             process.start()
-        other.close()  # so that the end of the process is the end of what comes from it
+        other.close()  # so that the connection ends when the process exits
         self._processes.append(process)
         self._connections.append(connection)
         self._free.put(connection)
@@ -1213,21 +1214,21 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         name: Callable[[Task], str],
         nbytes: Callable[[Task], int] = lambda _: 0,
     ) -> Iterator[tuple[Task, Result]]:
-        """Yield each task with what `function`, a function of a module, returns for it; in order.
+        """Yield each task with the result of `function`, a module-level function, in order.
 
         Parameters
         ----------
         tasks : iterable
-            Asked for a few ahead of the results.
+            Consumed a few tasks ahead of the results.
         name : callable
-            Names the file of a task, for messages.
+            Returns the file name of a task, for messages.
         nbytes : callable
-            What the arrays in the result of a task take; only about `PREFETCHED_BYTES` wait to be yielded.
+            Returns the size of the arrays in the result of a task. Only about `PREFETCHED_BYTES` wait to be yielded.
 
         Raises
         ------
         InputError
-            If a process dies.
+            If a process exits unexpectedly.
         """
         if not self._processes:
             yield from ((task, function(task)) for task in tasks)
@@ -1243,12 +1244,12 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         except WorkerDied:
             unfinished = pending[0].tasks if pending else chunk_tasks
             raise InputError(
-                f"a process that reads images died, with {name(unfinished[0])} or one of the next files: too little "
-                "memory, or a damaged file that its decoder cannot bear; try fewer --num_workers, or without it"
+                f"a process that reads images exited unexpectedly at {name(unfinished[0])} or one of the next files, "
+                "because memory ran out or a file is damaged; try fewer --num_workers, or leave out the file"
             ) from None
 
     def _submit(self, function: Callable[[Any], Any], tasks: list[Any], nbytes: int) -> "Chunk":
-        """Have tasks done; without shared memory, if there is too little, their results come through the pipe."""
+        """Submit tasks; if there is too little shared memory, their results come through the pipe."""
         is_kept = nbytes <= CHUNK_BYTES
         memory = self._idle.pop() if self._idle and 0 < nbytes and is_kept else None
         if nbytes and memory is None:
@@ -1287,7 +1288,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         yield from zip(chunk.tasks, pickle.loads(content, buffers=arrays))
 
     def __exit__(self, kind: Optional[type] = None, *exception: object) -> None:
-        """End the processes; after an exception, what they are doing is of no use any more."""
+        """Stop the processes; kill them after an exception, because their results are no longer needed."""
         for process in self._processes if kind is not None else ():
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -1300,11 +1301,11 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
 
 class WorkerDied(Exception):
-    """A process has ended before its work was done."""
+    """A process exited before its work was done."""
 
 
 class Chunk(NamedTuple):
-    """Tasks that a process does in one go, the size of the arrays in their results, where and when these come."""
+    """Tasks that a process does at once, the size of the arrays in their results, and where these results arrive."""
 
     tasks: list[Any]
     nbytes: int
@@ -1313,7 +1314,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
-    """Yield tasks in groups of up to `CHUNK_TASKS`, with results of up to `CHUNK_BYTES` unless one has more."""
+    """Yield tasks in groups of up to `CHUNK_TASKS`, with results of up to `CHUNK_BYTES` unless one task has more."""
     chunk: list[Task] = []
     for task in tasks:
         if chunk and (len(chunk) == CHUNK_TASKS or sum(map(nbytes, chunk)) + nbytes(task) > CHUNK_BYTES):
@@ -1327,10 +1328,10 @@ def chunks_of(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[
 def serve(connection: Any) -> None:
     """Do the tasks that come through a connection; the main function of a worker process.
 
-    It leaves Ctrl-C to the main process, and ends with it, however that ends.
+    It leaves Ctrl-C to the main process, and exits when the main process exits, for whatever reason.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held back while it was started
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked while the process was started
     end_with_parent()
     with contextlib.suppress(EOFError):
         while True:
@@ -1346,14 +1347,14 @@ def serve(connection: Any) -> None:
 def do_chunk(
     function: Callable[[Any], Any], tasks: list[Any], memory_name: Optional[str], is_kept: bool
 ) -> tuple[bytes, list[int]]:
-    """Do tasks in a worker process, and put the arrays of their results into memory that may be used again.
+    """Do tasks in a worker process, and put the arrays of their results into shared memory if they fit.
 
     Returns
     -------
     content : bytes
-        The pickled results, without their arrays if these lie in shared memory.
+        The pickled results, without their arrays if these are in shared memory.
     ends : list of int
-        Where the arrays in shared memory begin and end, one after another.
+        Boundaries of the arrays in shared memory, one after another.
     """
     results = [function(task) for task in tasks]
     buffers: list[pickle.PickleBuffer] = []
@@ -1373,16 +1374,16 @@ def do_chunk(
 kept_memory = functools.lru_cache(attach_shared_memory)
 
 
-# ---------------------------------------------------------------------------------------------- looking at a database
+# ---------------------------------------------------------------------------------------------- describing a database
 
 
 def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
-    """Log what databases hold, with hints where that looks unusual; draw some of their records where asked for."""
+    """Log the contents of databases, with hints about anything unusual; draw some of their records if `preview`."""
     unusual = {}
     for filepath in filepaths:
         picture = filepath.with_suffix(".png")
         if preview:
-            check_previews([picture], [filepath], "its database; rename that, so that it ends in .lmdb")
+            check_previews([picture], [filepath], "its database; rename the database so that it ends in .lmdb")
         with Database(filepath) as database:
             for line in describe(filepath, database.metadata):
                 logging.info("%s", line)
@@ -1396,7 +1397,7 @@ def describe_databases(filepaths: Sequence[Path], preview: bool) -> None:
 
 
 def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
-    """Yield lines that tell what a database holds and how it was made."""
+    """Yield lines that describe the contents of a database and how it was made."""
     info = metadata.info
     height, width, channels = metadata.image_shape
     kind = "tiles" if info.get("tile_size") else "records"
@@ -1418,13 +1419,13 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
     total = int(metadata.pixel_counts.sum())
     for position, (class_id, pixels) in enumerate(zip(metadata.classes, metadata.pixel_counts)):
         if position == MANY_CLASSES:
-            yield f"  and {len(metadata.classes) - position} more classes, to {metadata.classes[-1]}"
+            yield f"  and {len(metadata.classes) - position} more classes, up to {metadata.classes[-1]}"
             break
         records = len(metadata.records_of_class(position))
         yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
     if info.get("objects"):
         yield (
-            f"  {info['object_count']} objects, {info['touching_pairs']} pairs of them touch; "
+            f"  {info['object_count']} objects, {info['touching_pairs']} pairs of touching objects; "
             f"{ObjectClasses(**info['objects'])}"
         )
     if info["ignored_pixels"]:
@@ -1435,23 +1436,23 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
 
 
 def unusual_content(metadata: Metadata) -> Iterator[str]:
-    """Yield what looks as if it was not meant so, with the option that mends it."""
+    """Yield descriptions of likely mistakes, with the option that fixes each."""
     if len(metadata.classes) == 1:
-        yield f"only class {metadata.classes[0]} occurs, so that there is nothing to learn: are these the right masks?"
+        yield f"only class {metadata.classes[0]} occurs, so there is nothing to learn; are these the right masks?"
     advice = advise_label_map(metadata.classes.tolist())
     if len(metadata.classes) > MANY_CLASSES and metadata.classes[0] > 0:
         yield (
-            "no mask pixel is 0, background, but many other values occur: are --image_folder and --mask_folder the "
-            "right way round?"
+            "no mask pixel is 0 (background), but many other values occur; are --image_folder and --mask_folder "
+            "swapped?"
         )
     elif advice:
         yield f"training needs --number_classes {metadata.classes[-1] + 1}; {advice}"
     info = metadata.info
     if info.get("side") == "train":
         if info.get("image_no_data") is not None and not any(info.get("missing_shares", [1.0])):
-            yield f"no pixel has the value of --image_no_data, {info['image_no_data']:g}: is it the right one?"
+            yield f"no pixel has the value of --image_no_data, {info['image_no_data']:g}; is it the right value?"
         if "ignore" in (info.get("label_map") or "") and not info["ignored_pixels"]:
-            yield f"no pixel is ignored by --label_map {info['label_map']}: are these the right values?"
+            yield f"no pixel is ignored by --label_map {info['label_map']}; are these the right values?"
     if "value_range" not in info:
         return
     spread = np.ptp(info["value_range"], axis=1)  # of each channel

@@ -1,8 +1,8 @@
-"""How a script meets its user and its operating system; standard library only.
+"""The interface between a script, its user and the operating system; standard library only.
 
-Owns the guard around a script's work, the exception for bad input, causes of errors, exit codes, the parser and its
-checked option types, logging, progress lines, output that appears only when it is complete, who works on what in a
-folder, signals, and what processes share: memory, GPUs of a node, and their end.
+Provides the guard around a script's work, the exception for bad input, causes of errors, exit codes, the parser and its
+checked option types, logging, progress lines, output that appears only when it is complete, claims on work in a shared
+folder, and signals. It also manages what processes share: memory, the GPUs of a node, and their lifetime.
 """
 
 import argparse
@@ -37,46 +37,46 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 85  # by a signal, with a checkpoint: start again to resume
-SIGNAL_EXIT_BASE = 128  # to which a shell adds the number of the signal that ended a program
+EXIT_STOPPED = 85  # stopped by a signal after saving a checkpoint; start again to resume
+SIGNAL_EXIT_BASE = 128  # a shell adds the number of the signal that ended a program
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # for the main process to answer
-SAME_REQUEST_SECONDS = 5.0  # a signal that comes again so soon is the same one: Slurm and scripts send it twice
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # handled by the main process
+SAME_REQUEST_SECONDS = 5.0  # a repeat within this time is the same request; Slurm and scripts send it twice
 SHARED_MEMORY_FOLDER = "/dev/shm"
 NO_DISK_SPACE = re.compile("No space left|quota exceeded|file too large", re.IGNORECASE)
 NO_MEMORY = re.compile("out.of.memory|ALLOC_FAILED|RESOURCE_EXHAUSTED|failed to allocate", re.IGNORECASE)
-CLEAR_LINE = "\r\x1b[K"  # of a terminal
-SHORT_NAME_BYTES, SHORT_NAME_CHARACTERS = 200, 40  # of a file name that is left as it is, of one that is cut
+CLEAR_LINE = "\r\x1b[K"  # on a terminal
+SHORT_NAME_BYTES, SHORT_NAME_CHARACTERS = 200, 40  # longest name kept unchanged, start kept of a longer name
 TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)
-REPLACED_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}\.old", re.DOTALL)  # of a folder that is about to be replaced
+REPLACED_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}\.old", re.DOTALL)  # a file or folder about to be replaced
 LOCK_FILE = ".lock"
 MANY_PROCESSES = 1024
-LONGEST_MESSAGE = 1000  # characters of what argparse says, which repeats values of any length
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-OWN_FILE_BYTES = 64 * 2**20  # of a JSON or CSV file that the suite wrote itself, at most
+LONGEST_MESSAGE = 1000  # characters of an argparse message, which may repeat values of any length
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
+OWN_FILE_BYTES = 64 * 2**20  # largest JSON or CSV file that the suite writes
 
-# What to do about an error of the operating system.
+# What the user can do about an operating system error.
 ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
-    errno.EDQUOT: "your quota is used up: delete files, ask for more, or choose another folder",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another file system",
+    errno.EDQUOT: "delete files, ask for a larger quota, or choose another folder",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another file system",
     errno.EACCES: "ask the owner for permission, or choose another path",
     errno.EPERM: "ask the owner for permission, or choose another path",
     errno.EROFS: "choose a folder on another file system",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the computer has too many files open: end other programs, or ask its administrator",
+    errno.ENFILE: "close other programs on this computer, or ask its administrator",
     errno.ENAMETOOLONG: "choose shorter names",
-    errno.ENOMEM: "ask the batch system for more memory, end other programs, or use fewer processes",
+    errno.ENOMEM: "request more memory from the batch system, close other programs, or use fewer processes",
     errno.EAGAIN: "use fewer processes, or raise their limit (ulimit -u)",
-    errno.EIO: "the disk or the connection to it fails: try again later, or ask the administrator",
-    errno.ESTALE: "the connection to the disk was lost: try again",
+    errno.EIO: "the disk or its connection failed, so try again later, or ask the administrator",
+    errno.ESTALE: "the connection to the disk was lost, so try again",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
     errno.EEXIST: "move it away, or choose another path",
-    errno.ELOOP: "a link leads to itself: check the path",
+    errno.ELOOP: "check the path for a link that leads to itself",
 }
-# What a file system answers if it cannot do what was asked for at all.
+# Errors of file systems that do not support an operation.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENOLCK, errno.EBADF}
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -85,7 +85,7 @@ NumberType = Callable[[str], Number]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what was expected, found, where, and what to do."""
+    """Unusable input from the user; the message states what was expected, what was found, where, and what to do."""
 
 
 def run_script(
@@ -93,13 +93,13 @@ def run_script(
     work: Callable[[argparse.Namespace, "StopRequest"], Optional[int]],
     argv: Optional[Sequence[str]],
 ) -> int:
-    """Parse the command line and do the work; turn its end into an exit code, bad input into one line.
+    """Parse the command line, do the work, and return an exit code; report bad input in one line.
 
     Returns
     -------
     int
-        What `work` returned (0 for None), `EXIT_BAD_INPUT` after bad input, and 128 + its number after a signal that
-        asks to stop, such as Ctrl-C.
+        The return value of `work` (0 for None), `EXIT_BAD_INPUT` after bad input, or 128 plus the signal number after
+        a signal that asks to stop, such as Ctrl-C.
     """
     open_standard_streams()
     with StopRequest() as stop:
@@ -107,8 +107,8 @@ def run_script(
             configure_logging()
             return work(build_parser().parse_args(argv), stop) or 0
         except (InputError, OSError, MemoryError, KeyboardInterrupt) as error:
-            if stop.signal is not None:  # all else is a consequence: signals reach child processes as well
-                logging.error("interrupted; nothing half-written was left behind")
+            if stop.signal is not None:  # signals reach child processes, too, so other errors are consequences
+                logging.error("interrupted; no incomplete files were left behind")
                 return SIGNAL_EXIT_BASE + stop.signal
             logging.error("%s", describe_error(error))
             return EXIT_BAD_INPUT
@@ -117,33 +117,33 @@ def run_script(
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory kept for the next allocation instead of returned to the system; needs glibc.
+    """Keep freed memory for the next allocation instead of returning it to the system; needs glibc.
 
-    TensorFlow 2.21 asks for the opposite as soon as it reads from a Python generator. On a CPU each large tensor of a
-    training step then consists of pages that the system has to find and clear first: a third of the time.
+    TensorFlow 2.21 requests the opposite as soon as it reads from a Python generator. On a CPU the system then has to
+    find and clear new pages for each large tensor of a training step, which takes a third of the time.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # an older glibc takes no more than that
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the maximum in older glibc versions
 
 
 def open_standard_streams() -> None:
-    """Connect the standard streams that this process was started without to the null device.
+    """Connect missing standard streams to the null device.
 
-    Otherwise the next file that is opened, such as a database, would be what libraries print to.
+    Otherwise the next file opened, such as a database, would get a stream's number, and libraries would print to it.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def abandon_unread_output() -> None:
-    """Discard output that cannot be written (a closed pipe, a full disk): Python would complain of it as it ends."""
+    """Discard output that cannot be written (closed pipe, full disk), so that Python does not complain at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -151,16 +151,16 @@ def abandon_unread_output() -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return one line for the user about an error."""
+    """Return a description of an error for the user, in one line."""
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
         return f"cannot use {os.fsdecode(error.filename)}: {cause_of(error)}"
     return cause_of(error)
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what an error is, by its number if it has one, and what to do about it; one line.
+    """Return the cause of an error, by its number if it has one, and what to do about it, in one line.
 
-    LMDB and TensorFlow have exceptions of their own, of which only the text says what the operating system answered.
+    LMDB and TensorFlow raise exceptions of their own. Only their text contains the operating system's error.
     """
     if isinstance(error, InputError):
         return str(error)
@@ -173,7 +173,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def number_of(error: BaseException) -> Optional[int]:
-    """Return the number of an error of the operating system, None if it is none."""
+    """Return the number of an operating system error, or None for any other error."""
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     if isinstance(error, OSError):
@@ -182,20 +182,21 @@ def number_of(error: BaseException) -> Optional[int]:
 
 
 def survive(work: Callable[[], None], otherwise: str) -> None:
-    """Do something first in a process of its own, because LMDB may crash on a damaged file; needs a single thread.
+    """Try some work in a child process first, because LMDB may crash on a damaged file; needs a single thread.
 
     Raises
     ------
     InputError
-        With the text `otherwise`, if the process is killed by a signal. An exception is left for the caller to meet.
+        With the text `otherwise`, if a signal kills the child. Exceptions in the child are ignored, because they recur
+        when the caller does the work.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of the thread for signals, whose locks the child does not use
+        warnings.simplefilter("ignore")  # Python warns about the signal thread, whose locks the child does not use
         child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where LMDB says of which assertion it died
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the failed assertion that LMDB prints
             work()
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -204,15 +205,15 @@ def survive(work: Callable[[], None], otherwise: str) -> None:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send the program's own log to standard output; `main` functions call it, nothing else does."""
-    logging.raiseExceptions = False  # the work continues if its log cannot be written: a full disk, a closed pipe
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's C++ side: warnings and errors, no chatter
+    """Send the program's log to standard output; for main programs only, never for library code."""
+    logging.raiseExceptions = False  # work continues if the log cannot be written (full disk, closed pipe)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # only warnings and errors from TensorFlow's C++ code
     shield_keras()
     for name, least in (("absl", logging.WARNING), ("matplotlib", logging.ERROR), ("tensorflow", logging.WARNING)):
         logging.getLogger(name).setLevel(least)
-    # A log line takes the place of the progress line that may stand in a terminal.
+    # On a terminal, a log line replaces the current progress line.
     start = CLEAR_LINE if sys.stdout.isatty() else ""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # no line is lost in a locale of few characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # keeps lines that the locale cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(LogFormatter(start))
@@ -220,30 +221,30 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def shield_keras() -> None:
-    """Have Keras as TensorFlow brings it, however other projects have configured it; before TensorFlow is imported."""
-    os.environ.update(KERAS_BACKEND="tensorflow", KERAS_HOME=os.devnull)  # where no keras.json is
+    """Use Keras as TensorFlow ships it, whatever other projects configured; call before importing TensorFlow."""
+    os.environ.update(KERAS_BACKEND="tensorflow", KERAS_HOME=os.devnull)  # contains no keras.json
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
 
 
 class LogFormatter(logging.Formatter):
-    """Writes each message in one readable line, whatever the names of files contain."""
+    """Writes each message as one readable line, whatever characters file names contain."""
 
     def __init__(self, start: str = "") -> None:
         super().__init__(f"{start}%(asctime)s %(levelname)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return the line for a record."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 
 
 def printable(text: str) -> str:
-    """Return text with a backslash escape for each line end, tab, other control character and byte that is no UTF-8."""
+    """Return text with backslash escapes for line ends, tabs, other control characters and bytes that are not UTF-8."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def log_settings(args: argparse.Namespace) -> None:
-    """Log every option with its value, so that a log says how it was made."""
+    """Log every option with its value, so that the log documents the run."""
     logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
@@ -251,13 +252,13 @@ def log_settings(args: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults, and which reports a mistake in one line instead of a page of usage."""
+    """A parser that shows defaults in its help and reports a mistake in one line instead of a page of usage."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong, with the option that was meant if a word is close to one, and exit."""
+        """Print the error, suggest the option that was probably meant, and exit."""
         meant = [name for word in message.split() for name in self._options_near(word)]
         suggestion = f"; did you mean {' or '.join(meant)}?" if meant and "could match" not in message else ""
         if "expected one argument" in message:
@@ -267,7 +268,7 @@ class Parser(argparse.ArgumentParser):
 
     def _options_near(self, word: str) -> list[str]:
         known = self._option_string_actions
-        name = word.partition("=")[0].rstrip(":,")  # as argparse writes it in a sentence
+        name = word.partition("=")[0].rstrip(":,")  # argparse adds punctuation in a sentence
         return difflib.get_close_matches(name, known, 1) if name.startswith("--") and name not in known else []
 
 
@@ -305,14 +306,14 @@ class Part(NamedTuple):
         return cls(int(part), int(parts))
 
     def __str__(self) -> str:
-        """Return the part as it is given."""
+        """Return the part as it is given on the command line."""
         return f"{self.part}/{self.parts}"
 
 
 def number_type(
     convert: Callable[[str], Number], accept: Callable[[Number], bool], expected: str
 ) -> NumberType[Number]:
-    """Return the ``type`` of options that take a number; `expected` says in words which numbers are accepted."""
+    """Return the ``type`` of options that take a number; `expected` describes the accepted numbers in words."""
 
     def parse(text: str) -> Number:
         with contextlib.suppress(ValueError):
@@ -325,7 +326,7 @@ def number_type(
 
 
 def whole_number(low: int, high: int) -> NumberType[int]:
-    """Return the ``type`` of options that take a whole number within bounds, both included."""
+    """Return the ``type`` of options that take a whole number within inclusive bounds."""
     return number_type(int, lambda value: low <= value <= high, f"a whole number from {low} to {high}")
 
 
@@ -337,14 +338,14 @@ seed_int = whole_number(0, 2**32 - 1)
 
 
 def some_path(text: str) -> Path:
-    """Return `text` as a path, which an empty text is not; the ``type`` of command-line options."""
+    """Return `text` as a path and refuse empty text; the ``type`` of command-line options."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a path, got nothing; is a variable of your script empty?")
+        raise argparse.ArgumentTypeError("expected a path, got nothing; is a variable in your script empty?")
     return Path(text)
 
 
 def existing_folder(text: str) -> Path:
-    """Return `text` as the path of a folder that exists; the ``type`` of command-line options."""
+    """Return `text` as the path of an existing folder; the ``type`` of command-line options."""
     path = some_path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}; check the path")
@@ -355,7 +356,7 @@ def existing_folder(text: str) -> Path:
 
 
 class Progress:
-    """A progress line: rewritten in place on a terminal, a plain log line now and then in a file.
+    """A progress line, rewritten in place on a terminal or logged at intervals to a file.
 
     Parameters
     ----------
@@ -364,18 +365,18 @@ class Progress:
     total : int
         Number of units of work.
     unit : str
-        Their name in the plural, such as ``"images"``.
+        Plural name of the unit, such as ``"images"``.
     rate_factor : float
-        Units of `rate_unit` for each unit of work, for rates such as images/s if work is counted in steps.
+        Number of `rate_unit` per unit of work, for example to show images/s if work is counted in steps.
     rate_unit : str, optional
-        Name of what the rate counts; `unit` by default.
+        Unit that the rate counts; `unit` by default.
     first : int
-        Units that were done before, by an earlier run.
+        Number of units that an earlier run has finished.
 
     Attributes
     ----------
     total : int
-        Units of work; may be changed.
+        Number of units of work; may be changed.
     """
 
     TERMINAL_SECONDS = 0.5
@@ -391,7 +392,7 @@ class Progress:
         self._start = self._shown = time.monotonic()
 
     def update(self, done: int, details: str = "") -> None:
-        """Show that `done` of the total are finished, if it is time for a line."""
+        """Show that `done` units of the total are finished, if it is time for a new line."""
         now = time.monotonic()
         if now - self._shown < self._interval:
             return
@@ -409,7 +410,7 @@ class Progress:
             logging.info("%s", line)
 
     def close(self) -> None:
-        """Clear the terminal's line, so that the next log line starts in an empty one."""
+        """Clear the progress line on a terminal, so that the next log line starts on an empty line."""
         if self._terminal:
             sys.stdout.write(CLEAR_LINE)
             sys.stdout.flush()
@@ -426,9 +427,9 @@ def format_seconds(seconds: float) -> str:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target`; the file there takes its place if the block ends well, or else goes.
+    """Yield a temporary name next to `target`; that file replaces `target` on success and is removed on failure.
 
-    Whoever opens `target` finds the old file or the new one, and either of them complete, also after a power failure.
+    A process that opens `target` finds either the old or the new file, always complete, even after a power failure.
     """
     with replacing_together([target]) as (temporary,):
         yield temporary
@@ -436,13 +437,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Do as `replacing` for several files, of which either all are replaced or none."""
+    """Do the same as `replacing` for several files; either all of them are replaced or none."""
     temporaries = [temporary_name(target) for target in targets]
     try:
         yield temporaries
         for temporary in temporaries:
             flush_to_disk(temporary)
-        with signals_postponed():  # one that comes between two renames would leave a file of each kind
+        with signals_postponed():  # a signal between two renames would leave an old and a new file
             rename_together(temporaries, targets)
     finally:
         for temporary in temporaries:
@@ -450,7 +451,7 @@ def replacing_together(targets: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def rename_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Give files the names of others, or leave all as they are if one cannot be renamed."""
+    """Rename temporary files to their targets; leave all targets unchanged if one rename fails."""
     done: list[tuple[Path, Path, bool]] = []
     try:
         for temporary, target in list(zip(temporaries, targets))[:-1]:
@@ -460,9 +461,9 @@ def rename_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> Non
         try:
             os.replace(temporaries[-1], targets[-1])
         except OSError as error:
-            error.filename = os.fspath(targets[-1])  # what the user knows
+            error.filename = os.fspath(targets[-1])  # the name that the user knows
             raise
-        done.clear()  # this was the last step, which nothing takes back
+        done.clear()  # the last step succeeded, so nothing is undone
     finally:
         for temporary, target, existed in done:
             if existed:
@@ -473,7 +474,7 @@ def rename_together(temporaries: Sequence[Path], targets: Sequence[Path]) -> Non
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target` that takes its place if the block ends well, or else goes; as `replacing`."""
+    """Yield a new folder next to `target` that replaces it on success and is removed on failure, like `replacing`."""
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
@@ -490,11 +491,11 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def exchange(new: Path, target: Path) -> None:
-    """Have two files or folders change their names; at once, if the operating system and the file system can do that.
+    """Swap the names of two files or folders, atomically if the operating system and the file system support it.
 
-    Otherwise `target` is missing for a moment; if the process is killed then, `Claims` brings it back.
+    Otherwise `target` is missing for a moment. If the process is killed then, `Claims` restores it.
     """
-    here, at_once = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    here, at_once = -100, 2  # AT_FDCWD and RENAME_EXCHANGE on Linux
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         if not rename(here, os.fsencode(new), here, os.fsencode(target), at_once):
@@ -513,12 +514,12 @@ def exchange(new: Path, target: Path) -> None:
 
 
 def temporary_name(target: Path) -> Path:
-    """Return a name beside `target` that nobody else has, and that `Claims` knows as one of its kind."""
+    """Return a unique name next to `target` that `Claims` recognizes as temporary."""
     return target.with_name(f".{shortened(target.stem)}.{secrets.token_hex(4)}.part{target.suffix}")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; what cannot be removed stays."""
+    """Remove a file, a link or a folder with its contents; ignore errors."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -527,7 +528,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder, and bring back what they were about to replace."""
+    """Remove temporary files that killed processes left in a folder, and restore files they were about to replace."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             replaced = REPLACED_NAME.fullmatch(path.name)
@@ -538,17 +539,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 class Claims(contextlib.AbstractContextManager["Claims"]):
-    """Which process works on what in a folder, so that no two do the same; a context manager.
+    """Claims of processes on work in a folder, so that no two do the same work; a context manager.
 
-    A claim is the POSIX lock of a byte of a file in the folder, and ends with its process, however that ends. A process
-    that finds itself alone removes what killed ones left there. On a file system without locks all claims succeed.
+    A claim is a POSIX lock on a byte of a file in the folder. It ends with its process, however the process ends. A
+    process that finds itself alone removes what killed processes left behind. On a file system without locks, all
+    claims succeed.
 
     Parameters
     ----------
     folder : path
         Must exist.
     below : sequence of str
-        Folders in it that may contain leftovers, too.
+        Subfolders that may also contain leftovers.
     """
 
     def __init__(self, folder: Path, below: Sequence[str] = ()) -> None:
@@ -556,11 +558,11 @@ class Claims(contextlib.AbstractContextManager["Claims"]):
         self._works = True
 
     def __enter__(self) -> "Claims":
-        """Join those who work in the folder."""
+        """Join the processes that work in the folder."""
         while True:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             is_alone = self._lock(0, 0) and self._works
-            if self._works and not is_alone:  # somebody else may be looking whether it is alone, for a moment
+            if self._works and not is_alone:  # waits while another process checks whether it is alone
                 fcntl.lockf(self._descriptor, fcntl.LOCK_SH, 1, 0)
             if not self._works or self._is_current():
                 break
@@ -573,14 +575,14 @@ class Claims(contextlib.AbstractContextManager["Claims"]):
         return self
 
     def _is_current(self) -> bool:
-        """Whether the file that was opened is there still; the last one who leaves removes it."""
+        """Whether the opened lock file still exists; the last process to leave removes it."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def _lock(self, start: int, length: int) -> bool:
-        """Lock bytes of the file, 0 for all that follow; return whether nobody else has any of them."""
+        """Lock bytes of the file (length 0 for all that follow); return whether no other process has locked them."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
@@ -589,26 +591,26 @@ class Claims(contextlib.AbstractContextManager["Claims"]):
             if error.errno not in NOT_SUPPORTED:
                 raise
             if self._works:
-                logging.info("no locks in %s: do not start a second run there", self._path.parent)
+                logging.info("cannot lock files in %s; do not start a second run there", self._path.parent)
             self._works = False
         return True
 
     def claim(self, name: str) -> bool:
-        """Take a piece of work; return whether no other process has taken it."""
+        """Claim a piece of work; return False if another process has claimed it."""
         return not self._works or self._lock(self._byte_of(name), 1)
 
     def release(self, name: str) -> None:
-        """Give a piece of work back."""
+        """Release a piece of work."""
         if self._works:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._byte_of(name))
 
     @staticmethod
     def _byte_of(name: str) -> int:
-        """Return the byte that stands for a name; 0 stands for being there."""
+        """Return the byte that represents a name; byte 0 represents presence in the folder."""
         return 1 + int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "big")
 
     def __exit__(self, *exception: object) -> None:
-        """Leave; the last one takes the file along."""
+        """Leave the folder; the last process removes the lock file."""
         with contextlib.suppress(OSError):
             if not self._works or self._lock(0, 0):
                 self._path.unlink(missing_ok=True)
@@ -616,7 +618,7 @@ class Claims(contextlib.AbstractContextManager["Claims"]):
 
 
 def shortened(stem: str) -> str:
-    """Return a name with room for an addition within the 255 bytes that file systems allow."""
+    """Return a name that leaves room for an addition within the 255 bytes that file systems allow."""
     if len(os.fsencode(stem)) <= SHORT_NAME_BYTES:
         return stem
     return f"{stem[:SHORT_NAME_CHARACTERS]}-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]}"
@@ -624,7 +626,7 @@ def shortened(stem: str) -> str:
 
 @contextlib.contextmanager
 def without_patterns(folder: PathLike) -> Iterator[str]:
-    """Yield a path to a folder without brackets and backslashes, which TensorFlow takes for patterns when it reads."""
+    """Yield a path to a folder without brackets and backslashes, which TensorFlow interprets as patterns."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}"
@@ -633,29 +635,29 @@ def without_patterns(folder: PathLike) -> Iterator[str]:
 
 
 def check_kinds(folder: Path, names: Iterable[str]) -> None:
-    """Refuse pipes, devices and the like where the suite wrote files and folders: whoever opens them may wait forever.
+    """Refuse pipes, devices and the like in place of the suite's files and folders, because opening them may block.
 
     Parameters
     ----------
     folder : path
-        It need not exist.
+        Need not exist.
     names : iterable of str
-        Patterns of the names of regular files, and of folders if they end with a slash.
+        Name patterns of regular files, or of folders if they end with a slash.
 
     Raises
     ------
     InputError
-        Names the first that is of another kind.
+        If a path is of another kind; the message names the first one.
     """
     for name in names:
         for path in sorted(folder.glob(name.rstrip("/"))):
             if not (path.is_dir() if name.endswith("/") else path.is_file()):
                 kind = "folder" if name.endswith("/") else "regular file"
-                raise InputError(f"expected a {kind} {path}, found something else; move it away")
+                raise InputError(f"expected a {kind} at {path}, found something else; move it away")
 
 
 def flush_to_disk(path: PathLike) -> None:
-    """Wait until a file, or what was renamed in a folder, is on the disk, unless its file system cannot say."""
+    """Wait until a file, or the renames in a folder, have reached the disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -667,8 +669,8 @@ def flush_to_disk(path: PathLike) -> None:
 
 
 def read_if_small(path: Path) -> Optional[bytes]:
-    """Return the content of a file; None if it is no regular one, or larger than any of ours."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep it waiting
+    """Return the content of a file, or None if it is not a regular file or larger than any that the suite writes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block it
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > OWN_FILE_BYTES:
@@ -680,42 +682,42 @@ def read_if_small(path: Path) -> Optional[bytes]:
 
 
 def read_own_file(path: Path) -> str:
-    """Return the text of a file that the suite wrote, and that somebody may have changed since.
+    """Return the text of a file that the suite wrote and that may have been changed since.
 
     Raises
     ------
     InputError
-        If it is no regular file, larger than any of ours, or not in UTF-8.
+        If it is not a regular file, larger than any that the suite writes, or not UTF-8.
     """
     content = read_if_small(path)
     if content is None:
-        raise InputError(f"{path} is not a file of this suite; move it away")
+        raise InputError(f"{path} was not written by this suite; move it away")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error}); move it away") from error
+        raise InputError(f"{path} is not UTF-8 text ({error}); move it away") from error
 
 
 Check = Callable[[Any], bool]
 
 
 def whole(low: float = -(2**62), high: float = 2**62) -> Check:
-    """Return a check for whole numbers within bounds, both included."""
+    """Return a check for whole numbers within inclusive bounds."""
     return lambda value: type(value) is int and low <= value <= high
 
 
 def real(low: float = -math.inf, high: float = math.inf) -> Check:
-    """Return a check for numbers within bounds, both included, that a float has; without bounds, for infinity too."""
+    """Return a check for numbers that fit a float, within inclusive bounds; without bounds, infinity passes, too."""
     return lambda value: (type(value) is float or whole()(value)) and low <= value <= high
 
 
 def any_text(value: Any) -> bool:
-    """Whether a value is a text."""
+    """Whether a value is a string."""
     return isinstance(value, str)
 
 
 def text_in_utf8(value: Any) -> bool:
-    """Whether a value is a text that can be written to a file."""
+    """Whether a value is a string that can be written to a file."""
     return any_text(value) and value == value.encode(errors="replace").decode()
 
 
@@ -725,7 +727,7 @@ def optional(check: Check) -> Check:
 
 
 def list_of(check: Check, length: Optional[int] = None) -> Check:
-    """Return a check for lists (of some length) of values that pass another check."""
+    """Return a check for lists (of a given length, if any) whose values pass another check."""
 
     def is_such_a_list(value: Any) -> bool:
         return isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
@@ -734,12 +736,12 @@ def list_of(check: Check, length: Optional[int] = None) -> Check:
 
 
 def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], where: PathLike) -> None:
-    """Refuse values from a file that the suite wrote, if one is missing or not of the kind that the suite writes.
+    """Refuse values from a file of the suite if one is missing or not what the suite writes.
 
     Raises
     ------
     InputError
-        Names the first such value, and the file, which is `where`.
+        If a value is missing or wrong; the message names the first one and the file, `where`.
     """
     for name, check in checks.items():
         if name not in values or not check(values[name]):
@@ -748,13 +750,13 @@ def check_values(values: Mapping[str, Any], checks: Mapping[str, Check], where: 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that the suite wrote; errors as those of `read_own_file`."""
+    """Return the JSON object in a file that the suite wrote; raises errors as `read_own_file` does."""
     try:
         values = json.loads(read_own_file(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is no JSON ({cause_of(error)}); move it away") from error
+        raise InputError(f"{path} is not valid JSON ({cause_of(error)}); move it away") from error
     if not isinstance(values, dict):
         raise InputError(f"expected a JSON object in {path}, found {type(values).__name__}; move it away")
     return values
@@ -764,18 +766,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Answers `STOP_SIGNALS` in its context: the first asks the work to stop, a second ends the process at once.
+    """Handles `STOP_SIGNALS` in its context: the first asks the work to stop, the second ends the process at once.
 
-    The work is stopped by a KeyboardInterrupt, or by its own looking at the request once it has set `is_polled`. Python
-    calls handlers in the main thread, which TensorFlow may keep for as long as a step hangs. So a thread sees to the
-    second signal. SIGHUP, of a terminal that closes, is left alone if nohup has it ignored.
+    A KeyboardInterrupt stops the work, unless it has set `is_polled` and checks the request on its own. Python calls
+    signal handlers in the main thread, which TensorFlow may block for as long as a step hangs. A separate thread
+    therefore handles the second signal. SIGHUP, sent when a terminal closes, stays ignored if nohup ignores it.
 
     Attributes
     ----------
     signal : signal.Signals or None
-        The first that came.
+        First signal received.
     is_polled : bool
-        Whether the work looks at the request by itself.
+        Whether the work checks the request on its own.
     """
 
     def __init__(self) -> None:
@@ -784,7 +786,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        """Take over the signals."""
+        """Install the signal handlers."""
         self._pipe, self._pipe_end = os.pipe()
         os.set_blocking(self._pipe_end, False)
         self._pipe_before = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
@@ -793,19 +795,19 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         return self
 
     def watch(self) -> None:
-        """Take over the signals; again, if a library may have taken them in the meantime."""
+        """Install the signal handlers, or install them again if a library may have replaced them."""
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers_before.setdefault(number, signal.signal(number, self._interrupt))
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """Stop the work; in the main thread, whenever that has time for it."""
+        """Stop the work; called in the main thread as soon as it is free."""
         is_first, self.signal = self.signal is None, self.signal or signal.Signals(number)
         if is_first and not self.is_polled:
             raise KeyboardInterrupt
 
     def _answer(self) -> None:
-        """Take note of the signals as they come; the main function of the thread."""
+        """Handle signals as they arrive; the main function of the thread."""
         since = None
         while numbers := os.read(self._pipe, 1):
             number, now = numbers[0], time.monotonic()
@@ -816,27 +818,27 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
                 if self.is_polled:
                     os.write(2, b"\nfinishing the step in hand, then saving; the same once more ends at once\n")
             elif number == signal.SIGINT or now - since > SAME_REQUEST_SECONDS:
-                os._exit(SIGNAL_EXIT_BASE + number)  # child processes notice, and end as well
+                os._exit(SIGNAL_EXIT_BASE + number)  # child processes notice and exit, too
         os.close(self._pipe)
 
     def __bool__(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal is not None
 
     def __exit__(self, *exception: object) -> None:
-        """Give back the signals."""
+        """Restore the previous signal handlers."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._pipe_before)
-        os.close(self._pipe_end)  # which ends the thread
+        os.close(self._pipe_end)  # ends the thread
 
 
 @contextlib.contextmanager
 def signals_postponed() -> Iterator[None]:
-    """Have `STOP_SIGNALS` take effect when the block is done; for the main thread.
+    """Postpone `STOP_SIGNALS` until the block is done; for the main thread.
 
-    To block them there would not do: the system gives a signal to any thread that does not block it, and Python then
-    calls the handler in the main thread all the same.
+    Blocking them in the main thread is not enough. The system delivers a signal to any thread that does not block it,
+    and Python then calls the handler in the main thread anyway.
     """
     came: list[int] = []
     before: dict[signal.Signals, Any] = {}
@@ -854,14 +856,14 @@ def signals_postponed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back `STOP_SIGNALS` while child processes are started, which inherit that until they let them through.
+    """Block `STOP_SIGNALS` while child processes start; the children inherit the block until they lift it.
 
-    Slurm and the terminal signal every process at once. A worker ignores them, but not before Python has started in it;
-    the process that multiprocessing cleans up with would be ended by SIGUSR1.
+    Slurm and the terminal signal every process at once. A worker ignores the signals, but only after Python has started
+    in it. SIGUSR1 would kill the resource tracker of multiprocessing.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # lets some of the signals through again
+        resource_tracker.ensure_running()  # unblocks some of the signals
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
@@ -872,29 +874,29 @@ def signals_held() -> Iterator[None]:
 
 
 def slurm_text(environment: Mapping[str, str], name: str, pattern: str, default: str = "") -> str:
-    """Return what a variable that Slurm sets contains, which has to match a pattern.
+    """Return the value of a Slurm variable, which has to match a pattern.
 
     Raises
     ------
     InputError
-        If it does not, such as in an environment that was copied in part.
+        If it does not match, for example because the environment was copied only in part.
     """
     text = environment.get(name, default)
     if not re.fullmatch(pattern, text):
         raise InputError(
-            f"cannot use the variable {name} of Slurm, {text!r}; was the environment of a job copied in part? Start "
-            "this with srun, or unset the variables whose names begin with SLURM_"
+            f"cannot use the Slurm variable {name} with value {text!r}; was only part of a job's environment copied? "
+            "Start this script with srun, or unset all variables whose names begin with SLURM_"
         )
     return text
 
 
 def slurm_number(environment: Mapping[str, str], name: str, default: Optional[int] = None) -> int:
-    """Return the number in a variable that Slurm sets; errors as those of `slurm_text`, unless there is a `default`."""
+    """Return the number in a Slurm variable, or `default` if it is not set; raises errors as `slurm_text` does."""
     return int(slurm_text(environment, name, r"\d{1,18}", "" if default is None else str(default)))
 
 
 def tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
-    """Return how many tasks of this ``srun`` each of its nodes has; errors as those of `slurm_text`."""
+    """Return the number of tasks on each node of this ``srun``; raises errors as `slurm_text` does."""
     text = slurm_text(environment, "SLURM_STEP_TASKS_PER_NODE", r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*")  # such as 2(x3),1
     counts: list[int] = []
     for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
@@ -905,12 +907,12 @@ def tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
 def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) -> Sequence[int]:
     """Return which of the visible GPUs belong to this task of an ``srun``.
 
-    Slurm binds GPUs to tasks only if it is asked to; then a task sees fewer of them than the job has on the node.
+    Slurm binds GPUs to tasks only on request. A task then sees fewer GPUs than the job has on the node.
 
     Raises
     ------
     InputError
-        If there are fewer GPUs than tasks, and these must not share one.
+        If there are fewer GPUs than tasks, and tasks must not share a GPU.
     """
     is_bound = visible < slurm_number(environment, "SLURM_GPUS_ON_NODE", visible)
     if slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or is_bound or not visible:
@@ -918,7 +920,9 @@ def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) 
     node, task = slurm_number(environment, "SLURM_NODEID"), slurm_number(environment, "SLURM_LOCALID")
     tasks = [*tasks_of_nodes(environment), *[0] * (node + 1)][node]
     if task >= tasks:
-        raise InputError(f"expected a task of this srun on node {node}, 0 to {tasks - 1}, found {task}; use srun")
+        raise InputError(
+            f"on node {node} expected a task from 0 to {tasks - 1}, found {task}; start the tasks with srun"
+        )
     if visible < tasks and not may_share:
         raise InputError(
             f"expected a GPU for each of the {tasks} tasks on this node, found {visible}; lower --ntasks-per-node"
@@ -929,14 +933,14 @@ def gpus_of_task(visible: int, environment: Mapping[str, str], may_share: bool) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means want of memory, in the words of TensorFlow, cuDNN, cuBLAS or the CUDA driver."""
-    if NO_DISK_SPACE.search(str(error)):  # a full disk is an exhausted resource to TensorFlow, too
+    """Whether an error means that memory ran out, as worded by TensorFlow, cuDNN, cuBLAS or the CUDA driver."""
+    if NO_DISK_SPACE.search(str(error)):  # TensorFlow calls a full disk an exhausted resource, too
         return False
     return type(error).__name__ in ("ResourceExhaustedError", "MemoryError") or bool(NO_MEMORY.search(str(error)))
 
 
 def end_with_parent() -> None:
-    """Have this process end as soon as its parent is gone, for whatever reason."""
+    """Make this process exit as soon as its parent has ended, for whatever reason."""
     parent: Any = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -947,21 +951,21 @@ def end_with_parent() -> None:
 
 
 class SharedMemory:
-    """Memory that processes share: a file without a name, which goes with the last of them, however they end.
+    """Memory that processes share: a nameless file that disappears with the last of them, however they end.
 
     Parameters
     ----------
     file : file
-        Of which all bytes are shared.
+        Open file; all of its bytes are shared.
 
     Attributes
     ----------
     name : str
-        Where other processes of the user find it, as long as this one has it open; see `attach_shared_memory`.
+        Path for other processes of the user, valid while this one has it open; see `attach_shared_memory`.
     size : int
-        In bytes.
+        Size in bytes.
     buf : mmap
-        The bytes.
+        The shared bytes.
     """
 
     def __init__(self, file: Any) -> None:
@@ -970,23 +974,23 @@ class SharedMemory:
         self.buf = mmap.mmap(file.fileno(), self.size)
 
     def close(self) -> None:
-        """Give it up; does nothing the second time."""
+        """Release the memory; a second call does nothing."""
         self._file.close()
-        with contextlib.suppress(BufferError):  # an array still looks at it: it goes with that
+        with contextlib.suppress(BufferError):  # an array still uses it and will free it
             self.buf.close()
 
 
 def allocate_shared_memory(size: int) -> SharedMemory:
     """Create shared memory of `size` bytes and reserve every page of it.
 
-    Without the reservation a file system that is too small would answer later, with a bus error.
+    Without the reservation, a file system that is too small would cause a bus error later.
 
     Raises
     ------
     OSError
-        If ``/dev/shm`` cannot hold it.
+        If ``/dev/shm`` has too little space.
     """
-    # Asked for before reserving: a /dev/shm as large as the memory would hand out all of it before it says no.
+    # Checked before reserving, because a /dev/shm as large as the memory would hand out all of it before it fails.
     if size > free_shared_memory():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), SHARED_MEMORY_FOLDER)
     file = tempfile.TemporaryFile(dir=SHARED_MEMORY_FOLDER, buffering=0)
@@ -999,12 +1003,12 @@ def allocate_shared_memory(size: int) -> SharedMemory:
 
 
 def attach_shared_memory(name: str) -> SharedMemory:
-    """Return the shared memory that another process has created."""
+    """Return the shared memory that another process created."""
     return SharedMemory(open(name, "r+b", buffering=0))
 
 
 def free_shared_memory() -> float:
-    """Return the bytes free in the file system of shared memory; infinity if there is none to ask."""
+    """Return the number of free bytes in the shared-memory file system, or infinity if there is none."""
     try:
         status = os.statvfs(SHARED_MEMORY_FOLDER)
     except OSError:
@@ -1013,14 +1017,14 @@ def free_shared_memory() -> float:
 
 
 def free_host_memory() -> int:
-    """Return the bytes of memory that this process can still have, of the computer and of its job."""
+    """Return the bytes of memory that the computer and the job can still give to this process."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     return min([available, *free_in_control_groups()])
 
 
 def free_in_control_groups() -> Iterator[int]:
-    """Yield what is left of each memory limit that a batch system or container has put on this process."""
+    """Yield the free bytes under each memory limit that a batch system or container sets for this process."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -1031,6 +1035,6 @@ def free_in_control_groups() -> Iterator[int]:
             else:
                 continue
             folder = Path(root + group)
-            for level in (folder, *folder.parents):  # a limit holds for everything below it
+            for level in (folder, *folder.parents):  # a limit applies to everything below it
                 with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
                     yield int((level / limit).read_text()) - int((level / used).read_text())

@@ -1,7 +1,7 @@
-"""Image files: what formats there are, reading windows of them, and bringing their pixels to one scale.
+"""Image files: supported formats, reading by windows, and normalization of pixel values.
 
 Owns `ImageFile`, which decodes a TIFF, PNG or JPEG window by window and finds its channels, the normalization of
-channels, and the one mapping from an image to something that can be displayed.
+channels, and the only mapping from an image to a displayable one.
 """
 
 import argparse
@@ -30,53 +30,53 @@ from cli import InputError, PathLike, Progress, cause_of, free_host_memory, prin
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
 
-SHOWN_NAMES, LONGEST_NAME = 3, 255  # in a message; characters
-RESULTS_MARK = ".unet_results"  # an empty file in a folder of results inside a tree, which are no images
-LARGE_IMAGE_BYTES = 2**30  # above which it is worth a note that a file can only be read in one piece
-MEMORY_CHECK_BYTES = 2**26  # below which an image is not worth asking how much memory is free
+SHOWN_NAMES, LONGEST_NAME = 3, 255  # names in a message; characters in a name
+RESULTS_MARK = ".unet_results"  # empty file that marks a folder of results inside a tree, which are not input
+LARGE_IMAGE_BYTES = 2**30  # above this size, log that a file can only be read in one piece
+MEMORY_CHECK_BYTES = 2**26  # below this size, do not check whether an image fits into free memory
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 REDUCED_IMAGE, TRANSPARENCY_MASK = 1, 4  # bits of a TIFF's NewSubfileType
 LOSSY_COMPRESSION = re.compile("JP|WEBP|LERC|JETRAW")  # names of TIFF encodings that may change values
-# TIFF tags that place an image: pixel scale, tie points, transformation and keys of GeoTIFF. Not GDAL's own 42112 and
-# 42113, which describe the image's values.
+# GeoTIFF tags that place an image: pixel scale, tie points, transformation and keys. GDAL's own tags 42112 and 42113
+# are not among them, because they describe the values of the image.
 PIXEL_SCALE_TAG, TIE_POINTS_TAG, TRANSFORMATION_TAG, GEO_KEYS_TAG = 33550, 33922, 34264, 34735
 PLACEMENT_TAGS = (PIXEL_SCALE_TAG, TIE_POINTS_TAG, TRANSFORMATION_TAG, GEO_KEYS_TAG, 34736, 34737)
-RASTER_TYPE_KEY, PIXEL_IS_POINT = 1025, 2  # codes of GeoTIFF
-RESOLUTION_PER_CENTIMETER = 3  # a code of TIFF
+RASTER_TYPE_KEY, PIXEL_IS_POINT = 1025, 2  # GeoTIFF codes
+RESOLUTION_PER_CENTIMETER = 3  # TIFF code
 PER_CENTIMETER = {"nm": 1e7, "µm": 1e4, "mm": 10.0, "cm": 1.0}
-UNIT_NAMES = {  # what programs call them, with either of the letters mu
+UNIT_NAMES = {  # spellings that programs use, with either of the two characters for mu
     **dict.fromkeys(("micron", "microns", "um", "\\u00B5m", "\\u00b5m", "\u03bcm"), "µm"),
     **dict.fromkeys(("pixel", "pixels", "px"), ""),
 }
-PROJECTED_MODEL, LINEAR_UNITS = 1, {9001: "m", 9002: "ft", 9003: "US survey ft"}  # codes of GeoTIFF
-UNNAMED_AXES, SCENE_AXIS = "iq", "s"  # tifffile's letters of pages whose axis has no name; and that of OME's images
+PROJECTED_MODEL, LINEAR_UNITS = 1, {9001: "m", 9002: "ft", 9003: "US survey ft"}  # GeoTIFF codes
+UNNAMED_AXES, SCENE_AXIS = "iq", "s"  # tifffile's letters for unnamed axes; the letter for the images of an OME file
 STACK_AXES = "zt" + UNNAMED_AXES
-NO_DATA_TAG = 42113  # GDAL's, of a TIFF: the value of pixels without data, as text
-ORIENTATION_TAG = 274  # of TIFF and EXIF; what its codes 1 to 8 mean: see `Orientation`
+NO_DATA_TAG = 42113  # GDAL's TIFF tag for the value of pixels without data, as text
+ORIENTATION_TAG = 274  # TIFF and EXIF tag; see `Orientation` for the meaning of its codes 1 to 8
 ORIENTATIONS = [
     (False, False, False), (False, False, True), (False, True, True), (False, True, False),
     (True, False, False), (True, False, True), (True, True, True), (True, True, False),
 ]  # fmt: skip
-DEFLATE_RATIO = 1032  # bytes that a byte of a PNG can stand for, at most
+DEFLATE_RATIO = 1032  # largest number of bytes that one byte of a PNG can decompress to
 TIFF_HEADER_BYTES = 8
 BYTE_COUNT_TAGS = (279, 325)  # of strips and of tiles
-TAGS_OF_SAMPLES = (258, 339)  # bits and kind of number of each sample
+TAGS_OF_SAMPLES = (258, 339)  # bits and number format of each sample
 SEGMENT_PADDING = 3  # bytes that a strip or tile may have after its pixels
 TILE_TAGS = {322, 323, 324, 325}  # width, height, offsets, lengths: a file has all of them or none
-PLANAR_TAG, PLANAR_CONFIGURATIONS = 284, (1, 2)  # samples of a pixel together, or one plane after another
+PLANAR_TAG, PLANAR_CONFIGURATIONS = 284, (1, 2)  # samples interleaved by pixel, or one plane after another
 # How a TIFF stores its pixels: size, bits, encoding, colors, planes, predictor, strips, tiles, subsampling
 PIXEL_TAGS = {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 317, 320, *range(322, 326), 338, 339, 347, 530}
-# LZW, Deflate, PackBits, LZMA and Zstandard, whose decoders know nothing of pixels
+# LZW, Deflate, PackBits, LZMA and Zstandard, whose decoders produce bytes, not pixels
 BYTEWISE_COMPRESSIONS = (5, 8, 32773, 32946, 34925, 50000, 50013)
-JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF tags of the encodings that keep tables outside of the segments
-STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are held as float64 to measure an image
-MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above
-MEAN_TOLERANCE = 1e-6  # of a normalized channel's mean
-DISPLAYED_DEVIATIONS = 2.5  # on each side of the mean, from black to white
+JPEG_COMPRESSIONS = (6, 7, 33007, 34892)  # TIFF codes of the encodings that keep tables outside the segments
+STATISTICS_BLOCK_VALUES = 2**20  # pixels times channels that are converted to float64 at once to measure an image
+MAX_MAGNITUDE = 1e16  # of a pixel; the network's float32 sums of squares overflow not far above it
+MEAN_TOLERANCE = 1e-6  # largest error of a normalized channel's mean
+DISPLAYED_DEVIATIONS = 2.5  # standard deviations from the mean to black and to white
 
-# tifffile says of the most usual float32 value of GDAL's tag that it cannot be cast; it is read here.
+# tifffile warns that it cannot cast the most common float32 value of GDAL's tag, which this module reads itself.
 logging.getLogger("tifffile").addFilter(lambda record: "GDAL_NODATA" not in record.getMessage())
 
 Window = tuple[slice, slice]  # rows and columns of an image
@@ -85,15 +85,15 @@ Window = tuple[slice, slice]  # rows and columns of an image
 
 
 def suffix_list(text: str) -> list[str]:
-    """Return the parts of a list of different suffixes; the ``type`` of command-line options."""
+    """Return `text` as a list of distinct suffixes; the ``type`` of command-line options."""
     suffixes = text.split(",")
     if not all(suffixes) or len(set(suffixes)) < len(suffixes) or any(os.sep in suffix for suffix in suffixes):
-        raise argparse.ArgumentTypeError(f"expected different endings of names such as _B02,_B03,_B04, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected distinct suffixes such as _B02,_B03,_B04, got {text!r}")
     return suffixes
 
 
 def image_format(text: str) -> str:
-    """Return the key of `IMAGE_FORMATS` that an extension stands for; the ``type`` of command-line options."""
+    """Return the key of `IMAGE_FORMATS` for an extension; the ``type`` of command-line options."""
     extension = f".{text.lower().lstrip('.')}"
     for name, extensions in IMAGE_FORMATS.items():
         if extension in extensions:
@@ -101,38 +101,38 @@ def image_format(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected tif, png or jpg, got {text!r}")
 
 
-Place = tuple[tuple[str, int], ...]  # of a plane in a stack: the letter of each axis, such as z, and the place along it
+Place = tuple[tuple[str, int], ...]  # of a plane in a stack: the letter of each axis, such as z, and the index along it
 
 
 class Source(NamedTuple):
-    """Where an image is: its name in its folder, its file or one file for each channel, and its plane in a stack."""
+    """Location of an image: its name in its folder, its file or one file for each channel, and its plane in a stack."""
 
-    name: str  # of the file, with a slash between the parts of a path
+    name: str  # of the file, with slashes between the parts of a path
     files: tuple[str, ...]
     plane: Place = ()
 
     def __str__(self) -> str:
-        """Return what messages call it."""
+        """Return the name that messages use."""
         return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "") + self.place
 
     @property
     def place(self) -> str:
-        """The plane in words, such as ``#z3t1``; nothing for an image that is no stack."""
+        """Label of the plane, such as ``#z3t1``; empty for an image that is not a stack."""
         return "#" * bool(self.plane) + "".join(f"{axis}{index}" for axis, index in self.plane)
 
     @property
     def label(self) -> str:
-        """The name, with the plane."""
+        """Name and plane."""
         return self.name + self.place
 
     @property
     def stem(self) -> str:
-        """The name of the file without extension, with one character for each accented letter."""
+        """Name of the file without extension, with one character for each accented letter."""
         return composed(os.path.splitext(self.name)[0])
 
     @property
     def nbytes(self) -> int:
-        """How long the files are."""
+        """Total size of the files in bytes."""
         return sum(map(os.path.getsize, self.files))
 
     def open(
@@ -142,37 +142,37 @@ class Source(NamedTuple):
         no_data: Optional[float] = None,
         as_mask: bool = False,
     ) -> "ImageFile":
-        """Return the opened image; parameters and errors are those of `ImageFile`."""
+        """Open the image; parameters and errors are the same as for `ImageFile`."""
         if len(self.files) > 1:
             return ChannelFiles(self.files, size, no_data, self.plane)
         return ImageFile(self.files[0], size, channels, as_mask, no_data, self.plane)
 
     def planes(self) -> "list[Source]":
-        """Return the planes of a stack in the order of the file, or the image itself if it is none.
+        """Return the planes of a stack in file order, or the image itself if it is not a stack.
 
         Raises
         ------
         InputError
-            If the file cannot be read, has axes that are not those of a stack, or the channels' files differ in them.
+            If the file cannot be read, its axes are not stack axes, or the files of the channels have different planes.
         """
         found = [StackLayout.of(file).planes for file in self.files]
         for file, planes in zip(self.files, found):
             if planes != found[0]:
-                raise InputError(f"expected the same planes in {self.files[0]} and {file}, found others")
+                raise InputError(f"expected the same planes in {self.files[0]} and {file}, found different ones")
         return [self._replace(plane=plane) for plane in found[0]]
 
 
 class Folder(NamedTuple):
-    """A folder of images or masks, whose names are relative to it."""
+    """A folder of images or masks; their names are relative to it."""
 
     path: Path
-    recursive: bool = False  # whether files in the folders below count as well, and
-    left_out: Sequence[Path] = ()  # which of these do not, as they contain something else
+    recursive: bool = False  # whether to include files in subfolders
+    left_out: Sequence[Path] = ()  # subfolders to skip, because they contain something else
 
     def files(self) -> list[Source]:
-        """Return what is neither hidden nor a folder, sorted by name.
+        """Return everything that is neither hidden nor a folder, sorted by name.
 
-        Links to nowhere, pipes and devices are among them: what is in the way is to be reported, not to be passed over.
+        Broken links, pipes and devices are included, so that they are reported instead of silently skipped.
 
         Raises
         ------
@@ -186,8 +186,8 @@ class Folder(NamedTuple):
         return [Source(name, (os.path.join(self.path, name),)) for name in names]
 
     def _names_below(self, folder: str, passed: set[str]) -> Iterator[str]:
-        """Yield the files of a folder and, if asked for, of those below it, but for those that have been passed."""
-        with os.scandir(self.path / folder) as entries:  # which need not ask about each file, as a path would
+        """Yield the files of a folder and, if recursive, of its subfolders, except those already passed."""
+        with os.scandir(self.path / folder) as entries:  # saves a system call for each file
             shown = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
         for name, is_folder in shown:
             inside = os.path.join(folder, name)
@@ -195,7 +195,7 @@ class Folder(NamedTuple):
                 yield inside
             elif self.recursive:
                 place = os.path.realpath(self.path / inside)
-                if place in passed:  # a link back to where it is would have no end
+                if place in passed:  # following a link to a parent folder would never end
                     continue
                 mark = self.path / inside / RESULTS_MARK
                 if os.path.lexists(mark):
@@ -206,22 +206,22 @@ class Folder(NamedTuple):
                     yield from self._names_below(inside, passed | {place})
 
     def subfolders(self) -> list[str]:
-        """Return the names of a few folders below, to be shown."""
+        """Return the names of a few subfolders, for messages."""
         return sorted(path.name for path in self.path.iterdir() if path.is_dir())[:4]
 
 
 def of_type(sources: Sequence[Source], extensions: Collection[str]) -> list[Source]:
-    """Return the files with one of some extensions, in any case."""
+    """Return the files with one of several extensions, in uppercase or lowercase."""
     return [each for each in sources if os.path.splitext(each.name)[1].lower() in extensions]
 
 
 def types_of(sources: Sequence[Source], none: str) -> str:
-    """Return the extensions of files, to be shown; `none` stands for the lack of one."""
+    """Return the extensions of files, for messages; `none` stands for a missing extension."""
     return ", ".join(sorted({os.path.splitext(each.name)[1] or none for each in sources}))
 
 
 def by_stem(sources: Sequence[Source], suffix: str = "") -> dict[str, list[Source]]:
-    """Return files by name without extension and suffix."""
+    """Return files grouped by name without extension and suffix."""
     stems: dict[str, list[Source]] = {}
     for each in sources:
         stem = each.stem
@@ -237,12 +237,12 @@ def list_images(folder: Folder, image_format: str) -> list[Source]:
     folder : Folder
         Where to look.
     image_format : str
-        A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif, ``.jpeg`` as jpg, in any case.
+        A key of `IMAGE_FORMATS`; ``.tiff`` counts as tif and ``.jpeg`` as jpg, in uppercase or lowercase.
 
     Raises
     ------
     InputError
-        If the folder is missing or contains no such file.
+        If the folder is missing or contains no matching file.
     """
     entries = folder.files()
     images = of_type(entries, IMAGE_FORMATS[image_format])
@@ -252,26 +252,25 @@ def list_images(folder: Folder, image_format: str) -> list[Source]:
         raise InputError(
             f"expected {image_format} images in {folder.path}, found {len(entries)} files"
             f"{types and f' of type {types}'}{folders and f' and the folders {folders}'}; check the folder"
-            f"{folders and ', set --recursive 1 to take those below it as well,'} or set --image_format"
+            f"{folders and ', set --recursive 1 to include its subfolders,'} or set --image_format"
         )
     return images
 
 
 def list_channels(folder: Folder, suffixes: Sequence[str]) -> tuple[list[Source], list[tuple[str, str]]]:
-    """Return the images of which each channel is a file of its own, and what is wrong with others: file and reason.
+    """Return the images with one file per channel, and the faults of incomplete images as pairs of file and reason.
 
     Parameters
     ----------
     folder : Folder
         Where to look.
     suffixes : sequence of str
-        What the name of each channel's file adds to that of the image, in the order of the channels. The files may be
-        of any format.
+        Suffix that each channel's file adds to the name of the image, in channel order. The files may have any format.
 
     Raises
     ------
     InputError
-        If the folder is missing or contains no such file.
+        If the folder is missing or contains no matching file.
     """
     entries = of_type(folder.files(), [extension for each in IMAGE_FORMATS.values() for extension in each])
     longest_first = sorted(map(composed, suffixes), key=len, reverse=True)
@@ -299,7 +298,7 @@ def list_channels(folder: Folder, suffixes: Sequence[str]) -> tuple[list[Source]
 
 
 def list_masks(folder: Folder, mask_format: Optional[str], suffix: str) -> list[Source]:
-    """Return the masks in a folder, whose names without extension end in `suffix`."""
+    """Return the masks in a folder whose names without extension end in `suffix`."""
     formats = [mask_format] if mask_format else list(MASK_FORMATS)
     extensions = {extension for name in formats for extension in MASK_FORMATS[name]}
     entries = folder.files()
@@ -314,7 +313,7 @@ def list_masks(folder: Folder, mask_format: Optional[str], suffix: str) -> list[
 
 
 def composed(name: str) -> str:
-    """Return a name with one character for each accented letter; macOS writes two for the same name."""
+    """Return a name with one character for each accented letter; macOS writes two characters."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -324,14 +323,14 @@ def listed_stems(file: Path, option: str, images: Sequence[Source], folder: Path
     Raises
     ------
     InputError
-        If the file cannot be read, or has a name that is none of `images` or stands there more than once.
+        If the file cannot be read, or contains a name that is not in `images` or is listed more than once.
     """
     try:
         content = read_if_small(file)
     except OSError as error:
         raise InputError(f"cannot read {option} {file}: {cause_of(error)}") from error
     if content is None:
-        raise InputError(f"expected in {option} {file} a text file with a name in each line, found something else")
+        raise InputError(f"expected {option} {file} to be a text file with one name per line, found something else")
     lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
     names = [composed(os.fsdecode(line.strip())) for line in lines if line.strip()]
     stems = {form: image.stem for image in images for form in (composed(image.name), image.stem)}
@@ -346,7 +345,7 @@ def listed_stems(file: Path, option: str, images: Sequence[Source], folder: Path
 
 
 def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
-    """Return the advice to set ``--mask_suffix``, if that would bring names without a partner together."""
+    """Return the advice to set ``--mask_suffix`` if that would pair most images that have no mask."""
     known = set(masks)
     starts = [stem for stem in images if masks and masks[0].startswith(stem)]
     suffix = masks[0][len(max(starts, key=len)) :] if starts else ""
@@ -355,7 +354,7 @@ def guess_suffix(images: Sequence[str], masks: Sequence[str]) -> str:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    with contextlib.suppress(OSError):  # of a link to itself
+    with contextlib.suppress(OSError):  # the entry may be a link to itself
         return entry.is_dir()
     return False
 
@@ -363,7 +362,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def read_image(
     filepath: PathLike, size: Optional[tuple[int, int]] = None, channels: Optional[int] = None, as_mask: bool = False
 ) -> np.ndarray:
-    """Read an image file; parameters and errors are those of `ImageFile`.
+    """Read an image file; parameters and errors are the same as for `ImageFile`.
 
     Returns
     -------
@@ -375,12 +374,12 @@ def read_image(
 
 
 def mask_fault(mask: "ImageFile") -> str:
-    """Return why a file contains no class ids, from its header, or nothing."""
+    """Return why a file cannot contain class ids, judging by its header, or an empty string."""
     if mask.shape[2] != 1:
         found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
         return f"{found}; save class ids as a grayscale image"
     if mask.lossy:
-        return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it without"
+        return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it losslessly"
     if mask.dtype.kind not in "biu":
         found = f"expected a mask of whole numbers in {mask.path}, found {mask.dtype}"
         return f"{found}; save class ids as whole numbers"
@@ -395,16 +394,16 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     filepath : path
         TIFF, PNG or JPEG, whatever its extension.
     size : (int, int), optional
-        Height and width, where they are known (from the mask). They, or `channels`, tell where the channels are
-        in a TIFF that does not say so.
+        Height and width, if known (from the mask). They, or `channels`, identify the channel axis of a TIFF that does
+        not declare it.
     channels : int, optional
-        Number of channels, where it is known (from the network).
+        Number of channels, if known (from the network).
     as_mask : bool
-        Whether the pixels are class ids: those of a palette are its indices then, not its colors.
+        Whether the pixels are class ids. If so, a palette image yields its indices, not its colors.
     no_data : float, optional
-        Value of pixels without data, besides NaN and what the file itself declares.
+        Value of pixels without data, in addition to NaN and the value that the file declares.
     plane : Place
-        Which plane of a stack.
+        The plane of a stack to read.
 
     Attributes
     ----------
@@ -414,23 +413,23 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     dtype : dtype
         The file's own pixel type, in native byte order.
     divisible : bool
-        Whether a window can be had without decoding all of the file.
+        Whether a window can be read without decoding the entire file.
     lossy : str
-        Name of the encoding if it is one that may change values, such as JPEG; empty if not.
+        Name of the encoding if it may change values, such as JPEG; empty otherwise.
     no_data : float, optional
-        What pixels without data have as their value: NaN in float images, whatever the file has; None if an image of
-        integers declares none, and for masks.
+        Value of pixels without data. It is NaN in float images, whatever value the file uses. It is None for masks and
+        for integer images without a no-data value.
     orientation : Orientation
-        How the stored pixels have been turned.
+        How the stored pixels are turned.
     placement : dict
-        Place, size and orientation of the stored pixels, as arguments of `tifffile.imwrite`.
+        Position, size and orientation of the stored pixels, as arguments of `tifffile.imwrite`.
     notes : tuple of str
-        What was done with the file that its user should know.
+        What the user should know about how the file is read.
 
     Raises
     ------
     InputError
-        If the file cannot be decoded or is no 2-D image with channels.
+        If the file cannot be decoded or is not a 2-D image with channels.
     """
 
     def __init__(
@@ -444,12 +443,12 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     ) -> None:
         self.path, self._plane = Path(filepath), plane
         self.lossy, self.orientation = "", Orientation()
-        self._declared_no_data: Optional[float] = None  # in the file's own terms
+        self._declared_no_data: Optional[float] = None  # as a stored value
         self.notes: tuple[str, ...] = ()
         self.placement: dict[str, Any] = {}
-        self._white: Optional[int] = None  # the value of black, if the stored values count from white
+        self._white: Optional[int] = None  # the stored value of black, if 0 is white
         self._open_file: Any = None  # a TiffFile
-        self._keyframe: Any = None  # its page of which the pixels are
+        self._keyframe: Any = None  # the page that contains the pixels
         self._channels: Optional[list[int]] = None
         with self._readable_errors():
             self._source = self._open(size, channels, as_mask)
@@ -459,17 +458,17 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             self._check_memory()
         self._set_no_data(as_mask, no_data)
         if self.orientation != Orientation():
-            self.notes += ("turned upright, as their orientation tag demands",)
+            self.notes += ("turned upright, as their orientation tag requires",)
             self.placement.setdefault("extratags", []).append((ORIENTATION_TAG, "H", 1, self.orientation.code, True))
 
     def _set_no_data(self, as_mask: bool, no_data: Optional[float]) -> None:
-        """Find the values of pixels without data, of which `windows` makes one."""
+        """Find the values of pixels without data, which `windows` replaces with a single one."""
         declared = self._declared_no_data
         if as_mask and declared is not None:
-            self.notes += (f"{declared:g} is declared as no data; if it is no class, --ignore_value leaves it out",)
+            self.notes += (f"{declared:g} is declared as no data; if it is not a class, --ignore_value leaves it out",)
         elif declared is not None and not math.isnan(declared):
-            effect = "left out" if fitting(declared, self.dtype) is not None else "is no value of their type"
-            self.notes += (f"{declared:g} is declared as no data and {effect}",)
+            effect = "and left out" if fitting(declared, self.dtype) is not None else "but does not fit their type"
+            self.notes += (f"{declared:g} is declared as no data {effect}",)
         fit = [fitting(value, self.dtype) for value in (declared, no_data) if value is not None and not as_mask]
         white = self._white or 0
         self._no_data_values = [float(int(value) ^ white) if white else value for value in fit if value is not None]
@@ -480,7 +479,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             self.no_data = self._no_data_values.pop(0)
 
     def _unified(self, pixels: np.ndarray) -> np.ndarray:
-        """Return pixels of which those without data have the one value for it."""
+        """Return pixels in which all those without data have the same value."""
         for value in self._no_data_values:
             missing = pixels == value
             if missing.any():
@@ -488,7 +487,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         return pixels
 
     def _check_memory(self) -> None:
-        """Refuse an image that can only be read in one piece and does not fit into memory."""
+        """Reject an image that can only be read in one piece and does not fit into memory."""
         if self.divisible or self.nbytes <= MEMORY_CHECK_BYTES:
             return
         gibibytes, free = self.nbytes / 2**30, free_host_memory()
@@ -499,44 +498,45 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             )
         if self.nbytes > LARGE_IMAGE_BYTES:
             logging.info(
-                "%s can only be read whole, which takes %.1f GiB of memory; a tiled or uncompressed TIFF would not",
+                "%s can only be read in one piece, which takes %.1f GiB of memory; "
+                "a tiled or uncompressed TIFF takes less",
                 self.path, gibibytes,
             )  # fmt: skip
 
     @property
     def pixel_size(self) -> Optional["PixelSize"]:
-        """How large the pixels are, as stored; None if the file does not declare a length."""
+        """Size of the stored pixels; None if the file does not declare a length."""
         return None if self._open_file is None else _pixel_size(self._open_file, self._keyframe)
 
     def coordinates(self, rows: np.ndarray, columns: np.ndarray) -> Optional[np.ndarray]:
-        """Return the coordinates (N, 2) of places that the georeference gives; None without one.
+        """Return the map coordinates (N, 2) of positions in the image; None without a georeference.
 
-        Whole numbers are centers of pixels. An image that its file turns has none, as its georeference is that of the
-        stored pixels.
+        Whole numbers are pixel centers. The result is None for an image that its orientation tag turns, because the
+        georeference applies to the stored pixels.
         """
         found = _georeference(self.placement) if self.orientation.code == 1 else None
         return None if found is None else np.stack([columns, rows, np.ones(len(rows))], axis=1) @ found.T
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the decoded image."""
+        """Size of the decoded image in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """Height and width of the image as the file stores it, which may lie on its side."""
+        """Height and width of the image as stored, which may be on its side."""
         height, width, _ = self.shape
         return (width, height) if self.orientation.transposed else (height, width)
 
     def stored_block(self, row: int, column: int, pixels: np.ndarray) -> tuple[int, int, np.ndarray]:
-        """Return where a block of pixels (rows, columns, ...) that begins at a row and column is stored, and how."""
+        """Return the stored row and column of a block of pixels (rows, columns, ...), and the block as stored."""
         window = slice(row, row + pixels.shape[0]), slice(column, column + pixels.shape[1])
         rows, columns = self.orientation.stored_window(window, self.shape)
         return rows.start, columns.start, self.orientation.stored(pixels)
 
     @property
     def extent(self) -> Window:
-        """The window that is the whole image."""
+        """The window that covers the entire image."""
         return slice(0, self.shape[0]), slice(0, self.shape[1])
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
@@ -550,28 +550,28 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         Yields
         ------
         ndarray, shape (rows, columns, C)
-            Not to be changed. Pixels without data are `no_data`.
+            Must not be modified. Pixels without data are `no_data`.
 
         Notes
         -----
-        A strip or tile of the file is decoded once; what later windows need of it is held until the last of them. So
-        the memory that overlapping windows take, row by row, is that of their overlap and of what the file's segments
-        have below it.
+        Each strip or tile of the file is decoded once, and the part that later windows need is kept until the last of
+        them. Windows that overlap row by row therefore take memory for their overlap, and for the rows below it that
+        the file's segments contain.
         """
         with self._readable_errors():
             for window in self._source.windows([self.orientation.stored_window(each, self.shape) for each in plan]):
                 window = self.orientation.upright(window)
                 if self._white is not None:
-                    window = window ^ self.dtype.type(self._white)  # the difference, as all of its bits are set
+                    window = window ^ self.dtype.type(self._white)  # a subtraction, because all its bits are set
                 yield self._unified(window if self._channels is None else window[..., self._channels])
 
     def select_channels(self, channels: Sequence[int]) -> None:
-        """Have the image consist of some of the file's channels, counted from 0.
+        """Restrict the image to some of the file's channels, counted from 0.
 
         Raises
         ------
         InputError
-            If the file has fewer.
+            If the file has too few channels.
         """
         if max(channels) >= self.shape[2]:
             raise InputError(f"expected at least {max(channels) + 1} channels in {self.path}, found {self.shape[2]}")
@@ -590,7 +590,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
-        """Turn whatever a decoder raises into one line that names the file."""
+        """Turn any exception of a decoder into a one-line message that names the file."""
         try:
             yield
         except InputError:
@@ -599,13 +599,13 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         except Exception as error:  # every codec has its own exceptions, and a damaged file may raise any of them
             self.close()
             raise InputError(
-                f"cannot read {self.path}: {error or type(error).__name__}; is it damaged or another format?"
+                f"cannot read {self.path}: {error or type(error).__name__}; is it damaged or in another format?"
             ) from error
 
     def _open(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
-        """Return the object that decodes windows of this file: one of the classes below.
+        """Return the object that decodes windows of this file, an instance of one of the classes below.
 
-        What the file contains decides, not what it is called.
+        The content of the file decides which one, not its name.
         """
         if not self.path.is_file():
             missing = self.path.is_symlink() and not self.path.exists()
@@ -628,7 +628,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
     def _open_tiff(self, size: Optional[tuple[int, int]], channels: Optional[int], as_mask: bool) -> Any:
         import tifffile
 
-        # Other files that this one names are not its pixels: a file is an image.
+        # Other files that this one refers to are not read, because one file is one image.
         self._open_file = tifffile.TiffFile(self.path, _multifile=False, is_mmstack=False, is_ndtiff=False)
         if self._plane:
             series: Any = _Plane.find(self._open_file, self._plane)
@@ -651,7 +651,7 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
         return _WholeImage(functools.partial(_decode_series, series), series.dtype, layout)
 
     def _declare_no_data(self, page: Any) -> None:
-        """Take note of a TIFF's tag for the value of pixels without data, of which strips are that it leaves out."""
+        """Read the TIFF tag for the value of pixels without data, which also fills strips missing from the file."""
         text = page.tags.valueof(NO_DATA_TAG)
         if text is None:
             return
@@ -660,22 +660,22 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             value = fitting(self._declared_no_data, page.dtype)
             page.nodata = math.nan if page.dtype.kind == "f" and value is None else value or 0
         except (TypeError, ValueError):
-            self.notes += (f"{text!r} is declared as no data, which is no number and has no effect",)
+            self.notes += (f"{text!r} is declared as no data, which is not a number and has no effect",)
 
     def _size_as_stored(self, size: Optional[tuple[int, int]]) -> Optional[tuple[int, int]]:
         return size and (size[::-1] if self.orientation.transposed else size)
 
 
 class ChannelFiles(ImageFile):
-    """The channels of an image, each in a file of its own, as if they were one file; a context manager.
+    """An image with a separate file for each channel, read as if it were one file; a context manager.
 
-    Pixels are of the smallest type that holds those of all files without loss. The first file says where the image
-    lies. Parameters and attributes are those of `ImageFile`, but for a file for each channel.
+    Pixels have the smallest type that can represent the pixels of all files without loss. The first file determines the
+    placement of the image. Parameters and attributes are the same as for `ImageFile`, except for the list of files.
 
     Raises
     ------
     InputError
-        If a file cannot be decoded, or the files are not of one kind.
+        If a file cannot be decoded, or the files do not match.
     """
 
     def __init__(
@@ -704,7 +704,7 @@ class ChannelFiles(ImageFile):
         self.notes = tuple(dict.fromkeys(note for part in self._parts for note in part.notes))
 
     def _check_parts(self) -> None:
-        """Refuse files that are no channels of one image."""
+        """Reject files that are not channels of the same image."""
         first = self._parts[0]
         for part in self._parts:
             if part.shape[2] != 1:
@@ -712,8 +712,8 @@ class ChannelFiles(ImageFile):
             if (part.shape, part.orientation) != (first.shape, first.orientation):
                 sizes = [" x ".join(map(str, each.shape[:2])) for each in (first, part)]
                 raise InputError(
-                    f"expected channels of one size and orientation, {first.path} is {sizes[0]}, {part.path} is "
-                    f"{sizes[1]}; bring them to one grid"
+                    f"expected channels of the same size and orientation, found {first.path} with {sizes[0]} and "
+                    f"{part.path} with {sizes[1]}; resample them to one grid"
                 )
         values = {part.no_data for part in self._parts}
         if len(values) > 1 and all(part.dtype.kind != "f" for part in self._parts):
@@ -721,13 +721,13 @@ class ChannelFiles(ImageFile):
                 f"{'none' if part.no_data is None else part.no_data} in {part.path}" for part in self._parts
             )
             raise InputError(
-                f"expected channels that agree on the value of pixels without data, found {shown}; declare it in all "
+                f"expected channels with the same value for pixels without data, found {shown}; declare it in all "
                 "files, or set --image_no_data"
             )
 
     @property
     def pixel_size(self) -> "Optional[PixelSize]":
-        """How large the pixels are, as stored; None if the first file does not declare a length."""
+        """Size of the stored pixels; None if the first file does not declare a length."""
         return self._parts[0].pixel_size
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
@@ -741,7 +741,7 @@ class ChannelFiles(ImageFile):
             yield window
 
     def select_channels(self, channels: Sequence[int]) -> None:
-        """Have the image consist of some of the files, counted from 0."""
+        """Restrict the image to some of the files, counted from 0."""
         if max(channels) >= self.shape[2]:
             raise InputError(f"expected at least {max(channels) + 1} channels of {self.path}, found {self.shape[2]}")
         self._parts = [self._parts[channel] for channel in channels]
@@ -754,7 +754,7 @@ class ChannelFiles(ImageFile):
 
 
 def fitting(value: float, dtype: np.dtype) -> Optional[float]:
-    """Return a value as a pixel of a type has it; None for NaN and for what the type cannot hold."""
+    """Return a value as a pixel type represents it; None for NaN and for values that do not fit the type."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             return None if math.isnan(value) else float(dtype.type(value))
@@ -764,36 +764,36 @@ def fitting(value: float, dtype: np.dtype) -> Optional[float]:
 
 
 def name_of(code: Any) -> str:
-    """Return the name of a TIFF's code, or the code as text if it is not known."""
+    """Return the name of a TIFF code, or the code as text if it is unknown."""
     return str(getattr(code, "name", code))
 
 
 def clipped(window: Window, shape: Sequence[int]) -> Window:
-    """Return what of a window lies in an image of some shape (H, W, ...)."""
+    """Return the part of a window that is inside an image of shape (H, W, ...)."""
     rows, columns = (slice(part.start, min(part.stop, length)) for part, length in zip(window, shape))
     return rows, columns
 
 
 def widened(window: Window, by: int, shape: Sequence[int]) -> Window:
-    """Return a window with so many pixels around it, as far as an image of some shape (H, W, ...) has them."""
+    """Return a window with `by` more pixels on each side, clipped to an image of shape (H, W, ...)."""
     rows, columns = (slice(max(part.start - by, 0), min(part.stop + by, length)) for part, length in zip(window, shape))
     return rows, columns
 
 
 def relative_window(window: Window, outer: Window) -> Window:
-    """Return a window, counted from the start of another one that contains it."""
+    """Return a window relative to the start of another window that contains it."""
     rows, columns = (slice(one.start - other.start, one.stop - other.start) for one, other in zip(window, outer))
     return rows, columns
 
 
 def reflect_to(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Return an array (H, W, ...), extended by reflection at its bottom and right to at least a size (H, W)."""
+    """Return an array (H, W, ...) extended by reflection at the bottom and right to at least a size (H, W)."""
     missing = [(0, max(edge - length, 0)) for edge, length in zip(size, array.shape)]
     return np.pad(array, [*missing, *[(0, 0)] * (array.ndim - 2)], mode="reflect") if np.any(missing) else array
 
 
 class AxisLayout(NamedTuple):
-    """How the array in a file becomes (H, W, C): its shape without axes of length 1, and the axis of the channels."""
+    """How the array in a file becomes (H, W, C): its shape without axes of length 1, and the channel axis."""
 
     squeezed: tuple[int, ...]
     channel_axis: Optional[int]
@@ -802,7 +802,7 @@ class AxisLayout(NamedTuple):
     def find(
         cls, shape: tuple[int, ...], axes: str, path: Path, size: Optional[tuple[int, int]], channels: Optional[int]
     ) -> "AxisLayout":
-        """Find the channels by the axes (tifffile's letters), or where these do not tell, by known size or channels."""
+        """Find the channel axis by its letter in tifffile's axes, otherwise by known size or number of channels."""
         if 0 in shape or len(shape) < 2:
             raise InputError(f"expected an image in {path}, found an array of shape {shape}; is the file damaged?")
         keep = [axis for axis, length in enumerate(shape) if length > 1 or axes[axis] in "YX"]
@@ -822,7 +822,7 @@ class AxisLayout(NamedTuple):
             channel_axis = {size == squeezed[:2]: 2, size == squeezed[1:]: 0}.get(True)
         elif channel_axis is None and channels is not None and squeezed.count(channels) == 1:
             channel_axis = squeezed.index(channels)
-        if channel_axis is None:  # the file names no axis, and nothing else tells: the shortest is the channels
+        if channel_axis is None:  # nothing identifies the channel axis: assume the shortest one
             channel_axis = int(np.argmin(squeezed))
         return cls(squeezed, channel_axis)
 
@@ -839,9 +839,9 @@ class AxisLayout(NamedTuple):
 
 
 class Orientation(NamedTuple):
-    """How stored pixels are turned for the picture to be upright: transposed, then reversed along its axes.
+    """How to turn stored pixels to make the image upright: transposed first, then reversed along its axes.
 
-    The pixels of an `ImageFile` are upright; those of a result have to lie as the file's.
+    The pixels of an `ImageFile` are upright. The pixels of a result must be stored in the orientation of the file.
     """
 
     transposed: bool = False
@@ -850,12 +850,12 @@ class Orientation(NamedTuple):
 
     @classmethod
     def of(cls, code: Any) -> "Orientation":
-        """Return what a code of TIFF and EXIF means, 1 to 8; others mean nothing."""
+        """Return the orientation for a TIFF or EXIF code from 1 to 8; other codes mean that nothing is turned."""
         return cls(*ORIENTATIONS[code - 1]) if code in range(1, 9) else cls()
 
     @property
     def code(self) -> int:
-        """The code of TIFF and EXIF."""
+        """The TIFF and EXIF code."""
         return 1 + ORIENTATIONS.index((self.transposed, self.reversed_rows, self.reversed_columns))
 
     @classmethod
@@ -868,12 +868,12 @@ class Orientation(NamedTuple):
         return cls.of(loaded.get(ORIENTATION_TAG, 1))
 
     def upright(self, stored: np.ndarray) -> np.ndarray:
-        """Return a view of stored pixels (H, W, ...) as they are seen."""
+        """Return an upright view of stored pixels (H, W, ...)."""
         turned = stored.swapaxes(0, 1) if self.transposed else stored
         return turned[:: -1 if self.reversed_rows else 1, :: -1 if self.reversed_columns else 1]
 
     def stored(self, upright: np.ndarray) -> np.ndarray:
-        """Return a view of pixels as they are seen (H, W, ...) as they are stored."""
+        """Return a view of upright pixels (H, W, ...) in their stored orientation."""
         turned = upright[:: -1 if self.reversed_rows else 1, :: -1 if self.reversed_columns else 1]
         return turned.swapaxes(0, 1) if self.transposed else turned
 
@@ -888,7 +888,7 @@ class Orientation(NamedTuple):
 
 
 class _WholeImage:
-    """An image that is decoded as a whole, when its first window is asked for, and then held."""
+    """An image that is decoded in one piece when its first window is requested, and then kept in memory."""
 
     def __init__(self, decode: Callable[[], np.ndarray], dtype: np.dtype, layout: AxisLayout) -> None:
         self._decode, self._layout = decode, layout
@@ -903,7 +903,7 @@ class _WholeImage:
 
 
 class _ContiguousTiff:
-    """Pixels that lie in the file one after another, as they are."""
+    """Pixels that are stored uncompressed, one after another."""
 
     def __init__(self, path: Path, series: Any, layout: AxisLayout) -> None:
         self._path, self._offset, self._layout = path, series.dataoffset, layout
@@ -911,19 +911,19 @@ class _ContiguousTiff:
         of_stack: tuple[tuple[int, ...], tuple[Any, ...]] = getattr(series, "of_stack", (series.shape, ()))
         self._file_shape, self._index = of_stack
         self.shape, self.dtype = layout.image_shape, series.dtype.newbyteorder("=")
-        self._map()  # raises where the file is too short
+        self._map()  # raises if the file is too short
 
     def _map(self) -> np.ndarray:
         memory = np.memmap(self._path, self._file_dtype, "r", self._offset, self._file_shape)
         return self._layout.channels_last(memory[self._index])
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
-        # Mapped anew for each window: the pages of a lasting map would count as our memory.
+        # Map again for each window, because the pages of a permanent map would count as memory of this process.
         return (np.array(self._map()[window], self.dtype) for window in plan)
 
 
 class DecodedSegment(NamedTuple):
-    """Pixels (rows, columns, samples) of a strip or tile, and where in the image they begin."""
+    """Pixels (rows, columns, samples) of a strip or tile, and where in the image they start."""
 
     pixels: np.ndarray
     row: int
@@ -931,7 +931,7 @@ class DecodedSegment(NamedTuple):
     channel: int
 
     def from_row(self, row: int) -> "DecodedSegment":
-        """Return the segment without the rows above `row`, which lets go of their memory."""
+        """Return the segment without the rows above `row`, which frees their memory."""
         return self if row <= self.row else self._replace(pixels=self.pixels[row - self.row :].copy(), row=row)
 
 
@@ -948,7 +948,7 @@ class _SegmentedTiff:
 
     @staticmethod
     def suits(series: Any, layout: AxisLayout) -> bool:
-        """Whether the channels are the samples of one page, or the pages."""
+        """Return whether the channels are either the samples of one page or separate pages."""
         page = series.keyframe
         if page.imagedepth != 1 or len(page.dataoffsets) < 2 or any(each is None for each in series.pages):
             return False
@@ -957,7 +957,7 @@ class _SegmentedTiff:
         return layout.channel_axis == 0 and layout.squeezed[0] == len(series.pages) and page.samplesperpixel == 1
 
     def windows(self, plan: Sequence[Window]) -> Iterator[np.ndarray]:
-        first_rows: dict[tuple[int, int], list[int]] = {}  # of the windows that share a segment, the next one last
+        first_rows: dict[tuple[int, int], list[int]] = {}  # of the windows that share a segment, the next window last
         for window in reversed(plan):
             for segment in self._segments(window):
                 first_rows.setdefault(segment, []).append(window[0].start)
@@ -975,7 +975,7 @@ class _SegmentedTiff:
             yield self._cut(window, fetch)
 
     def _segments(self, window: Window) -> Iterator[tuple[int, int]]:
-        """Yield page and index of the segments that hold some of a window."""
+        """Yield the page and index of each segment that overlaps a window."""
         rows, columns = (
             range(part.start // length, -(-part.stop // length)) for part, length in zip(window, self._segment_shape)
         )
@@ -986,7 +986,7 @@ class _SegmentedTiff:
                     yield from ((number, start + column) for column in columns)
 
     def _cut(self, window: Window, fetch: Callable[[tuple[int, int]], DecodedSegment]) -> np.ndarray:
-        """Return a window, put together from its segments."""
+        """Return a window assembled from its segments."""
         rows, columns = window
         result = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self.dtype)
         for segment in self._segments(window):
@@ -1013,18 +1013,18 @@ class _SegmentedTiff:
         if self._keyframe.compression in JPEG_COMPRESSIONS:
             options = {"jpegtables": page.jpegtables, "jpegheader": self._keyframe.jpegheader}
         pixels, (sample, _, row, column, _), shape = self._keyframe.decode(data, index, **options)
-        if pixels is None:  # left out of the file
+        if pixels is None:  # missing from the file
             pixels = np.broadcast_to(self.dtype.type(self._keyframe.nodata), shape)
         return DecodedSegment(pixels[0], row, column, number + sample)
 
 
 class _Plane:
-    """A plane of a TIFF's series as if it were a series of its own: what is asked of it here.
+    """A plane of a TIFF series that can be used like a series, as far as this module needs.
 
     Attributes
     ----------
     of_stack : (tuple, tuple)
-        The shape of all planes together, and the index of this one among them.
+        The shape of all planes together, and the index of this plane in it.
     """
 
     def __init__(self, series: Any, places: Mapping[str, int]) -> None:
@@ -1043,7 +1043,7 @@ class _Plane:
 
     @classmethod
     def find(cls, file: Any, plane: Place) -> "_Plane":
-        """Return a plane of a file of which `StackLayout` gave the place."""
+        """Return the plane of a file at a place from `StackLayout`."""
         places = dict(plane)
         return cls(_scenes(file)[places.pop(SCENE_AXIS, 0)], places)
 
@@ -1053,16 +1053,16 @@ class _Plane:
 
 
 def _scenes(file: Any) -> list[Any]:
-    """Return the series of a TIFF that are images of their own: those of OME metadata, otherwise the largest."""
+    """Return the series of a TIFF that are separate images: all images of an OME file, otherwise only the largest."""
     series = [each for each in file.series if not each.keyframe.subfiletype & (REDUCED_IMAGE | TRANSPARENCY_MASK)]
     return series if file.is_ome and len(series) > 1 else [_full_resolution_series(file)[0]]
 
 
 class StackLayout(NamedTuple):
-    """The axes of a TIFF's planes: of each image in it the letters and lengths, slowest first; and their sizes."""
+    """Letters and lengths of the plane axes of each image in a TIFF, slowest first; sizes of pixels and steps."""
 
     scenes: list[list[tuple[str, int]]]
-    sizes: list[dict[str, Any]]  # of pixels and steps in each scene, by the names of OME
+    sizes: list[dict[str, Any]]  # of pixels and steps in each scene, under their OME names
 
     @property
     def is_named(self) -> bool:
@@ -1071,7 +1071,7 @@ class StackLayout(NamedTuple):
 
     @property
     def planes(self) -> list[Place]:
-        """The places of all planes in their order; one without axes if it is no stack."""
+        """The places of all planes in order; a single empty place if the file is not a stack."""
         planes: list[Place] = []
         for number, scene in enumerate(self.scenes):
             letters, start = [axis for axis, _ in scene], [(SCENE_AXIS, number)] * (len(self.scenes) > 1)
@@ -1086,7 +1086,7 @@ class StackLayout(NamedTuple):
         Raises
         ------
         InputError
-            If the file cannot be read, or has axes that are not those of a stack.
+            If the file cannot be read, or its axes are not stack axes.
         """
         import tifffile
 
@@ -1097,7 +1097,7 @@ class StackLayout(NamedTuple):
             with tifffile.TiffFile(path, _multifile=False, is_mmstack=False, is_ndtiff=False) as file:
                 found = [(each.axes, each.shape) for each in _scenes(file)]
                 sizes = _sizes_of_stack(file, len(found))
-        except Exception as error:  # whatever comes of a damaged file
+        except Exception as error:  # a damaged file may raise any exception
             raise InputError(f"cannot read {path}: {error or type(error).__name__}; is it damaged?") from error
         scenes = []
         for axes, shape in found:
@@ -1108,13 +1108,13 @@ class StackLayout(NamedTuple):
             if len(letters) < len(scenes[-1]) or not letters <= set(STACK_AXES):
                 raise InputError(
                     f"expected a stack with the axes {', '.join(STACK_AXES.upper())} in {path}, found {axes} of shape "
-                    f"{shape}; save it as OME-TIFF, or each plane as a file of its own"
+                    f"{shape}; save it as OME-TIFF, or each plane as a separate file"
                 )
         return cls(scenes, sizes)
 
 
 def _sizes_of_stack(file: Any, scenes: int) -> list[dict[str, Any]]:
-    """Return the sizes of pixels and the steps between planes that a TIFF declares, by the names of OME."""
+    """Return the pixel sizes and the steps between planes that a TIFF declares, under their OME names."""
     if file.is_ome:
         with contextlib.suppress(ElementTree.ParseError):
             described = [pixels.attrib for pixels in ElementTree.fromstring(file.ome_metadata).iterfind(".//{*}Pixels")]
@@ -1132,12 +1132,12 @@ def _sizes_of_stack(file: Any, scenes: int) -> list[dict[str, Any]]:
 
 
 def paired_planes(image: Source, mask: Source) -> list[tuple[Source, Source]]:
-    """Return each plane of an image with that of its mask; a mask whose axes have no names follows the image's order.
+    """Return each plane of an image with the matching plane of its mask; unnamed axes of a mask match by order.
 
     Raises
     ------
     InputError
-        If they do not have the same planes.
+        If the image and the mask do not have the same planes.
     """
     planes, others = image.planes(), mask.planes()
     by_place = {frozenset(each.plane): each for each in others}
@@ -1151,7 +1151,7 @@ def paired_planes(image: Source, mask: Source) -> list[tuple[Source, Source]]:
 
 
 def _full_resolution_series(file: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the largest image of a TIFF that is no reduced copy or mask of another, and notes about it."""
+    """Return the largest image of a TIFF that is not a reduced copy or mask of another, and notes about it."""
     candidates = [each for each in file.series if not each.keyframe.subfiletype & (REDUCED_IMAGE | TRANSPARENCY_MASK)]
     best = max(candidates or file.series, key=lambda each: each.keyframe.imagelength * each.keyframe.imagewidth)
     count = len(file.series)
@@ -1159,15 +1159,15 @@ def _full_resolution_series(file: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _check_segments(series: Any, file_bytes: int) -> None:
-    """Refuse a TIFF whose tables list fewer strips or tiles than its image has, or some that are not in the file.
+    """Reject a TIFF whose tables list fewer strips or tiles than its image has, or some that are not in the file.
 
-    Decoders would take for pixels whatever lies in memory. A segment of no bytes is one that was left out: no data.
+    Decoders would return whatever is in memory as pixels. A segment of zero bytes was left out and has no data.
     """
     pages = [each for each in series.pages if each is not None]
     if len(pages) < len(series.pages) and series.dataoffset is None:
         raise ValueError("some of its pages are missing")
     if not any(code in series.keyframe.tags for code in BYTE_COUNT_TAGS):
-        raise ValueError("it has no table of the lengths of its strips or tiles")
+        raise ValueError("it has no table of the strip or tile lengths")
     needed, longest = math.prod(series.keyframe.chunked), _uncompressed_bytes(series.keyframe)
     for page in pages:
         if min(len(page.dataoffsets), len(page.databytecounts)) < needed:
@@ -1182,7 +1182,7 @@ def _check_segments(series: Any, file_bytes: int) -> None:
 
 
 def _check_tags(page: Any) -> None:
-    """Refuse a TIFF with a damaged tag that says how its pixels are stored: tifffile skips it and takes the default."""
+    """Reject a TIFF with a damaged tag about its pixel storage, because tifffile would assume the default."""
     file, tiff = page.parent.filehandle, page.parent.tiff
     file.seek(page.offset)
     [count] = struct.unpack(tiff.tagnoformat, file.read(tiff.tagnosize))
@@ -1196,9 +1196,9 @@ def _check_tags(page: Any) -> None:
 
 
 def _check_first_segment(series: Any) -> None:
-    """Refuse a TIFF whose first strip or tile has more pixels than its tags allow. Decoders discard the rest.
+    """Reject a TIFF whose first strip or tile has more pixels than its tags allow.
 
-    Its width, bits or samples are damaged then, and its pixels would not be those that were stored.
+    Its width, bits or samples are damaged in that case. Decoders discard the excess and return wrong pixels.
     """
     import tifffile
 
@@ -1217,38 +1217,38 @@ def _check_first_segment(series: Any) -> None:
 
 
 def _decode_series(series: Any) -> np.ndarray:
-    """Return all pixels of a TIFF's series."""
+    """Return all pixels of a TIFF series."""
     _check_first_segment(series)
     pixels: np.ndarray = series.asarray()
     return pixels
 
 
 def _rows_of_segment(page: Any) -> tuple[int, int]:
-    """Return the number of rows of a full strip or tile of a TIFF, and the bytes of a row that is not compressed."""
+    """Return the number of rows in a full strip or tile of a TIFF, and the bytes of an uncompressed row."""
     rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
     return rows, -(-math.prod(page.chunks) // rows * page.bitspersample // 8)
 
 
 def _uncompressed_bytes(page: Any) -> float:
-    """Return the length of a strip or tile of a TIFF that is not compressed; infinity if it is."""
+    """Return the length of a strip or tile of an uncompressed TIFF; infinity for a compressed one."""
     return float(math.prod(_rows_of_segment(page))) if page.compression == 1 else math.inf
 
 
 def _photometric(page: Any, as_mask: bool) -> tuple[tuple[str, ...], Optional[int]]:
-    """Return notes about the meaning of a TIFF's values, and the value of black if an image counts from white."""
+    """Return notes about the meaning of a TIFF's values, and the value of black in an image whose 0 is white."""
     name = name_of(page.photometric)
     if name == "MINISWHITE":
         if as_mask or page.dtype.kind not in "bu":
             return ("used as stored, although the file declares that 0 is white",), None
         return ("inverted, because the file declares that 0 is white",), 2**page.bitspersample - 1
-    in_colors = name == "YCBCR" and LOSSY_COMPRESSION.search(name_of(page.compression))  # when it has been decoded
+    in_colors = name == "YCBCR" and LOSSY_COMPRESSION.search(name_of(page.compression))  # after decoding
     if name in ("MINISBLACK", "RGB", "CFA") or in_colors or (name == "PALETTE" and as_mask):
         return (), None
     return (f"used as stored, although the file declares the values as {name}",), None
 
 
 def _placement(file: Any, page: Any) -> dict[str, Any]:
-    """Return place and size of a TIFF's pixels, as arguments of `tifffile.imwrite`."""
+    """Return the position and size of a TIFF's pixels, as arguments of `tifffile.imwrite`."""
     placement: dict[str, Any] = {}
     if "XResolution" in page.tags:
         placement.update(resolution=page.resolution, resolutionunit=int(page.resolutionunit))
@@ -1259,15 +1259,15 @@ def _placement(file: Any, page: Any) -> dict[str, Any]:
     tags = (page.tags.get(code) for code in PLACEMENT_TAGS)
     placement["extratags"] = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
     unit = (file.imagej_metadata or {}).get("unit") if file.is_imagej else None
-    if unit:  # ImageJ has no code for it, but reads it here
+    if unit:  # ImageJ has no code for the unit, but reads it from the description
         placement["description"] = f"ImageJ=1.53t\nunit={unit}\n"
     return placement
 
 
 def _georeference(placement: Mapping[str, Any]) -> Optional[np.ndarray]:
-    """Return what takes column, row and 1 of the center of a pixel to its coordinates, (2, 3); None if nothing does."""
+    """Return the matrix (2, 3) that maps (column, row, 1) of a pixel center to coordinates; None without one."""
     tags = {tag[0]: tag[3] for tag in placement.get("extratags", ())}
-    with contextlib.suppress(Exception):  # whatever comes of damaged tags: the pixels do not depend on them
+    with contextlib.suppress(Exception):  # damaged tags may raise anything, but the pixels do not depend on them
         if TRANSFORMATION_TAG in tags:
             to_map = np.reshape(tags[TRANSFORMATION_TAG], (4, 4))[:2, [0, 1, 3]].astype(np.float64)
         else:
@@ -1275,13 +1275,13 @@ def _georeference(placement: Mapping[str, Any]) -> Optional[np.ndarray]:
             to_map = np.array([[across, 0, tie[3] - across * tie[0]], [0, -down, tie[4] + down * tie[1]]], np.float64)
         keys = np.reshape(tags[GEO_KEYS_TAG], (-1, 4))
         if not np.any((keys[:, 0] == RASTER_TYPE_KEY) & (keys[:, 3] == PIXEL_IS_POINT)):
-            to_map[:, 2] += to_map[:, :2].sum(axis=1) / 2  # it is given for the corners of pixels
+            to_map[:, 2] += to_map[:, :2].sum(axis=1) / 2  # the tags refer to the corners of pixels
         return to_map if np.isfinite(to_map).all() else None
     return None
 
 
 class PixelSize(NamedTuple):
-    """The edges of a pixel in a unit of length."""
+    """The edge lengths of a pixel, and their unit."""
 
     height: float
     width: float
@@ -1289,22 +1289,22 @@ class PixelSize(NamedTuple):
 
     @property
     def area(self) -> float:
-        """In the square of the unit."""
+        """Area of a pixel in square units."""
         return self.height * self.width
 
     @classmethod
     def of(cls, height: Any, width: Any, unit: Any) -> "Optional[PixelSize]":
-        """Return the size, or None if that is none."""
+        """Return the size, or None if it is not valid."""
         size = cls(float(height), float(width), UNIT_NAMES.get(str(unit).strip(), str(unit).strip()))
         return size if size.unit and 0 < size.height < math.inf and 0 < size.width < math.inf else None
 
 
 def _pixel_size(file: Any, page: Any) -> Optional[PixelSize]:
-    """Return how large the pixels of a TIFF are; None if it does not declare a length.
+    """Return the pixel size of a TIFF; None if it does not declare a length.
 
-    Dots per inch are not taken for one: programs write 72 or 96 of them into files that know nothing of their scale.
+    Dots per inch do not count, because programs write 72 or 96 dots per inch into files of unknown scale.
     """
-    with contextlib.suppress(Exception):  # whatever comes of reading damaged tags: the pixels do not depend on them
+    with contextlib.suppress(Exception):  # damaged tags may raise anything, but the pixels do not depend on them
         found = _ome_pixel_size(file) or _geographic_pixel_size(page)
         if found is not None:
             return found
@@ -1318,7 +1318,7 @@ def _pixel_size(file: Any, page: Any) -> Optional[PixelSize]:
 
 
 def _ome_pixel_size(file: Any) -> Optional[PixelSize]:
-    """Return the size that OME metadata declare."""
+    """Return the pixel size that OME metadata declare."""
     if not file.is_ome:
         return None
     with contextlib.suppress(ElementTree.ParseError, TypeError, ValueError):
@@ -1331,7 +1331,7 @@ def _ome_pixel_size(file: Any) -> Optional[PixelSize]:
 
 
 def _geographic_pixel_size(page: Any) -> Optional[PixelSize]:
-    """Return the size in a projected coordinate system of which a GeoTIFF names the unit."""
+    """Return the pixel size of a GeoTIFF in a projected coordinate system; None without a known unit."""
     tags = page.geotiff_tags if page.is_geotiff else {}
     unit = LINEAR_UNITS.get(int(tags.get("ProjLinearUnitsGeoKey", 0)), "")
     if int(tags.get("GTModelTypeGeoKey", 0)) != PROJECTED_MODEL:
@@ -1339,7 +1339,7 @@ def _geographic_pixel_size(page: Any) -> Optional[PixelSize]:
     if "ModelPixelScale" in tags:
         width, height, *_ = tags["ModelPixelScale"]
         return PixelSize.of(height, width, unit)
-    if "ModelTransformation" in tags:  # its columns are the steps of a column and a row
+    if "ModelTransformation" in tags:  # its columns are the steps per column and per row
         steps = np.reshape(tags["ModelTransformation"], (4, 4))[:2, :2]
         width, height = np.linalg.norm(steps, axis=0)
         return PixelSize.of(height, width, unit)
@@ -1347,7 +1347,7 @@ def _geographic_pixel_size(page: Any) -> Optional[PixelSize]:
 
 
 class Described(NamedTuple):
-    """A PNG or JPEG: its array's shape and pixel type, its decoder, its orientation, and notes about it."""
+    """A PNG or JPEG: shape and pixel type of its array, its decoder, its orientation, and notes about it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -1359,7 +1359,7 @@ class Described(NamedTuple):
 def _describe_jpeg(path: Path) -> Described:
     from PIL import Image  # comes with scikit-image
 
-    Image.MAX_IMAGE_PIXELS = None  # large images are what this suite is for, not an attack
+    Image.MAX_IMAGE_PIXELS = None  # this suite is meant for large images, which are not an attack
 
     def open_picture() -> Any:
         return Image.open(path, formats=["JPEG"])
@@ -1377,7 +1377,7 @@ def _describe_jpeg(path: Path) -> Described:
 def _describe_png(path: Path, as_mask: bool) -> Described:
     """Describe a PNG from the chunks before its pixels.
 
-    A palette gives colors, or the indices of a mask: libpng decodes these if the header calls them gray.
+    A palette yields colors, or indices in a mask. libpng decodes indices if the header declares them as grayscale.
     """
     with open(path, "rb") as file:
         chunks = dict(_png_chunks(file, b"IDAT"))
@@ -1386,7 +1386,7 @@ def _describe_png(path: Path, as_mask: bool) -> Described:
     if height * (1 + width * stored_samples * bits // 8) > DEFLATE_RATIO * os.path.getsize(path):
         raise ValueError(f"its header claims {height} x {width} pixels, for which the file is too small")
     samples = 3 if color == 3 and not as_mask else stored_samples
-    steps = 255 // (2**bits - 1) if as_mask and bits < 8 else 1  # libpng stretches gray of few bits to 8
+    steps = 255 // (2**bits - 1) if as_mask and bits < 8 else 1  # libpng scales gray values of fewer bits to 8 bits
 
     def decode() -> np.ndarray:
         import imagecodecs
@@ -1395,7 +1395,7 @@ def _describe_png(path: Path, as_mask: bool) -> Described:
         if b"tRNS" in chunks or (color == 3 and as_mask):
             content = _rewritten_png(content, as_gray=color == 3 and as_mask)
         else:
-            collections.deque(_png_chunks(io.BytesIO(content)), 0)  # checks them
+            collections.deque(_png_chunks(io.BytesIO(content)), 0)  # verify the checksums
         pixels = imagecodecs.png_decode(content)
         return pixels // steps if steps > 1 else pixels
 
@@ -1406,12 +1406,12 @@ def _describe_png(path: Path, as_mask: bool) -> Described:
 
 
 def _png_chunks(file: IO[bytes], before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Yield kind and content of the chunks of a PNG, to its end or to the first of a kind.
+    """Yield kind and content of the chunks of a PNG, up to its end or to the first chunk of kind `before`.
 
     Raises
     ------
     ValueError
-        If it is cut short, or a checksum is wrong: decoders do not check all of them.
+        If the file is cut short, or a checksum is wrong. Decoders do not check all of them.
     """
     file.seek(len(PNG_SIGNATURE))
     kind = b""
@@ -1426,7 +1426,7 @@ def _png_chunks(file: IO[bytes], before: bytes = b"") -> Iterator[tuple[bytes, b
 
 
 def _read_exactly(file: IO[bytes], count: int) -> bytes:
-    """Return the next bytes of a file; refuse one that has fewer."""
+    """Return the next bytes of a file; raise `ValueError` if it has fewer."""
     content = file.read(count)
     if len(content) < count:
         raise ValueError("it is cut short")
@@ -1434,7 +1434,7 @@ def _read_exactly(file: IO[bytes], count: int) -> bytes:
 
 
 def _rewritten_png(content: bytes, as_gray: bool) -> bytearray:
-    """Return a PNG without its transparent color; on request with its palette's indices called gray."""
+    """Return a PNG without its transparent color and, if `as_gray`, with palette indices declared as grayscale."""
     result = bytearray(PNG_SIGNATURE)
     for kind, data in _png_chunks(io.BytesIO(content)):
         if kind == b"IHDR" and as_gray:
@@ -1453,9 +1453,9 @@ class UnusablePixels(InputError):
 
 
 def without_data(pixels: np.ndarray, no_data: Optional[float]) -> Optional[np.ndarray]:
-    """Return where pixels, of any shape, have no data; None if all have.
+    """Return which pixels of an array of any shape have no data; None if all have data.
 
-    `no_data` is the value of such pixels, as in `ImageFile`.
+    `no_data` is the value of pixels without data, as in `ImageFile`.
     """
     if no_data is None:
         return None
@@ -1464,7 +1464,7 @@ def without_data(pixels: np.ndarray, no_data: Optional[float]) -> Optional[np.nd
 
 
 class ChannelStatistics(NamedTuple):
-    """Figures of each channel of an image, all arrays of shape (C,); pixels without data are left out.
+    """Statistics of each channel of an image, all arrays of shape (C,); pixels without data are left out.
 
     Attributes
     ----------
@@ -1473,7 +1473,7 @@ class ChannelStatistics(NamedTuple):
     minimum, maximum : ndarray of float64
         Infinity and minus infinity if no pixel has data.
     valid : ndarray of int64
-        Pixels that have data.
+        Number of pixels with data.
     """
 
     mean: np.ndarray
@@ -1489,9 +1489,9 @@ class ChannelStatistics(NamedTuple):
         Parameters
         ----------
         blocks : iterable of ndarray, shape (rows, columns, C)
-            The image, of any real dtype.
+            The parts of the image, of any real dtype.
         no_data : float, optional
-            Value of pixels without data; NaN for NaN.
+            Value of pixels without data; may be NaN.
 
         Notes
         -----
@@ -1521,19 +1521,19 @@ class ChannelStatistics(NamedTuple):
     def of_file(cls, image: ImageFile, pixels: Optional[np.ndarray] = None) -> "ChannelStatistics":
         """Return the statistics of an image file, which is read once, from top to bottom.
 
-        They depend on the pixels alone, to the last bit, and not on how the file stores them.
+        They depend only on the pixels, to the last bit, not on how the file stores them.
 
         Parameters
         ----------
         image : ImageFile
-            Opened, its channels selected.
+            An open file with its channels selected.
         pixels : ndarray, shape (H, W, C), optional
-            All of the image, if it has been read already.
+            The complete image, if it has already been read.
 
         Raises
         ------
         UnusablePixels
-            If a pixel is infinite or of a size that float32 cannot compute with.
+            If a pixel is infinite or too large for computation in float32.
         """
         height, width, channels = image.shape
         rows = max(1, STATISTICS_BLOCK_VALUES // (width * channels))
@@ -1551,9 +1551,9 @@ class ChannelStatistics(NamedTuple):
         progress.close()
         lowest, highest = statistics.minimum.min(), statistics.maximum.max()
         if max(-lowest, highest) > MAX_MAGNITUDE and statistics.valid.any():
-            worst = float(lowest if -lowest > MAX_MAGNITUDE else highest)  # with all digits, as it may have to be typed
+            worst = float(lowest if -lowest > MAX_MAGNITUDE else highest)  # with all digits, so that it can be typed
             raise UnusablePixels(
-                f"expected values of at most {MAX_MAGNITUDE:g} in {image.path}, found {worst}; if such pixels have no "
+                f"expected values of at most {MAX_MAGNITUDE:g} in {image.path}, found {worst}; if these pixels have no "
                 f"data, set --image_no_data={worst}"
             )
         return statistics
@@ -1567,33 +1567,33 @@ def normalize(
     out: Optional[np.ndarray] = None,
     missing: Optional[np.ndarray] = None,
 ) -> np.ndarray:
-    """Return the z-scores of pixels: what they differ from the mean, in standard deviations.
+    """Return the z-scores of pixels: their difference from the mean, in standard deviations.
 
-    Training and inference call this with the statistics of the complete image, whatever part of it `pixels` is, so that
-    the network sees the same numbers in both.
+    Training and inference pass the statistics of the complete image even if `pixels` is only a part of it, so that the
+    network sees the same numbers in both.
 
     Parameters
     ----------
     pixels : ndarray, shape (H, W, C)
         Any real dtype.
     mean, deviation : ndarray of float64, shape (C,)
-        Of the complete image.
+        Statistics of the complete image.
     floor : ndarray of shape (C,), or float
-        Replaces a smaller deviation: an empty image must not become amplified noise.
+        Replaces a smaller deviation, because an empty image must not become amplified noise.
     out : ndarray of float32, shape (H, W, C), optional
-        Where to put the result.
+        Array for the result.
     missing : ndarray of bool, shape (H, W, C), optional
         Pixels without data, from `without_data`.
 
     Returns
     -------
     ndarray of float32, shape (H, W, C)
-        0 for pixels without data; otherwise with mean 0 and standard deviation 1 if `pixels` is the complete image.
+        0 for pixels without data. The others have mean 0 and standard deviation 1 if `pixels` is the complete image.
 
     Notes
     -----
-    What float32 rounds off the mean is subtracted separately if it could be seen. Types that float32 would round
-    before the difference is taken, such as int32 and float64, are centered in float64.
+    The part of the mean that float32 rounds off is subtracted separately if it is large enough to matter. Types that
+    float32 would round before the subtraction, such as int32 and float64, are centered in float64.
     """
     out = np.empty(pixels.shape, np.float32) if out is None else out
     center = mean.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
@@ -1612,10 +1612,10 @@ def normalize(
 
 
 def _lines_of_channels(pixels: np.ndarray, out: np.ndarray, *values: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """Yield arrays of pixels and results in the order of memory, and the values of their channels to match."""
+    """Yield arrays of pixels and results in memory order, with the matching values of their channels."""
     height, width, channels = pixels.shape
     if channels > 1 and pixels.flags.c_contiguous and out.flags.c_contiguous:
-        # All channels at once, in the order of memory: one at a time would skip from pixel to pixel.
+        # Process all channels at once in memory order, because one at a time would skip from pixel to pixel.
         lines = height, width * channels
         yield (pixels.reshape(lines), out.reshape(lines), *(np.tile(value, width) for value in values))
     else:
@@ -1623,7 +1623,7 @@ def _lines_of_channels(pixels: np.ndarray, out: np.ndarray, *values: np.ndarray)
 
 
 def displayable(scores: np.ndarray) -> np.ndarray:
-    """Turn z-scores into something to look at.
+    """Return z-scores as an image for display.
 
     Parameters
     ----------
@@ -1633,8 +1633,8 @@ def displayable(scores: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of uint8, shape (H, W, 3)
-        Three channels are taken for red, green and blue; the mean of others is gray. `DISPLAYED_DEVIATIONS` below the
-        mean is black, as many above it white.
+        Three channels are shown as red, green and blue; any other number is shown as its mean in gray.
+        `DISPLAYED_DEVIATIONS` below the mean is black, and the same distance above it is white.
     """
     colors = scores if scores.shape[2] == 3 else scores.mean(axis=2, keepdims=True)
     levels = np.clip(255 * (0.5 + colors / (2 * DISPLAYED_DEVIATIONS)), 0, 255).astype(np.uint8)

@@ -1,10 +1,10 @@
-"""`ImageReader`: batches from a database, prepared by processes of their own, so that the GPUs never wait.
+"""`ImageReader`: batches from a database, prepared in separate processes so that the GPUs never wait.
 
 An `ImageReader` starts worker processes that read records from the memory-mapped database, normalize and augment
-them, and fill batches in slots of shared memory; the main process takes finished batches in order. Sample ``i`` of the
-stream depends on the database, the seed and ``i`` alone, so neither the number of workers nor the batch size changes
-what the network sees. Workers are spawned (forking after TensorFlow has started its threads deadlocks) and import no
-TensorFlow, which would cost each of them 400 MB and seconds.
+them, and write batches to slots of shared memory. The main process takes finished batches in order. Sample ``i`` of the
+stream depends only on the database, the seed and ``i``, so neither the number of workers nor the batch size changes
+what the network sees. Workers are spawned, because forking after TensorFlow has started its threads deadlocks. They do
+not import TensorFlow, which would cost each of them 400 MB and several seconds.
 """
 
 import atexit
@@ -44,14 +44,14 @@ from image_files import normalize, without_data
 from lmdb_utils import Database, Metadata, advise_label_map, ignored_id
 
 RING_BYTES = 2**30  # shared memory that one ImageReader aims to fill with batches
-SLOTS_PER_WORKER = (2, 8)  # at least one to fill while one is read; more only helps against uneven disks
-ALIGNMENT = 64  # bytes; TensorFlow takes over arrays aligned like this without a copy
+SLOTS_PER_WORKER = (2, 8)  # one to fill while another is read; more only help if disk speed varies
+ALIGNMENT = 64  # bytes; TensorFlow uses arrays with this alignment without copying them
 
 STARVED_BELOW, CAUGHT_UP_ABOVE = 0.1, 0.5  # fractions of the queue
-POLL_SECONDS = 0.5  # how often every wait looks whether it is time to stop
-STOP_SECONDS = 5.0  # what a worker gets to finish the image in hand before it is killed
+POLL_SECONDS = 0.5  # how often each wait checks whether to stop
+STOP_SECONDS = 5.0  # time for a worker to finish its current image before it is killed
 
-CRASHES = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE)  # of LMDB on a file that is not what it was
+CRASHES = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE)  # of LMDB, if its file has changed
 
 READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -60,14 +60,14 @@ READER_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_T
 
 
 class Batch(NamedTuple):
-    """One batch as the network takes it.
+    """One batch, in the form that the network takes.
 
     Attributes
     ----------
     images : ndarray of float32, shape (B, H, W, C)
         Normalized by the statistics of their complete source images.
     masks : ndarray of uint8 or int32, shape (B, H, W)
-        Class ids; the largest value of the type for pixels to ignore.
+        Class ids. Pixels to ignore have the largest value of the type.
     weights : ndarray of float32, shape (B,)
         1 for an image, 0 for padding at the end of an unshuffled pass.
     """
@@ -79,10 +79,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where the batches of each worker lie in the shared memory.
+    """Positions of each worker's batches in the shared memory.
 
-    After a page of counters follow the slots. Worker ``w`` of ``n`` builds batches ``w, w + n, ...``; its ``j``-th
-    goes into its slot ``j modulo slots_per_worker``.
+    The slots follow a page of counters. Worker ``w`` of ``n`` builds batches ``w, w + n, ...``. It writes its ``j``-th
+    batch to its slot ``j modulo slots_per_worker``.
     """
 
     num_workers: int
@@ -108,7 +108,7 @@ class RingLayout:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole shared memory."""
+        """Bytes of the entire shared memory."""
         return self.COUNTER_BYTES + self.num_workers * self.slots_per_worker * self.slot_bytes
 
     @property
@@ -117,7 +117,7 @@ class RingLayout:
         return self.num_workers * self.slots_per_worker
 
     def slot_offset(self, worker: int, round_index: int) -> int:
-        """Return where in memory a worker's batch of a round (counted from 0) goes, in bytes."""
+        """Return the offset in bytes of a worker's batch in a round (counted from 0)."""
         slot = worker * self.slots_per_worker + round_index % self.slots_per_worker
         return self.COUNTER_BYTES + slot * self.slot_bytes
 
@@ -132,7 +132,7 @@ class RingLayout:
         )
 
     def counters(self, memory: Any) -> np.ndarray:
-        """Return the counters (int64): a stop flag, then the batches that each worker has finished."""
+        """Return the counters (int64): a stop flag, then the number of batches that each worker has finished."""
         return np.ndarray(1 + self.num_workers, np.int64, memory)
 
 
@@ -145,7 +145,7 @@ def _shared_memory_error(layout: RingLayout, error: OSError) -> InputError:
 
 
 class MemoryRecycler:
-    """Provides blocks of memory, and takes each back when no array refers to it any more.
+    """Provides blocks of memory, and reuses each one once no array refers to it.
 
     New memory for each batch would cost more than the copy into it, because the system clears every page first.
     """
@@ -155,7 +155,7 @@ class MemoryRecycler:
         self._idle: list[bytearray] = []
 
     def new_block(self) -> np.ndarray:
-        """Return a block (uint8) that begins at a multiple of `ALIGNMENT`; its content is arbitrary."""
+        """Return a block (uint8) that starts at a multiple of `ALIGNMENT`; its content is arbitrary."""
         memory = self._idle.pop() if self._idle else bytearray(self._block_bytes + ALIGNMENT)
         address = np.ndarray(1, np.uint8, memory).ctypes.data
         block = np.ndarray(self._block_bytes, np.uint8, memory, -address % ALIGNMENT)
@@ -165,9 +165,9 @@ class MemoryRecycler:
 
 
 class Tokens:
-    """A counter that two processes share, one of which adds to it and the other takes from it.
+    """A counter that two processes share: one adds to it, and the other takes from it.
 
-    Its units are bytes in a pipe: unlike a semaphore it has no name that would outlive its processes.
+    Its units are bytes in a pipe. Unlike a semaphore, a pipe has no name that could outlive its processes.
     """
 
     def __init__(self, context: Any, count: int) -> None:
@@ -180,8 +180,8 @@ class Tokens:
         os.write(self._sender.fileno(), b"+")
 
     def take(self, timeout: float) -> bool:
-        """Take one, for which it may wait some seconds; return whether there was one."""
-        waiting = select.poll()  # the connection's own way to wait takes many times as long
+        """Take one, waiting for at most `timeout` seconds; return whether there was one."""
+        waiting = select.poll()  # the connection's own poll() takes many times as long
         waiting.register(self._receiver, select.POLLIN)
         return bool(waiting.poll(1000 * timeout) and os.read(self._receiver.fileno(), 1))
 
@@ -191,14 +191,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Stream:
-    """Which record each sample of the stream takes, and with which random numbers.
+    """The record and the random numbers of each sample of the stream.
 
-    A shuffled stream goes through one permutation of the records after another. A balanced one draws a class, then
-    one of its records. An unshuffled one passes over the records in order, each pass padded with empty samples
+    A shuffled stream takes the records in one random permutation after another. A balanced stream draws a class, then
+    one of its records. An unshuffled stream passes over the records in order and pads each pass with empty samples
     (index -1) to `pass_length`.
 
-    If `world_size` processes train together, each step takes `replicas` batches for each rank in turn; a resumed run
-    begins at `first_sample`.
+    If `world_size` processes train together, each step takes `replicas` batches for each rank in turn. A resumed run
+    starts at `first_sample`.
     """
 
     seed: int
@@ -218,7 +218,7 @@ class Stream:
         return range(self.first_sample + first, self.first_sample + first + self.batch_size)
 
     def generator(self, sample: int) -> np.random.Generator:
-        """Return the random numbers of one sample."""
+        """Return the random number generator of one sample."""
         return np.random.default_rng((self.seed, 1, sample))
 
     def permutation(self, pass_index: int, count: int) -> np.ndarray:
@@ -227,7 +227,7 @@ class Stream:
 
 
 class SampleSource:
-    """One worker's view of the stream: picks, reads, normalizes and augments sample after sample."""
+    """One worker's view of the stream; picks, reads, normalizes and augments one sample at a time."""
 
     def __init__(
         self, database: Database, stream: Stream, deviation_floor: np.ndarray, augmentation: Optional[dict[str, Any]]
@@ -253,7 +253,7 @@ class SampleSource:
         return int(self._order[position])
 
     def place(self, record: int, rng: np.random.Generator, batch: Batch, index: int) -> None:
-        """Put a record into position `index` of a batch."""
+        """Write a record to position `index` of a batch."""
         batch.weights[index] = record >= 0
         image, mask = batch.images[index], batch.masks[index]
         if record < 0:
@@ -269,21 +269,21 @@ class SampleSource:
         else:
             transformation = augment.sample_transformation(rng, *stored.mask.shape, **self._augmentation)
             augmented, mask[:] = self._augmenter.apply(transformation, target, stored.mask, rng, missing)
-            for channel in range(image.shape[2]):  # all at once would skip from channel to channel of each pixel
+            for channel in range(image.shape[2]):  # copying all at once would jump between channels at each pixel
                 image[..., channel] = augmented[..., channel]
         ignored = self._database.metadata.ignored_id
-        if ignored is not None and ignored < ignored_id(mask.dtype):  # a narrower type cuts it to its own largest value
+        if ignored is not None and ignored < ignored_id(mask.dtype):  # a narrower type cuts it to its largest value
             mask[mask == ignored] = ignored_id(mask.dtype)
 
     def _check_classes(self, mask: np.ndarray) -> None:
-        """Refuse class ids that the metadata does not list, which the network may have no output for."""
-        if mask.view(f"u{mask.itemsize}").max() <= self._largest_class:  # as such, negative ids are the largest
+        """Refuse class ids that the metadata does not list; the network may have no output for them."""
+        if mask.view(f"u{mask.itemsize}").max() <= self._largest_class:  # unsigned, negative ids are the largest
             return
         known = mask[mask != self._database.metadata.ignored_id]
         if len(known) and (known.min() < 0 or known.max() > self._largest_class):
             raise InputError(
-                f"found a class id outside 0 to {self._largest_class}, unlike what the database says of itself; it is "
-                "damaged, build it again"
+                f"expected class ids 0 to {self._largest_class}, as the database declares, found another one; the "
+                "database is damaged, build it again"
             )
 
 
@@ -292,7 +292,7 @@ class SampleSource:
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """All that a worker process gets: plain values, the name of the shared memory, and what it counts with."""
+    """All that a worker process receives: plain values, the name of the shared memory, counters and a pipe."""
 
     worker: int
     database: str
@@ -307,8 +307,8 @@ class WorkerTask:
 
 
 def run_worker(task: WorkerTask) -> None:
-    """Fill slots until told to stop; the main function of a worker process."""
-    # The main process decides what a signal means; a Ctrl-C reaches the whole group, a scancel every process.
+    """Fill slots until asked to stop; the main function of a worker process."""
+    # The main process decides how to react to signals. Ctrl-C and scancel reach the workers as well.
     for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     end_with_parent()
@@ -332,14 +332,14 @@ def run_worker(task: WorkerTask) -> None:
         where = "start-up" if record is None else database.metadata.describe_record(record)
         is_input = isinstance(error, (InputError, OSError, MemoryError))
         reason = describe_error(error) if is_input else f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        with contextlib.suppress(OSError):  # the main process may have ended
+        with contextlib.suppress(OSError):  # the main process may have exited
             task.failures.send((where, reason, is_input))
-        os._exit(1)  # the message is out; a tidy exit could hang on what has just failed
-    os._exit(0)  # nothing to tidy up: the parent owns the shared memory, and views of it would make close() fail
+        os._exit(1)  # the message is sent; a clean exit could hang on whatever has just failed
+    os._exit(0)  # nothing to clean up: the parent owns the shared memory, and views of it would make close() fail
 
 
 def _wait_for_slot(task: WorkerTask, memory: SharedMemory) -> bool:
-    """Wait until the next slot may be overwritten; False when it is time to stop."""
+    """Wait until the next slot may be overwritten; return False when it is time to stop."""
     counters = task.layout.counters(memory.buf)
     while not counters[0]:
         if task.free.take(POLL_SECONDS):
@@ -351,7 +351,7 @@ def _wait_for_slot(task: WorkerTask, memory: SharedMemory) -> bool:
 
 
 class ReaderError(RuntimeError):
-    """A worker process failed; the message names it, what it was doing, and why."""
+    """A worker process failed; the message names the process, what it was reading, and the cause."""
 
 
 class ImageReader:
@@ -362,36 +362,36 @@ class ImageReader:
     img_db : path
         Database that `build_lmdb.py` wrote.
     use_augmentation : bool
-        Transform each image at random; the limits are in the block below.
+        Transform each image at random, within the limits in the block below.
     balance_classes : bool
-        Draw each class equally often, then an image that holds it. Needs `shuffle`.
+        Draw each class equally often, then an image that contains it. Requires `shuffle`.
     shuffle : bool
         Draw at random; otherwise pass over the database in order, each image once per pass.
     num_workers : int
-        Reader processes.
+        Number of reader processes.
     number_classes : int
-        Classes of the network; a database with others is refused.
+        Classes of the network; a database with other classes is refused.
     batch_size : int
         Images in a batch.
     seed : int
-        The stream is a function of this and of the database.
+        The stream depends only on the seed and the database.
     name : str
-        Says in messages which reader speaks.
+        Name of the reader in messages.
     replicas : int
-        Replicas of this process, each of which takes a batch in a step.
+        Replicas of this process; each takes one batch per step.
     rank, world_size : int
-        Which of how many processes this is that train together; their streams share no sample. An unshuffled pass is
-        padded so that it ends with a step of all replicas.
+        Rank of this process, and number of processes that train together. Their streams have no sample in common. An
+        unshuffled pass is padded to end with a complete step of all replicas.
     first_sample : int
-        Where in the stream to begin: how many images all replicas have taken before.
+        Position in the stream to start from: the number of images that all replicas have taken before.
     deviation_floor : ndarray, shape (C,), optional
-        Least standard deviation by which each channel is divided, if not this database's own: testing takes that of
-        the training database, as the exported network has it.
+        Smallest standard deviation by which each channel is divided; defaults to the database's own value. Testing
+        uses the value of the training database, because the exported network does so too.
 
     Raises
     ------
     FileNotFoundError, InputError
-        If the database is missing, damaged, or holds a class that the network has not.
+        If the database is missing or damaged, or contains a class that the network does not have.
     """
 
     def __init__(
@@ -438,22 +438,22 @@ class ImageReader:
         self._recycler = MemoryRecycler(self._layout.slot_bytes)
         self._forget_workers()
         self._stopping = threading.Event()
-        self._taking = threading.Lock()  # held to look at the shared memory, which must not close under a consumer
+        self._taking = threading.Lock()  # held while the shared memory is used, which must not close meanwhile
 
     def _forget_workers(self) -> None:
-        """Set what belongs to one start of the workers to what it is without any."""
+        """Reset all state that belongs to one set of workers."""
         self._memory: Optional[SharedMemory] = None
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
-        self._free: list[Tokens] = []  # of each worker: how many slots it may fill
-        self._filled: list[Tokens] = []  # of each worker: how many batches wait
+        self._free: list[Tokens] = []  # for each worker, how many slots it may fill
+        self._filled: list[Tokens] = []  # for each worker, how many batches wait
         self._watcher: Optional[threading.Thread] = None
         self._failure: Union[ReaderError, InputError, None] = None
         self._taken = 0
         self._starving = False
 
     def startup(self) -> None:
-        """Start the workers; does nothing where they run already.
+        """Start the workers; do nothing if they already run.
 
         Raises
         ------
@@ -462,14 +462,14 @@ class ImageReader:
         """
         if self._processes:
             return
-        self._forget_workers()  # and the failure of those before
+        self._forget_workers()  # including the failure of earlier ones
         self._stopping.clear()
         with signals_held(), _environment({name: "1" for name in READER_THREAD_VARIABLES}):
             try:
                 self._memory = allocate_shared_memory(self._layout.total_bytes)
             except OSError as error:
                 raise _shared_memory_error(self._layout, error) from error
-            # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and wait for ever.
+            # At exit, multiprocessing would send the workers a SIGTERM, which they ignore, and wait forever.
             atexit.register(self.shutdown)
             logging.info(
                 "%s: %d process%s, room for %d batches in %.0f MiB of shared memory",
@@ -505,14 +505,14 @@ class ImageReader:
         self._processes.append(process)
 
     def shutdown(self) -> None:
-        """Stop the workers and give up the shared memory; does nothing if nothing runs."""
+        """Stop the workers and release the shared memory; do nothing if no workers run."""
         self._stopping.set()
         if self._memory is None:
             return
         atexit.unregister(self.shutdown)
         self._layout.counters(self._memory.buf)[0] = 1
         for tokens in self._free:
-            with contextlib.suppress(OSError):  # the worker has ended
+            with contextlib.suppress(OSError):  # the worker has exited
                 tokens.add()  # wakes a worker that waits for a slot
         for process in self._processes:
             process.join(STOP_SECONDS)
@@ -540,7 +540,7 @@ class ImageReader:
         self.shutdown()
 
     def _watch(self) -> None:
-        """Report a worker that ends before it was told to, at once, even while the main thread is busy elsewhere."""
+        """Report a worker that exits too early, immediately and even while the main thread is busy."""
         while not self._stopping.is_set():
             for sentinel in connection.wait([process.sentinel for process in self._processes], POLL_SECONDS):
                 if self._stopping.is_set():
@@ -549,13 +549,13 @@ class ImageReader:
                 process = self._processes[worker]
                 process.join()
                 self._failure = failure_of(process, self._pipes[worker], self._database)
-                if isinstance(self._failure, ReaderError):  # the other goes to the user as any bad input does
+                if isinstance(self._failure, ReaderError):  # an InputError is reported like any other bad input
                     for line in str(self._failure).splitlines():
                         logging.error("%s", line)
                 return
 
     def raise_failure(self) -> None:
-        """Raise the error of a worker that failed, if there is one: an `InputError` if the database is to blame."""
+        """Raise the error of a failed worker, if any; an `InputError` if the database is at fault."""
         if self._failure is not None:
             raise self._failure
 
@@ -568,12 +568,12 @@ class ImageReader:
         return self.metadata.image_shape
 
     def get_pass_steps(self) -> int:
-        """Return the number of steps in which all replicas pass over an unshuffled database once, padding included."""
+        """Return the number of steps that all replicas take for one unshuffled pass, padding included."""
         stream = self._stream
         return -(-stream.pass_length // (stream.batch_size * stream.replicas * stream.world_size))
 
     def describe_step(self, step: int) -> list[str]:
-        """Return in words the records that this process's replicas take in a step, counted from the reader's start."""
+        """Return descriptions of the records that this process's replicas take in a step after the reader's start."""
         stream, batches = self._stream, range(step * self._stream.replicas, (step + 1) * self._stream.replicas)
         samples = itertools.chain.from_iterable(map(stream.samples, batches))
         with Database(self._database) as database:
@@ -589,16 +589,16 @@ class ImageReader:
             return int(self._layout.counters(self._memory.buf)[1:].sum()) - self._taken
 
     def get_queue_capacity(self) -> int:
-        """Return the number of finished batches that the queue can hold."""
+        """Return the number of finished batches that fit in the queue."""
         return self._layout.total_slots
 
     def generator(self) -> Iterator[Batch]:
-        """Yield batch after batch, without end; it returns when the reader is shut down.
+        """Yield one batch after another until the reader is shut down.
 
         Yields
         ------
         Batch
-            Arrays of their own: one copy out of the slot, aligned so that TensorFlow needs no second one.
+            Independent arrays, copied from the slot and aligned so that TensorFlow needs no second copy.
 
         Raises
         ------
@@ -638,7 +638,7 @@ class ImageReader:
     def _report_starvation(self) -> None:
         """Log when the queue runs empty and when it has recovered, once each."""
         size, slots = self.get_queue_size(), self._layout.total_slots
-        # The first ring of batches is start-up: the queue has had no chance to fill.
+        # The first ring of batches does not count, because the queue has had no chance to fill.
         if not self._starving and size < STARVED_BELOW * slots and self._taken >= slots:
             self._starving = True
             logging.warning("%s: Input Queue Starvation !!!!", self._name)
@@ -649,8 +649,8 @@ class ImageReader:
     def get_tf_dataset(self) -> Any:
         """Return the stream as an endless `tf.data.Dataset` of (images, masks, weights), shaped as `Batch`.
 
-        It ends if a worker has failed, and `raise_failure` then raises that error: TensorFlow would log the traceback
-        of an error within the stream, even if all that is wrong is a damaged database.
+        The dataset ends if a worker fails, and `raise_failure` then raises the error. If the stream raised it instead,
+        TensorFlow would log a traceback, even if the only problem is a damaged database.
         """
         import tensorflow as tf
 
@@ -665,12 +665,12 @@ class ImageReader:
             tf.TensorSpec(shape[:1], tf.float32),
         )
         dataset = tf.data.Dataset.from_generator(stream, output_signature=signature)
-        # Nothing here is left to tune, and an iterator cannot be destroyed while the thread that would tune it sleeps,
-        # for up to a minute.
+        # There is nothing to tune here, and an iterator cannot be destroyed while its tuning thread sleeps, which can
+        # take up to a minute.
         options = tf.data.Options()
         options.autotune.enabled = False
-        # Repeated, because TensorFlow then knows that it is endless. Otherwise processes that train together would ask
-        # each other before every batch whether all have one.
+        # repeat() marks the dataset as endless. Otherwise, processes that train together would ask each other before
+        # every batch whether all of them have one.
         return dataset.repeat().prefetch(2).with_options(options)
 
 
@@ -680,7 +680,7 @@ def augmentation_limits(block: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the block sets an attribute that is no such argument: nothing would heed it.
+        If the block sets an attribute that is not one of these arguments, because it would have no effect.
     """
     known = [f"_{name}" for name in inspect.getfullargspec(augment.sample_transformation).kwonlyargs]
     if unknown := sorted(block.keys() - set(known)):
@@ -689,7 +689,7 @@ def augmentation_limits(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(filepath: str, number_classes: int) -> Metadata:
-    """Return what a database says of itself; refuse one that has more classes."""
+    """Return the metadata of a database; refuse a database with classes that the network does not have."""
     with Database(filepath) as database:
         metadata = database.metadata
     check_classes(metadata, number_classes, filepath)
@@ -707,7 +707,7 @@ def make_stream(
     world_size: int,
     first_sample: int,
 ) -> Stream:
-    """Return the stream of so many records; an unshuffled pass is padded to complete steps of all replicas."""
+    """Return the stream over `count` records; an unshuffled pass is padded to complete steps of all replicas."""
     multiple = 1 if shuffle else batch_size * replicas * world_size
     pass_length = -(-count // multiple) * multiple
     return Stream(seed, shuffle, balance_classes, pass_length, batch_size, replicas, rank, world_size, first_sample)
@@ -719,26 +719,28 @@ def make_layout(
     """Return a ring as deep as `RING_BYTES`, half of the free shared memory and `SLOTS_PER_WORKER` allow."""
     mask_dtype = "uint8" if number_classes <= ignored_id("uint8") else "int32"
     one = RingLayout(num_workers, 1, batch_size, image_shape, mask_dtype)
-    budget = min(RING_BYTES, free_shared_memory() / 2)  # the other half is for the other reader: train and test
+    budget = min(RING_BYTES, free_shared_memory() / 2)  # half, because training and testing have a reader each
     slots = int(np.clip(budget // (one.slot_bytes * num_workers), *SLOTS_PER_WORKER))
     return RingLayout(num_workers, slots, batch_size, image_shape, mask_dtype)
 
 
 def check_options(num_workers: int, batch_size: int, balance_classes: bool, shuffle: bool) -> None:
-    """Refuse options of a reader that make no sense, or not together."""
+    """Refuse reader options that are invalid alone or in combination."""
     if num_workers < 1 or batch_size < 1:
         raise InputError(f"expected at least 1 reader and 1 image per batch, got {num_workers} and {batch_size}")
     if balance_classes and not shuffle:
-        raise InputError("an unshuffled pass shows every image once and cannot balance classes; switch one off")
+        raise InputError(
+            "an unshuffled pass shows every image once and cannot balance classes; shuffle or do not balance"
+        )
 
 
 def check_classes(metadata: Metadata, number_classes: int, database: str) -> None:
-    """Refuse a database that holds a class the network has no output for.
+    """Refuse a database that contains a class for which the network has no output.
 
     Raises
     ------
     InputError
-        Names the classes, and a file that holds one of the offending ones.
+        Names the expected classes, and a file that contains another one.
     """
     classes = metadata.classes
     outside = np.flatnonzero((classes < 0) | (classes >= number_classes))
@@ -752,7 +754,7 @@ def check_classes(metadata: Metadata, number_classes: int, database: str) -> Non
 
 
 def failure_of(process: Any, pipe: Any, database: str) -> Union[ReaderError, InputError]:
-    """Return how a worker ended: what it said through its pipe, or else what its exit code means."""
+    """Return why a worker exited: the error that it sent through its pipe, or the meaning of its exit code."""
     who = f"{process.name} (process {process.pid})"
     with contextlib.suppress(EOFError, OSError):
         if pipe.poll():
@@ -763,10 +765,10 @@ def failure_of(process: Any, pipe: Any, database: str) -> Union[ReaderError, Inp
         how = f"killed by {signal.Signals(-process.exitcode).name}, {how}"
         if -process.exitcode in CRASHES:
             return InputError(
-                f"{who} crashed ({how}) as it read {database}: the file is damaged, or was cut short or overwritten "
-                "meanwhile; copy or build it again"
+                f"{who} crashed ({how}) while reading {database}: the file is damaged, or was cut short or "
+                "overwritten meanwhile; copy or build it again"
             )
-    return ReaderError(f"{who} died without a word ({how}); was it killed by hand, by Slurm or for want of memory?")
+    return ReaderError(f"{who} exited unexpectedly ({how}); killed by hand, by Slurm, or because memory ran out?")
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@ r"""Segment every image of a folder with a trained model.
     python inference_unet.py --saved_model_filepath results/cells/saved_model --image_folder images/ \
         --output_folder masks/
 
-Owns tiling and the folder loop. The tiled result equals that of the whole image in one pass (Majurski and Bajcsy,
-J. Res. NIST 126:126009): each tile carries a halo of the network's radius, of which nothing is kept. TensorFlow is
-imported inside functions, so that ``-h`` answers at once.
+Contains the tiling and the loop over a folder. The tiled result equals the result of one pass over the entire image
+(Majurski and Bajcsy, J. Res. NIST 126:126009), because each tile has a halo of the network's radius, which is
+discarded. TensorFlow is imported inside functions so that ``-h`` responds immediately.
 """
 
 import os
@@ -13,8 +13,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while modules are loaded is no traceback
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH excludes it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports
 
 import argparse
 import contextlib
@@ -142,43 +142,43 @@ from reports import (
 
 Item = TypeVar("Item")
 
-OVERVIEWS_ABOVE, SMALLEST_OVERVIEW = 4096, 512  # pixels of the longer edge
-TIFF_TILE = 256  # pixels; edge of the tiles that a file is made of
+OVERVIEWS_ABOVE, SMALLEST_OVERVIEW = 4096, 512  # pixels along the longer edge
+TIFF_TILE = 256  # pixels; edge of the tiles inside a TIFF file
 TIFF_LAYOUT: Any = {"tile": (TIFF_TILE, TIFF_TILE), "compression": "zlib", "photometric": "minisblack"}
-SIZE_WITH_OVERVIEWS = 4 / 3  # of a file without
-BIGTIFF_FROM_BYTES = 2**32 - 2**25  # a classic TIFF counts its bytes with 32 bits
-QUEUED_TILES = 16  # of a file, that wait to be compressed
-SUBFOLDERS = ("probabilities", "overlays", "objects", FIGURES_FOLDER)  # of the output folder
-PLANES_FOLDER = "planes"  # of the output folder, until all planes of a stack are there
-OVERLAY_PIXELS, THUMBNAIL_PIXELS = 2048, 256  # edges that larger pictures are brought down to
-THUMBNAIL_QUALITY = 70  # of a JPEG
+SIZE_WITH_OVERVIEWS = 4 / 3  # relative to a file without overviews
+BIGTIFF_FROM_BYTES = 2**32 - 2**25  # classic TIFF has 32-bit file offsets
+QUEUED_TILES = 16  # tiles of a file that wait for compression
+SUBFOLDERS = ("probabilities", "overlays", "objects", FIGURES_FOLDER)  # in the output folder
+PLANES_FOLDER = "planes"  # in the output folder, until all planes of a stack are done
+OVERLAY_PIXELS, THUMBNAIL_PIXELS = 2048, 256  # pixels; larger pictures are reduced to this longer edge
+THUMBNAIL_QUALITY = 70  # JPEG quality
 
-# Of the classes 1, 2, ...: colors that people with any color vision tell apart (Okabe and Ito, 2008).
+# Colors of the classes 1, 2, ..., distinguishable with any kind of color vision (Okabe and Ito, 2008).
 OUTLINE_COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]],
     np.uint8,
 )
-OBJECT_COLORS = OUTLINE_COLORS  # of the objects 1, 2, ..., and again from the first one on
-# Of wrong pixels: that are background, that are taken for background, and of another class.
+OBJECT_COLORS = OUTLINE_COLORS  # of the objects 1, 2, ..., used cyclically
+# Colors of wrong pixels that are background, were predicted as background, or were confused with another class.
 FALSE_COLOR, MISSED_COLOR, CONFUSED_COLOR = np.array([[255, 0, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
 
-MIRROR_IMAGES = ((), (1,), (2,), (1, 2))  # axes of a batch (N, H, W, C): itself, and turned about rows, columns, both
-MAX_TILE_PIXELS = 1824**2  # whose halos of 96 add a quarter to the work; with four times as much it would be a tenth
-BATCH_PIXELS = 2**20  # beyond which more tiles at once gain nothing
-MEMORY_SHARE = 0.5  # of what is free, for the network's activations
-FEATURE_COPIES = 6  # float32 values that the network holds of each pixel and feature; measured for 2 to 64 features
-BATCHES_HELD = 3  # inputs and outputs of the network: one that is read, one in the network, one that is written
-PAPER_FEATURES = 64  # of a model that does not tell its own
-LARGEST_TILE = 2**14  # pixels; edge
-LARGEST_RADIUS = 2**12  # pixels; of any network that this could be asked to run
-LOAD_ATTEMPTS = 10  # if a training replaces the model meanwhile
-SHOWN_IMAGES = 5  # in a line of the log
-LARGE_SCALE = 1000  # times the range of the training images, beyond which the units must differ
+MIRROR_IMAGES = ((), (1,), (2,), (1, 2))  # flipped axes of a batch (N, H, W, C): none, rows, columns, both
+MAX_TILE_PIXELS = 1824**2  # halos of 96 pixels add a quarter to the work; at four times the area, a tenth
+BATCH_PIXELS = 2**20  # larger batches gain nothing
+MEMORY_SHARE = 0.5  # of the free memory, for the network's activations
+FEATURE_COPIES = 6  # float32 values in memory for each pixel and feature; measured for 2 to 64 features
+BATCHES_HELD = 3  # inputs and outputs in memory: one being read, one in the network, one being written
+PAPER_FEATURES = 64  # of a model that does not declare its own
+LARGEST_TILE = 2**14  # pixels along an edge
+LARGEST_RADIUS = 2**12  # pixels; upper limit for any network
+LOAD_ATTEMPTS = 10  # in case a training run replaces the model meanwhile
+SHOWN_IMAGES = 5  # in a log line
+LARGE_SCALE = 1000  # times the range of the training images; beyond it, the units must differ
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = Parser("inference", "Script to segment the images of a folder with the selected unet model")
+    parser = Parser("inference", "Segment all images in a folder with a trained U-Net model")
     add_data_options(parser)
     add_work_options(parser)
     add_file_options(parser)
@@ -187,112 +187,114 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the specification lists: the model, the images, and where masks go."""
+    """Add the options of the specification, for the model, the images and the masks."""
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
     text = (
-        "SavedModel filepath to the model to use: the folder saved_model of a training run (Required); the softmax of "
+        "filepath to the SavedModel to use, the folder saved_model of a training run (Required); the softmax of "
         "several models is averaged"
     )
     parser.add_argument("--saved_model_filepath", type=some_path, nargs="+", **required, help=text)
-    text = "filepath to the folder containing the images to inference (Required)"
+    text = "filepath to the folder containing the images to segment (Required)"
     parser.add_argument("--image_folder", type=existing_folder, **required, help=text)
-    text = "filepath to the folder where the masks will be placed, under the names of their images (Required)"
+    text = "filepath to the folder for the masks, which get the names of their images (Required)"
     parser.add_argument("--output_folder", type=some_path, **required, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
     text = (
-        "planes segments each plane of a TIFF with several (Z, T, OME's images, or pages); the masks become a stack of "
-        "the same planes"
+        "planes segments each plane of a TIFF that has several (Z, T, OME images, or pages); the masks become a stack "
+        "with the same planes"
     )
     parser.add_argument("--stack", choices=("planes",), help=text)
     text = (
-        "for images of which each channel is a file of its own: what its name adds to that of the image, in the order "
-        "of the channels; if not given, as the training databases were built; none if each image is one file"
+        "suffixes that channel files add to the image name, in channel order, for images with one file per channel; "
+        "if not given, the suffixes of the training databases; none means one file per image"
     )
     parser.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffixes_or_none, help=text)
     text = (
-        "whether to segment the images in all folders below IMAGE_FOLDER as well, into folders of the same names, and "
-        "to call them by their paths in it in lists, logs and tables [0 = false, 1 = true]"
+        "whether to also segment the images in all subfolders of IMAGE_FOLDER, into subfolders of the same names; "
+        "lists, logs and tables then identify images by their paths in IMAGE_FOLDER [0 = false, 1 = true]"
     )
     add_flag(parser, "--recursive", 0, text)
-    text = "text file with the names of the images to segment, one per line, with or without extension; others are left"
+    text = "text file with the names of the images to segment, one per line, with or without extension"
     parser.add_argument("--image_list", metavar="FILE", type=some_path, help=text)
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """Add how the work is done."""
+    """Add the options for how the work is done."""
     text = (
-        "largest edge in pixels of the tiles that larger images are cut into, halo included; changes memory and "
-        "speed, not the result. Without it, tiles have the shape that makes least work for an image in half of the "
-        f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels; should "
-        "memory run out all the same, they are halved"
+        "largest edge in pixels of the tiles that larger images are cut into, including the halo; affects memory and "
+        "speed, not the result. If not given, the tile shape minimizes the work for each image within half of the "
+        f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels. If "
+        "memory still runs out, tiles are halved"
     )
     parser.add_argument("--tile_size", type=whole_number(1, LARGEST_TILE), help=text)
     text = (
         "whether to average the softmax over the four mirror images of each image, which takes four times as long and "
-        "mostly makes masks a little better [0 = false, 1 = true]"
+        "usually improves the masks slightly [0 = false, 1 = true]"
     )
     add_flag(parser, "--flips", 0, text)
     text = (
-        "value of image pixels without data, such as --image_no_data=-9999, besides NaN and what a GDAL no-data tag "
-        "says; if not given, the value that the training databases were built with"
+        "value of image pixels without data, such as --image_no_data=-9999, in addition to NaN and the value of a "
+        "GDAL no-data tag; if not given, the value of the training databases"
     )
     parser.add_argument("--image_no_data", metavar="VALUE", type=real_number, help=text)
     text = (
-        "class in the masks of pixels of which no channel has data; masks in TIFFs then declare it as their own "
-        "no-data value; if not given, such pixels are 0 and no value is declared"
+        "mask class of pixels without data in all channels, which TIFF masks then declare as their no-data value; "
+        "if not given, these pixels are 0 and no value is declared"
     )
     parser.add_argument("--no_data_class", metavar="CLASS", type=class_id, help=text)
     text = (
-        "whether to replace masks that exist already [0 = false, 1 = true]; without, their images are skipped, so that "
-        "a run that was interrupted goes on"
+        "whether to replace existing masks [0 = false, 1 = true]; with 0, their images are skipped, so that an "
+        "interrupted run resumes"
     )
     add_flag(parser, "--overwrite", 0, text)
     text = (
-        "do one of several parts of the images, such as 2/8, and leave the others to other processes; under Slurm "
-        "the tasks of an srun and the elements of a job array share the images by themselves"
+        "process one of several parts of the images, such as 2/8, and leave the others to other processes; under "
+        "Slurm, the tasks of an srun and the elements of a job array share the images automatically"
     )
     parser.add_argument("--shard", metavar="PART/PARTS", type=Part.parse, help=text)
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """Add which files there are for each image."""
-    text = "whether to write the network's softmax too: float32 TIFFs, a channel for each class, in"
+    """Add the options for the files of each image."""
+    text = "whether to also write the network's softmax, as float32 TIFFs with one channel per class, to"
     add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
-    text = "whether to draw the outlines of all classes but 0 over each image: PNGs of at most about 2048 pixels in"
+    text = (
+        "whether to draw the outlines of all classes except 0 over each image, as PNGs of at most about 2048 pixels, in"
+    )
     add_flag(parser, "--save_overlay", 0, f"{text} OUTPUT_FOLDER/overlays [0 = false, 1 = true]")
     text = (
         f"whether masks of more than {OVERVIEWS_ABOVE} pixels along an edge contain smaller copies of themselves, so "
-        "that viewers open them at once [0 = false, 1 = true]"
+        "that viewers open them quickly [0 = false, 1 = true]"
     )
     add_flag(parser, "--overviews", 1, text)
     text = (
-        "whether to number the objects in each mask: uint32 TIFFs in OUTPUT_FOLDER/objects with an id for each "
-        f"connected region, and a row for each object in OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
+        "whether to number the objects in each mask; an id for each connected region goes to uint32 TIFFs in "
+        f"OUTPUT_FOLDER/objects, a row for each object to OUTPUT_FOLDER/{OBJECTS_FILE} [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_objects", 0, text)
-    text = "pixels that a connected region must have to be an object, for --save_objects 1; if not given, one"
+    text = "minimum size of an object in pixels, for --save_objects 1; if not given, 1"
     parser.add_argument("--smallest_object", metavar="PIXELS", type=whole_number(1, 2**31), help=text)
 
 
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is measured of all masks."""
+    """Add the options for measurements of all masks."""
     text = (
         "folder with true masks, named as for build_lmdb.py, whose values become classes as in the training databases; "
-        f"accuracy, IoU and Dice of each image and of all are written to OUTPUT_FOLDER/{SCORES_FILE}, and wrong "
-        "pixels drawn into overlays"
+        f"accuracy, IoU and Dice of each image and in total are written to OUTPUT_FOLDER/{SCORES_FILE}, and wrong "
+        "pixels are marked in overlays"
     )
     parser.add_argument("--mask_folder", type=existing_folder, help=text)
     text = "suffix that the names of true masks add to the image name, such as _mask for cell1.tif and cell1_mask.tif"
     parser.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
     text = (
-        "whether to write how many pixels and connected regions of each class each mask has, and how probable its "
-        f"classes are, to OUTPUT_FOLDER/{TABLE_FILE} [0 = false, 1 = true]"
+        "whether to write the pixels and connected regions of each class in each mask, and the mean probability of "
+        f"its classes, to OUTPUT_FOLDER/{TABLE_FILE} [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_table", 0, text)
     text = (
-        f"whether to write OUTPUT_FOLDER/{PAGE_FILE}, a page for a browser: a row for each mask with its picture and "
-        "figures, the worst or least certain first [0 = false, 1 = true]"
+        f"whether to write OUTPUT_FOLDER/{PAGE_FILE}, an HTML page with a row for each mask, its picture and its "
+        "figures; the worst or least certain masks come first [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_report", 0, text)
 
@@ -301,7 +303,7 @@ class_id = whole_number(0, 2**16 - 1)
 
 
 def suffixes_or_none(text: str) -> list[str]:
-    """Return suffixes, no ones for ``none``; the ``type`` of a command-line option."""
+    """Return suffixes, an empty list for ``none``; the ``type`` of a command-line option."""
     return [] if text == "none" else suffix_list(text)
 
 
@@ -311,12 +313,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
-    """Segment all images; a bad one is reported and does not keep the others from being segmented."""
+    """Segment all images; report a bad image and continue with the others."""
     log_settings(args)
     if args.smallest_object is not None and not args.save_objects:
-        raise InputError(
-            "expected --save_objects 1 beside --smallest_object, got 0; set it, or leave the other one out"
-        )
+        raise InputError("expected --save_objects 1 with --smallest_object, got 0; set it, or omit --smallest_object")
     images = find_images(args)
     shard = args.shard or shard_from_slurm(os.environ)
     truths = find_truths(images, args)
@@ -328,14 +328,15 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if shard.parts > 1:
         logging.info(
             "part %d of %d: %d of %d images%s", shard.part, shard.parts, len(images), len(targets),
-            "" if args.shard else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 does all",
+            "" if args.shard
+            else ", shared among the tasks and array elements of this Slurm job; --shard 1/1 processes all",
         )  # fmt: skip
     prepare_output_folder(args.output_folder)
     model, descriptions = load_models(args)
     sizer = TileSizer(model, affordable_pixels(model), args.tile_size)
     waiting = [image for image in images if args.overwrite or not targets[image].exist()]
     if len(waiting) < len(images):
-        logging.info("%d masks exist already and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
+        logging.info("%d masks already exist and are kept; --overwrite 1 replaces them", len(images) - len(waiting))
     mark_as_results(args.output_folder, args.image_folder)
     with Claims(args.output_folder, folders_with_results(targets.values())) as claims:
         failed, others = segment_files(waiting, targets, truths, model, sizer, claims, args)
@@ -344,7 +345,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             failed += measure_masks(earlier, targets, truths, model, args.smallest_object or 1)
         assemble_stacks(targets, claims)
     if others:
-        logging.info("%d images were left to another process, which writes into the same folder", others)
+        logging.info("%d images were left to other processes that write to the same folder", others)
     done = len(images) - len(failed) - others
     logging.info("%d of %d images done; the masks are in %s", done, len(images), args.output_folder)
     if any(wanted):
@@ -363,7 +364,7 @@ def segment_files(
     claims: Claims,
     args: argparse.Namespace,
 ) -> tuple[list[str], int]:
-    """Segment images into files; return the names of those that fail, and how many are done by other processes."""
+    """Segment images into files; return the names of failed images, and the number left to other processes."""
     failed, others = [], 0
     for number, image in enumerate(images, 1):
         try:
@@ -381,7 +382,7 @@ def segment_files(
 
 
 def find_images(args: argparse.Namespace) -> list[Source]:
-    """Return the images, those of --image_list if there is one, sorted by name."""
+    """Return the images, sorted by name; only those in --image_list, if given."""
     others = [folder for folder in (args.output_folder, args.mask_folder) if folder is not None]
     folder, suffixes = Folder(args.image_folder, bool(args.recursive), others), args.channel_suffixes
     if suffixes is None:
@@ -397,7 +398,7 @@ def find_images(args: argparse.Namespace) -> list[Source]:
 
 
 def list_complete_images(folder: Folder, suffixes: Sequence[str]) -> list[Source]:
-    """Return the images of which each channel is a file; refuse the folder if one lacks a channel."""
+    """Return images with one file per channel; refuse the folder if an image lacks a channel."""
     try:
         images, faults = list_channels(folder, suffixes)
     except InputError as error:
@@ -411,10 +412,10 @@ def list_complete_images(folder: Folder, suffixes: Sequence[str]) -> list[Source
 
 @contextlib.contextmanager
 def own_work(targets: "Targets", claims: Claims, overwrite: bool) -> Iterator[bool]:
-    """Yield whether this process is to make some files, which no other one makes in this block."""
+    """Yield whether this process is to write the files; no other process writes them within this block."""
     is_claimed, seen = claims.claim(targets.mask_name), targets.exist()
     try:
-        # Another process may have made them since the images were listed.
+        # Another process may have written them since the images were listed.
         yield is_claimed and (overwrite or not seen)
     finally:
         if is_claimed:
@@ -425,12 +426,12 @@ def own_work(targets: "Targets", claims: Claims, overwrite: bool) -> Iterator[bo
 
 
 def shard_from_slurm(environment: Mapping[str, str]) -> Part:
-    """Return the part of this process among the elements of a job array and the tasks of an ``srun``.
+    """Return this process's part among the elements of a job array and the tasks of an ``srun``.
 
     Notes
     -----
-    ``SLURM_STEP_NUM_TASKS`` is there under ``srun`` alone. ``SLURM_NTASKS`` and ``SLURM_PROCID`` are also set in a
-    batch script, where a program that is started without ``srun`` runs once and has to do everything.
+    ``SLURM_STEP_NUM_TASKS`` is set only under ``srun``. ``SLURM_NTASKS`` and ``SLURM_PROCID`` are also set in a batch
+    script, where a program started without ``srun`` runs once and has to do all the work.
     """
     index, count = 0, 1
     if "SLURM_ARRAY_TASK_ID" in environment:
@@ -441,16 +442,16 @@ def shard_from_slurm(environment: Mapping[str, str]) -> Part:
         index = (element - first) // step
         if first + index * step != element or first + (count - 1) * step != last or not 0 <= index < count:
             raise InputError(
-                f"expected a job array with elements at equal distances, such as --array=0-7, found {count} from "
-                f"{first} to {last}, of which each should do its share of the images; submit it so, for finished masks "
-                "are skipped, or set --shard: 1/1 does all images, 3/8 the third part of eight"
+                f"expected a job array with evenly spaced elements, to share the images among them, found {count} from "
+                f"{first} to {last}; submit again with, for example, --array=0-7 (finished masks are skipped), or set "
+                "--shard (1/1 for all images, 3/8 for the third of eight parts)"
             )
     tasks = slurm_number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1:
         index, count = index * tasks + slurm_number(environment, "SLURM_PROCID"), count * tasks
     if not 0 <= index < count:
         raise InputError(
-            f"expected a task of this srun, 0 to {count - 1}, found {index}; set --shard 1/1 for one process"
+            f"expected a task of this srun, 0 to {count - 1}, found {index}; set --shard 1/1 for a single process"
         )
     return Part(index + 1, count)
 
@@ -464,28 +465,28 @@ class TileTooLarge(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded SavedModel and what has to be known about it."""
+    """A loaded SavedModel and its properties."""
 
     predict: Callable[[np.ndarray], np.ndarray]  # from float32 (N, H, W, C) to softmax, float32 (N, H, W, classes)
     channels: int
     number_classes: int
-    radius: int  # pixels beyond each edge of a block of the pooling grid on which its results depend; the halo
+    radius: int  # pixels beyond each edge of a pooling-grid block on which its results depend; the halo
     size_factor: int  # heights, widths and tile origins are multiples of it
-    features: int = PAPER_FEATURES  # of the top level; most of the memory that the network needs is proportional to it
-    source_channels: Optional[Sequence[int]] = None  # of the training images that were used, if not all of them
-    channel_suffixes: Optional[list[str]] = None  # of the files of the channels, if each was a file of its own
-    deviation_floor: Sequence[float] = (1.0,)  # least deviation by which each channel (or any) is divided
+    features: int = PAPER_FEATURES  # at the top level; most of the network's memory is proportional to it
+    source_channels: Optional[Sequence[int]] = None  # used channels of the training images, if not all of them
+    channel_suffixes: Optional[list[str]] = None  # of the channel files, if each channel was a separate file
+    deviation_floor: Sequence[float] = (1.0,)  # smallest divisor of each channel (or of all channels)
     value_range: Optional[Sequence[tuple[float, float]]] = None  # of each channel of the training images
     image_dtype: Optional[str] = None  # of the training images
     label_map: Optional[LabelMap] = None  # from the values of the training masks to classes
-    objects: Optional[ObjectClasses] = None  # what the ids of objects in the training masks became, if they had these
-    image_no_data: Optional[float] = None  # value of pixels without data, besides what a file itself declares
-    no_data_class: Optional[int] = None  # what a mask has there, if it is to declare a value for it; otherwise 0
-    members: Sequence["Model"] = ()  # of which the softmax is averaged, if this stands for several
-    views: Sequence[tuple[int, ...]] = ((),)  # axes by which batches are mirrored, for a mean over these views
+    objects: Optional[ObjectClasses] = None  # from the object ids in the training masks to classes, if any
+    image_no_data: Optional[float] = None  # value of pixels without data, in addition to a file's own
+    no_data_class: Optional[int] = None  # class of these pixels if masks declare it; otherwise 0
+    members: Sequence["Model"] = ()  # whose softmax is averaged, if this represents several models
+    views: Sequence[tuple[int, ...]] = ((),)  # axes that each view flips; the softmax is averaged over views
 
     def __str__(self) -> str:
-        """Return what there is to know, in words."""
+        """Return a description in one line."""
         floors = ", ".join(f"{floor:g}" for floor in self.deviation_floor)
         return (
             f"{self.channels} channels, {self.number_classes} classes, {self.features} features, radius {self.radius}, "
@@ -494,17 +495,17 @@ class Model:
 
     @property
     def growth(self) -> int:
-        """How far objects grow over the border class, pixels; 0 without one. Both sides of a border are as wide."""
+        """Pixels by which objects grow over the border class, twice the border width; 0 without a border class."""
         return 2 * self.objects.border_width if self.objects else 0
 
     @property
     def networks(self) -> Sequence["Model"]:
-        """The models that are run: the members, or this one."""
+        """The models to run, which are the members or this model."""
         return self.members or (self,)
 
     @property
     def floors(self) -> list[tuple[float, ...]]:
-        """The different deviation floors of the networks."""
+        """The distinct deviation floors of the networks."""
         return list(dict.fromkeys(tuple(network.deviation_floor) for network in self.networks))
 
     @property
@@ -514,17 +515,17 @@ class Model:
 
     @property
     def min_tile_size(self) -> int:
-        """Edge of the smallest tile that keeps anything between its halos."""
+        """Edge of the smallest tile that has pixels between its halos."""
         return 2 * self.halo + self.size_factor
 
     @property
     def mask_dtype(self) -> np.dtype:
-        """Smallest unsigned type that holds the classes."""
+        """Smallest unsigned dtype for the classes."""
         return np.min_scalar_type(max(self.number_classes - 1, self.no_data_class or 0))
 
 
 def load_models(args: argparse.Namespace) -> tuple[Model, list[str]]:
-    """Return the model or models as one, changed as the options say, and what there is to say about them in lines."""
+    """Return the models combined into one and changed according to the options, and lines that describe them."""
     models = [load_model(filepath) for filepath in args.saved_model_filepath]
     model = combine(models, args.saved_model_filepath)
     descriptions = [f"model {filepath}: {each}" for each, filepath in zip(models, args.saved_model_filepath)]
@@ -533,8 +534,8 @@ def load_models(args: argparse.Namespace) -> tuple[Model, list[str]]:
     given, trained = args.channel_suffixes, model.channel_suffixes
     if given and trained and given != trained and set(given) == set(trained):
         raise InputError(
-            f"expected --channel_suffixes {','.join(trained)}, the order that the model was trained with, got "
-            f"{','.join(given)}; leave the option out"
+            f"expected --channel_suffixes {','.join(trained)}, the order used in training, got {','.join(given)}; "
+            "omit the option"
         )
     if args.flips:
         descriptions.append("mean over the four mirror images of each image")
@@ -544,9 +545,9 @@ def load_models(args: argparse.Namespace) -> tuple[Model, list[str]]:
 
 
 def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
-    """Return a model that averages the softmax of several, which must take and give the same.
+    """Return a model that averages the softmax of several, which must agree in inputs and outputs.
 
-    Its warnings about the scale of images are those of the first model.
+    Its warnings about the scale of images come from the first model.
     """
     first = models[0]
     for model, filepath in zip(models, filepaths):
@@ -563,7 +564,7 @@ def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
             if expected != found:
                 raise InputError(
                     f"expected models that agree in {name.replace('_', ' ')}, found {expected} in {filepaths[0]} "
-                    f"and {found} in {filepath}; give models that were trained on the same kind of data"
+                    f"and {found} in {filepath}; use models trained on the same kind of data"
                 )
     if len(models) == 1:
         return first
@@ -579,7 +580,7 @@ def combine(models: Sequence[Model], filepaths: Sequence[Path]) -> Model:
 def load_model(filepath: PathLike) -> Model:
     """Load a SavedModel with a ``serving_default`` signature; refuse everything else.
 
-    A training may replace it meanwhile: then the new one is loaded.
+    If a training run replaces it meanwhile, load the new one.
     """
     folder = Path(filepath)
     for _ in range(LOAD_ATTEMPTS - 1):
@@ -593,7 +594,7 @@ def load_model(filepath: PathLike) -> Model:
 
 
 def load_model_once(folder: Path) -> Model:
-    """Load a SavedModel that nobody replaces meanwhile."""
+    """Load a SavedModel that is not replaced meanwhile."""
     check_saved_model(folder)
     import tensorflow as tf
 
@@ -601,16 +602,16 @@ def load_model_once(folder: Path) -> Model:
     if gpu is not None:
         tf.config.set_visible_devices([gpu], "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits would make tiles differ from the whole
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # its 10 bits make results depend on tiling
     with without_patterns(folder) as path:
         metadata = read_model_metadata(folder, Path(path) / MODEL_METADATA_FILE)
         try:
             loaded = tf.saved_model.load(path)
         except MemoryError:
             raise
-        except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
+        except Exception as error:  # TensorFlow may raise anything for a damaged file
             raise InputError(
-                f"{folder} is no SavedModel that can be loaded: {cause_of(error).replace(path, str(folder))}; copy or "
+                f"cannot load the SavedModel in {folder}: {cause_of(error).replace(path, str(folder))}; copy or "
                 "export it again"
             ) from error
     if "serving_default" not in loaded.signatures:
@@ -639,12 +640,12 @@ def load_model_once(folder: Path) -> Model:
 
 
 def read_model_metadata(folder: Path, file: Path) -> dict[str, Any]:
-    """Return what a SavedModel says of itself; nothing if it is not of this suite.
+    """Return the metadata of a SavedModel; an empty dictionary if it is not from this suite.
 
     Raises
     ------
     InputError
-        If it is not what `train_unet.py` writes.
+        If the metadata is not what `train_unet.py` writes.
     """
     if not os.path.lexists(file):
         return {}
@@ -680,7 +681,7 @@ def parsed_label_map(metadata: Mapping[str, Any], folder: Path) -> Optional[Labe
 
 
 def check_lengths(metadata: Mapping[str, Any], channels: int, folder: Path) -> None:
-    """Refuse metadata of a SavedModel that is not that of its network."""
+    """Refuse SavedModel metadata that does not fit its network."""
     expected = {name: list_of(lambda value: True, channels) for name in ("deviation_floor", "source_channels")}
     expected["value_range"] = expected["source_channels"]
     given = {name: check for name, check in expected.items() if metadata.get(name) is not None}
@@ -691,13 +692,13 @@ class Network:
     """The signature of a SavedModel, from a float32 batch (N, H, W, C) to one of softmax (N, H, W, classes)."""
 
     def __init__(self, folder: Path, loaded: Any) -> None:
-        self._folder, self._loaded = folder, loaded  # what was loaded has to live as long as its signature
+        self._folder, self._loaded = folder, loaded  # the loaded object must live as long as its signature
         self._signature = loaded.signatures["serving_default"]
         self._input_name, self.channels = self._only("input", self._signature.structured_input_signature[1])
         self._output_name, self.number_classes = self._only("output", self._signature.structured_outputs)
 
     def _only(self, place: str, specs: Mapping[str, Any]) -> tuple[str, int]:
-        """Return name and depth of the only tensor there."""
+        """Return the name and depth of the only input or output tensor."""
         if len(specs) == 1:
             ((name, spec),) = specs.items()
             shape = spec.shape.as_list() if spec.shape.rank == 4 else [0]
@@ -734,21 +735,21 @@ class Network:
 
 
 class TileSizer:
-    """Chooses the shape of tiles, and remembers what turned out to be too large.
+    """Chooses the shape of tiles, and remembers which areas were too large.
 
     Parameters
     ----------
     model : Model
-        Has the halo and the grid.
+        Provides the halo and the grid.
     pixels : int
-        Largest area that the network takes at once, halos included.
+        Largest area in pixels that the network processes at once, including halos.
     longest : int, optional
-        Largest edge of a tile in pixels, halos included.
+        Largest edge of a tile in pixels, including halos.
 
     Raises
     ------
     InputError
-        If `longest` is off the network's grid, or leaves nothing between the halos.
+        If `longest` is not on the network's grid, or leaves nothing between the halos.
     """
 
     def __init__(self, model: Model, pixels: int, longest: Optional[int] = None) -> None:
@@ -756,15 +757,15 @@ class TileSizer:
         if longest is not None and (longest % self._grid or longest < self._min_edge):
             raise InputError(
                 f"expected --tile_size to be a multiple of {self._grid} and at least {self._min_edge} (a halo of "
-                f"{self._halo} to each side), got {longest}; try 512 or 1024"
+                f"{self._halo} on each side), got {longest}; try 512 or 1024"
             )
         self._longest = longest
         self.pixels = max(pixels, (longest or self._min_edge) ** 2)
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the tiles for an image: those that make least work, as halos are done twice.
+        """Return the height and width of the tiles that make the least work for an image, as halos are computed twice.
 
-        Among equals the largest: fewer and larger pieces.
+        Among equals, return the largest tile, which makes fewer pieces.
         """
         candidates = set()
         for max_edge in range(self._grid, height + 1, self._grid):
@@ -777,13 +778,13 @@ class TileSizer:
         )
 
     def _edge(self, length: int, max_edge: int) -> Optional[int]:
-        """Return the edge of tiles along an axis: as few tiles as may be, and these as small as may be."""
+        """Return the edge of the fewest possible tiles along an axis, made as small as possible."""
         max_edge = min(max_edge, self._longest or max_edge)
         if length <= max_edge:
             return length
         if max_edge < self._min_edge:
             return None
-        inner = length - 2 * self._halo  # what the zones cover besides a halo's breadth at both ends
+        inner = length - 2 * self._halo  # total length of the zones, less a halo's width at both ends
         tiles = -(-inner // (max_edge // self._grid * self._grid - 2 * self._halo))
         return -(-inner // (tiles * self._grid)) * self._grid + 2 * self._halo
 
@@ -792,23 +793,23 @@ class TileSizer:
         return edge if edge == length else -(-(length - 2 * self._halo) // (edge - 2 * self._halo)) * edge
 
     def batch_size(self, tile: tuple[int, int]) -> int:
-        """Return how many tiles the network takes at once."""
+        """Return how many tiles the network processes at once."""
         return max(1, min(self.pixels, BATCH_PIXELS) // (tile[0] * tile[1]))
 
     def shrink(self, tried: int) -> bool:
-        """Allow half of the pixels that proved too many; False where they were the least already."""
+        """Allow half of the pixels that were too many; return False if they were already the minimum."""
         self.pixels = max(tried // 2, self._min_edge**2)
         return self.pixels < tried
 
 
 def affordable_pixels(model: Model) -> int:
-    """Return for how many pixels at once the network needs `MEMORY_SHARE` of the free memory."""
+    """Return how many pixels the network can process at once with `MEMORY_SHARE` of the free memory."""
     float32_values = FEATURE_COPIES * model.features + BATCHES_HELD * (model.channels + model.number_classes)
     return min(int(MEMORY_SHARE * free_memory() / (4 * float32_values)), MAX_TILE_PIXELS)
 
 
 def own_gpu() -> Optional[Any]:
-    """Return the GPU that does the work of this process, None if there is none; tasks of a node have one each."""
+    """Return the GPU of this process, or None without a GPU; each task on a node has its own."""
     import tensorflow as tf
 
     visible = tf.config.list_physical_devices("GPU")
@@ -817,11 +818,11 @@ def own_gpu() -> Optional[Any]:
 
 
 def free_memory() -> float:
-    """Return the bytes that are free on this process's GPU, or if it has none in this computer and this job."""
+    """Return the free bytes of this process's GPU or, without a GPU, of this computer and job."""
     gpu = own_gpu()
     if gpu is not None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError, IndexError):
-            # TensorFlow would tell only what it has taken itself. It counts the devices that CUDA makes visible.
+            # TensorFlow reports only its own memory use. It numbers only the devices that CUDA makes visible.
             index, visible = int(gpu.name.rpartition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
             name = visible.split(",")[index].strip() if visible else str(index)
             query = ["nvidia-smi", f"--id={name}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
@@ -834,39 +835,39 @@ def free_memory() -> float:
 
 
 class Tile(NamedTuple):
-    """A window on the image, and the zone of responsibility inside it; both on the network's grid."""
+    """A window of the image and the zone of responsibility inside it, both on the network's grid."""
 
     window: Window
     zone: Window
 
 
 class TileInput(NamedTuple):
-    """A tile that goes to the network, and where no channel has data: bool (rows, columns), None if nowhere."""
+    """A tile for the network, and its pixels without data in all channels, bool (rows, columns); None if none."""
 
     tile: Tile
     missing: Optional[np.ndarray]
 
 
 class Block(NamedTuple):
-    """The result for one tile's zone of responsibility, without what lies outside the image."""
+    """The result for one tile's zone of responsibility, cropped to the image."""
 
-    row: int  # where in the image the block begins
+    row: int  # where the block starts in the image
     column: int
     image: np.ndarray  # z-scores, float32 (rows, columns, C); may be `NOTHING`
     softmax: np.ndarray  # float32 (rows, columns, classes); NaN where no channel has data; may be `NOTHING`
     classes: np.ndarray  # the most probable class of each pixel, unsigned (rows, columns)
-    missing: Optional[np.ndarray]  # where no channel has data, bool (rows, columns); None if nowhere
-    truth: Optional[np.ndarray] = None  # true class or `IGNORED` of each pixel, (rows, columns); None if not known
+    missing: Optional[np.ndarray]  # pixels where no channel has data, bool (rows, columns); None if none
+    truth: Optional[np.ndarray] = None  # true class or `IGNORED` of each pixel, (rows, columns); None if unknown
 
 
-Output = Callable[[Block], None]  # takes the blocks that become a file
-StripOutput = Callable[[Strip, np.ndarray, Optional[np.ndarray]], None]  # takes strips, pixels, what has no data
+Output = Callable[[Block], None]  # takes the blocks of a file
+StripOutput = Callable[[Strip, np.ndarray, Optional[np.ndarray]], None]  # takes strips, pixels, missing pixels
 
 
 class Contents:
-    """Counts what a mask contains.
+    """Counts the pixels of each class in a mask.
 
-    Its text has the share of each class: an all-background result should be seen at once.
+    Its text gives the share of each class, so that an all-background result is obvious.
     """
 
     def __init__(self) -> None:
@@ -881,7 +882,7 @@ class Contents:
             self._counts.update(count_classes(known))
 
     def __str__(self) -> str:
-        """Return the shares in words."""
+        """Return the shares as text."""
         total = sum(self._counts.values())
         shares = [f"class {class_id}: {100 * count / total:.1f} %" for class_id, count in sorted(self._counts.items())]
         if self._missing:
@@ -891,7 +892,7 @@ class Contents:
 
 @contextlib.contextmanager
 def open_image(source: Source, model: Model) -> Iterator[ImageFile]:
-    """Yield an image with the channels that the model takes."""
+    """Yield an image with the channels that the model expects."""
     with source.open(channels=model.channels, no_data=model.image_no_data) as image:
         if model.source_channels and max(model.source_channels) < image.shape[2]:
             image.select_channels(model.source_channels)
@@ -902,7 +903,7 @@ def open_image(source: Source, model: Model) -> Iterator[ImageFile]:
 def segment_file(
     source: Source, targets: "Targets", model: Model, sizer: TileSizer, true_mask: Optional[Source] = None
 ) -> str:
-    """Segment an image file into files; return what there is to say about it."""
+    """Segment an image file into files; return a summary for the log."""
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
@@ -922,29 +923,31 @@ def segment_file(
                 return f"{targets.mask_name}: {size}, {seconds:.1f} s, {contents}"
             except TileTooLarge as error:
                 if not sizer.shrink(batch_size * tile[0] * tile[1]):
-                    raise InputError(f"{source} needs more memory than there is, even in the smallest tiles") from error
+                    raise InputError(
+                        f"{source} needs more memory than is available, even in the smallest tiles"
+                    ) from error
                 logging.warning(
-                    "out of memory with %d tiles of %d x %d at once: continuing with at most %d pixels",
+                    "out of memory with %d tiles of %d x %d at once; continuing with at most %d pixels",
                     batch_size, *tile, sizer.pixels,
                 )  # fmt: skip
 
 
 def check_image(image: ImageFile, model: Model) -> None:
-    """Refuse an image that the model cannot take."""
+    """Refuse an image that the model cannot process."""
     if image.shape[2] != model.channels:
         raise InputError(
-            f"expected {model.channels} channels, as the model was trained with, found {image.shape[2]} in "
-            f"{image.path}; choose the model or the images that belong together"
+            f"expected {model.channels} channels, as in training, found {image.shape[2]} in {image.path}; use a model "
+            "and images that match"
         )
     if image.dtype.kind not in "buif":
         raise InputError(f"expected integer or float pixels in {image.path}, found {image.dtype}; convert the image")
 
 
 def differences_of_scale(image: ImageFile, statistics: ChannelStatistics, model: Model) -> Iterator[str]:
-    """Yield what looks as if an image had been given in other units than the training images had.
+    """Yield warnings if an image seems to be in different units than the training images.
 
-    The deviation of an image that hardly varies is replaced by the floor. In integers of the training images' own type
-    that is most likely an empty image; otherwise the units may be the reason.
+    The deviation floor replaces the deviation of an image that hardly varies. An image of the training images' own
+    integer type is then most likely empty. Otherwise, different units may be the reason.
     """
     if model.value_range is None:
         return
@@ -954,8 +957,8 @@ def differences_of_scale(image: ImageFile, statistics: ChannelStatistics, model:
         hardly_varies = 0 < statistics.deviation[channel] < model.deviation_floor[channel] and not same_integers
         if hardly_varies or found_high - found_low > LARGE_SCALE * (high - low) > 0:
             yield (
-                f"{image.path}: values from {found_low:g} to {found_high:g} in channel {channel}, in the training "
-                f"images from {low:g} to {high:g}: is it in other units? If so, convert it: its mask would be wrong"
+                f"{image.path}: values from {found_low:g} to {found_high:g} in channel {channel}, but from {low:g} to "
+                f"{high:g} in the training images; if the units differ, convert the image, or its mask will be wrong"
             )
 
 
@@ -968,7 +971,7 @@ def write_results(
     model: Model,
     truth: "Optional[Truth]" = None,
 ) -> Contents:
-    """Segment an image tile by tile and write the files; return what its mask contains."""
+    """Segment an image tile by tile and write the files; return the contents of its mask."""
     contents = Contents()
     progress = Progress(f"segmenting {image.path.name}", len(tiles), "tiles")
     blocks = segment(image, statistics, tiles, batch_size, model)
@@ -987,9 +990,9 @@ def write_results(
 def segment(
     image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
 ) -> Generator[Block, None, None]:
-    """Yield the results for tiles of one shape, in their order; `batch_size` of them go to the network at once.
+    """Yield the results for tiles of one shape, in order; the network processes `batch_size` of them at once.
 
-    Reading, the network, and what is done with the results overlap.
+    Reading, prediction and writing overlap.
     """
 
     def predictions() -> Generator[tuple[Sequence[TileInput], np.ndarray, np.ndarray], None, None]:
@@ -1013,7 +1016,8 @@ def segment(
 def mean_softmax(inputs: Sequence[np.ndarray], model: Model) -> np.ndarray:
     """Return the softmax (N, H, W, classes) of a batch, the mean over all networks and views.
 
-    Mirroring keeps tiles on the network's grid, as their edges are multiples of it: the result is exact under tiling.
+    Mirrored tiles stay on the network's grid, since their edges are multiples of it. So the result is exact under
+    tiling.
     """
     total: Optional[np.ndarray] = None
     for network in model.networks:
@@ -1026,7 +1030,7 @@ def mean_softmax(inputs: Sequence[np.ndarray], model: Model) -> np.ndarray:
 
 
 def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return the class of greatest probability of each pixel; a few rows at a time, as argmax makes 64-bit numbers."""
+    """Return the most probable class of each pixel; take a few rows at a time, as argmax returns 64-bit integers."""
     classes = np.empty(softmax.shape[:2], dtype)
     for first in range(0, len(classes), 64):
         classes[first : first + 64] = np.argmax(softmax[first : first + 64], axis=-1)
@@ -1036,9 +1040,9 @@ def most_probable(softmax: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def read_batches(
     image: ImageFile, statistics: ChannelStatistics, tiles: Sequence[Tile], batch_size: int, model: Model
 ) -> Generator[tuple[Sequence[TileInput], list[np.ndarray]], None, None]:
-    """Yield tiles and their z-scores (N, H, W, C), as the networks take them: one array for each of `Model.floors`.
+    """Yield tiles and their z-scores (N, H, W, C) for the networks, one array for each of `Model.floors`.
 
-    Where the image ends before the network's grid does, it goes on by reflection.
+    An image that ends before the network's grid does is padded by reflection.
     """
     size = [part.stop - part.start for part in tiles[0].window]
     windows = image.windows([clipped(tile.window, image.shape) for tile in tiles])
@@ -1058,15 +1062,15 @@ def read_batches(
 
 
 def round_up(length: int, multiple: int) -> int:
-    """Return the smallest multiple of a number that is at least `length`."""
+    """Return the smallest multiple of `multiple` that is at least `length`."""
     return -(-length // multiple) * multiple
 
 
 def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> list[Tile]:
-    """Return the tiles of an image of some shape (H, W, ...), row by row.
+    """Return the tiles of an image of shape (H, W, ...), row by row.
 
-    A tile ends where the image ends: beyond that edge the whole image has no context either. All tiles have one shape
-    (each new one would cost a GPU a search for its fastest algorithms); those at the end are moved inwards.
+    Tiles end at the edge of the image, beyond which the untiled image has no context either. All tiles have the same
+    shape, because a GPU would search for its fastest algorithms for each new shape. The last tiles are shifted inward.
     """
     rows, columns = (
         list(plan_axis(round_up(length, model.size_factor), edge, model.halo)) for length, edge in zip(shape, tile)
@@ -1075,7 +1079,7 @@ def plan_tiles(shape: Sequence[int], tile: tuple[int, int], model: Model) -> lis
 
 
 def plan_axis(length: int, edge: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (window, zone of responsibility) along one axis."""
+    """Yield the window and the zone of responsibility of each tile along one axis."""
     size = min(edge, length)
     done = 0
     while done < length:
@@ -1087,15 +1091,15 @@ def plan_axis(length: int, edge: int, halo: int) -> Iterator[tuple[slice, slice]
 
 
 def relative_slice(zone: slice, window: slice) -> slice:
-    """Return a zone, counted from the start of the window that holds it."""
+    """Return a zone relative to the start of the window that contains it."""
     return slice(zone.start - window.start, zone.stop - window.start)
 
 
 def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """Yield items while a thread prepares the next one; they are closed when this generator is.
+    """Yield items while a thread prepares the next one; close `items` when this generator is closed.
 
-    A signal may interrupt the start of the thread and the wait for its end, after which the executor no longer knows
-    of it. So a lock, not the executor, ensures that nobody is inside `items` when they are closed.
+    A signal may interrupt the start of the thread or the wait for its end. The executor then loses track of the thread.
+    So a lock, not the executor, ensures that nothing runs inside `items` when it is closed.
     """
     end = object()
     in_use = threading.Lock()
@@ -1122,7 +1126,7 @@ def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Sour
     """Return the true mask of each image that has one."""
     if args.mask_folder is None:
         if args.mask_suffix is not None:
-            raise InputError("expected --mask_folder beside --mask_suffix, found none; give the folder of true masks")
+            raise InputError("expected --mask_folder with --mask_suffix, found none; set the folder of true masks")
         return {}
     suffix = composed(args.mask_suffix or "")
     folder = Folder(args.mask_folder, bool(args.recursive), (args.image_folder, args.output_folder))
@@ -1133,7 +1137,7 @@ def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Sour
         found = masks.get(name.stem, [])
         if len(found) > 1:
             names = ", ".join(mask.name for mask in found)
-            raise InputError(f"expected one mask of {name.name} in {args.mask_folder}, found {names}; move one away")
+            raise InputError(f"expected one mask for {name.name} in {args.mask_folder}, found {names}; move one away")
         if found and any(os.path.samefile(found[0].files[0], file) for file in name.files):
             raise InputError(f"{name} is its own mask; check --mask_folder and --mask_suffix")
         if found and args.stack is not None:
@@ -1147,7 +1151,7 @@ def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Sour
         raise InputError(f"{found_none}{advice or '; check the folder'}")
     if lone:
         shown = ", ".join(image.name for image in lone[:SHOWN_IMAGES]) + ", ..." * (len(lone) > SHOWN_IMAGES)
-        logging.warning("%d images have no mask in %s and no scores: %s", len(lone), args.mask_folder, shown)
+        logging.warning("%d images have no mask in %s and get no scores: %s", len(lone), args.mask_folder, shown)
     return truths
 
 
@@ -1161,12 +1165,12 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
     image : ImageFile
         The image.
     model : Model
-        Has the label map, and the number of classes.
+        Provides the label map and the number of classes.
 
     Raises
     ------
     InputError
-        If the file is no mask of the image's size, or later if it contains classes that the model does not have.
+        If the file is not a mask of the image's size or, later, if it contains classes that the model lacks.
     """
 
     def __init__(self, source: Source, image: ImageFile, model: Model) -> None:
@@ -1176,7 +1180,9 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
         fault = mask_fault(self._file)
         if not fault and self._file.shape[:2] != image.shape[:2]:
             sizes = [" x ".join(map(str, shape[:2])) for shape in (image.shape, self._file.shape)]
-            fault = f"{image.path} is {sizes[0]}, its mask {source} is {sizes[1]}; is the mask that of another image?"
+            fault = (
+                f"{image.path} is {sizes[0]}, its mask {source} is {sizes[1]}; does the mask belong to another image?"
+            )
         if fault:
             self._file.close()
             raise InputError(fault)
@@ -1186,41 +1192,41 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
         self._file.close()
 
     def windows(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
-        """Yield the class or `IGNORED` of each pixel (rows, columns) of windows."""
+        """Yield the class or `IGNORED` for each pixel of each window, (rows, columns)."""
         around = self._model.objects.border_width if self._model.objects else 0
         wider = [widened(window, around, self._file.shape) for window in windows]
         for window, outer, values in zip(windows, wider, self._file.windows(wider)):
             yield self._classes_of(values[..., 0])[relative_window(window, outer)]
 
     def ids(self, windows: Sequence[Window]) -> Iterator[np.ndarray]:
-        """Yield the id of the object or `IGNORED` of each pixel (rows, columns) of windows."""
+        """Yield the object id or `IGNORED` for each pixel of each window, (rows, columns)."""
         for values in self._file.windows(windows):
             yield self._ids_of(values[..., 0])
 
     def _ids_of(self, values: np.ndarray) -> np.ndarray:
-        """Return the ids of objects that values of the file are."""
+        """Return the object ids for values of the file."""
         return object_ids(values, self._model.label_map, self._file.path)
 
     def _classes_of(self, values: np.ndarray) -> np.ndarray:
-        """Return what values of the file mean."""
+        """Return the classes for values of the file."""
         label_map, classes = self._model.label_map, self._model.number_classes
         if self._model.objects is not None:
             return self._model.objects.apply(self._ids_of(values)).astype(np.int32)
         try:
             ids = values if label_map is None else label_map.apply(values)
         except UnnamedValues as error:
-            raise InputError(f"{self._file.path}: {error}; give masks like those of training") from None
+            raise InputError(f"{self._file.path}: {error}; use masks like those in training") from None
         known = np.zeros(ids.shape, bool) if label_map is None else ids == IGNORED
         unknown = ~known & ((ids < 0) | (ids >= classes))
         if unknown.any():
             raise InputError(
-                f"expected classes 0 to {classes - 1} in {self._file.path}, as the model has, found "
+                f"expected classes 0 to {classes - 1} in {self._file.path}, as in the model, found "
                 f"{ids[unknown][0]}; are these masks of another data set, or were they mapped before training?"
             )
         return ids.astype(np.int32)
 
     def added_to(self, blocks: Generator[Block, None, None], zones: Sequence[Window]) -> Generator[Block, None, None]:
-        """Yield blocks, of which the zones are, with their truth; pixels without data are ignored."""
+        """Yield blocks with the truth in their zones; pixels without data are ignored."""
         with contextlib.closing(blocks):
             for block, ids in zip(blocks, self.windows(zones)):
                 if block.missing is not None:
@@ -1233,7 +1239,7 @@ class Truth(contextlib.AbstractContextManager["Truth"]):
 
 @contextlib.contextmanager
 def measured(targets: "Targets", image: ImageFile, model: Model, truth: Optional[Truth]) -> Iterator[Output]:
-    """Begin the file of a mask's figures; yield a function that takes blocks."""
+    """Start the figures file of a mask; yield a function that takes blocks."""
     if not targets.is_measured:
         yield lambda block: None
         with file_errors(targets.figures):
@@ -1254,7 +1260,7 @@ def measure_masks(
     model: Model,
     smallest_object: int,
 ) -> list[str]:
-    """Measure masks of earlier runs from their files, unless they have figures; return the names of those that fail."""
+    """Measure the masks of earlier runs that have no figures; return the names of failed images."""
     failed = []
     for image in images:
         try:
@@ -1268,7 +1274,7 @@ def measure_masks(
 
 
 def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source], model: Model) -> None:
-    """Write the figures of a mask that exists, and its thumbnail, unless they are there."""
+    """Write the figures and thumbnail of an existing mask, if they are missing."""
     found = None
     with contextlib.suppress(InputError, OSError):
         found = Figures.read(targets.figures, model.number_classes)
@@ -1282,7 +1288,7 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
             return
         mask = stack.enter_context(targets.finished_mask().open(as_mask=True))
         if mask.shape != (*image.shape[:2], 1):
-            raise InputError(f"{targets.mask} is no mask of {source}, whose size differs; --overwrite 1 replaces it")
+            raise InputError(f"{targets.mask} differs in size from {source}; --overwrite 1 replaces the mask")
         measurement = Measurement(model.number_classes, image.shape[1])
         drawing = Drawing(image, model, THUMBNAIL_PIXELS) if is_drawn else None
         for block in blocks_of_mask(mask, image, truth, model, is_drawn):
@@ -1292,7 +1298,7 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
         if drawing is not None:
             drawing.save_thumbnail(targets.thumbnail)
         figures = measurement.figures(source.label, image.pixel_size, truth.identity if truth else None)
-        with atomic_output(targets.figures) as temporary:  # the mask does not tell how probable it is
+        with atomic_output(targets.figures) as temporary:  # a mask contains no probabilities
             is_same = found is not None and (truth is None or found.truth == truth.identity)
             objects = found.objects if found is not None and is_same else None
             figures._replace(probability=found and found.probability, objects=objects).write(temporary)
@@ -1301,7 +1307,7 @@ def measure_mask(source: Source, targets: "Targets", true_mask: Optional[Source]
 def blocks_of_mask(
     mask: ImageFile, image: ImageFile, truth: Optional[Truth], model: Model, with_image: bool
 ) -> Iterator[Block]:
-    """Yield a mask that exists in strips; without z-scores unless `with_image`, and without softmax."""
+    """Yield an existing mask in strips, without softmax; with z-scores only if `with_image`."""
     height, width, _ = mask.shape
     strips = [(slice(row, min(row + TIFF_TILE, height)), slice(0, width)) for row in range(0, height, TIFF_TILE)]
     statistics = ChannelStatistics.of_file(image) if with_image else None
@@ -1328,14 +1334,14 @@ def blocks_of_mask(
 
 
 def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source], model: Model, smallest: int) -> None:
-    """Write and measure the objects of a mask that is finished, unless that is done."""
+    """Write and measure the objects of a finished mask, unless already done."""
     figures, true_mask = Figures.read(targets.figures, model.number_classes), true_mask if model.objects else None
     known, is_drawn = figures.objects, targets.thumbnail.is_file() or not targets.is_drawn
     if known and known.smallest == smallest and (known.matches or not true_mask) and targets.has_objects and is_drawn:
         return
     if os.path.lexists(targets.complete_objects) and not targets.object_rows.is_file():
         raise InputError(
-            f"{targets.complete_objects} is not from this program; move it, or choose another --output_folder"
+            f"{targets.complete_objects} was not written by this program; move it, or choose another --output_folder"
         )
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(open_image(source, model))
@@ -1343,9 +1349,9 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
         mask = stack.enter_context(targets.finished_mask().open(as_mask=True))
         height, width, _ = mask.shape
         strips = [(rows, slice(0, width)) for rows in strips_of(height, width, model.growth, model.size_factor)]
-        progress = Progress(f"objects of {image.path.name}", 2 * len(strips), "strips")  # which are read twice
+        progress = Progress(f"objects of {image.path.name}", 2 * len(strips), "strips")  # strips are read twice
         ids = number_objects(mask, image, model, strips, smallest, progress)
-        seen, again = itertools.tee(image.windows(strips))  # strips are numbered one ahead of those that are done
+        seen, again = itertools.tee(image.windows(strips))  # numbering runs one strip ahead of the output
         found = numbered(strips_of_mask(mask, strips, seen, image.no_data), ids, model.growth > 0)
         found = grown(found, model.growth) if model.growth else found
         true_ids = truth.ids(strips) if truth else itertools.repeat(None)
@@ -1360,10 +1366,10 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
                 for add in outputs:
                     add(strip, pixels, missing)
                 progress.update(done)
-            with atomic_output(targets.object_rows) as temporary:  # first, as they say whose the other file is
+            with atomic_output(targets.object_rows) as temporary:  # first, since they mark the ids as ours
                 write_objects(temporary, table, image)
             if not targets.is_drawn:
-                remove(targets.thumbnail)  # it shows the classes
+                remove(targets.thumbnail)  # it shows classes, not objects
         progress.close()
         about = AboutObjects(smallest, ids.objects, overlaps.matches() if truth else None)
         with atomic_output(targets.figures) as temporary:
@@ -1373,7 +1379,7 @@ def save_objects(source: Source, targets: "Targets", true_mask: Optional[Source]
 def number_objects(
     mask: ImageFile, image: ImageFile, model: Model, strips: Sequence[Window], smallest: int, progress: Progress
 ) -> Ids:
-    """Return the ids of the objects of a mask."""
+    """Return the ids of the objects in a mask."""
     numbering = Numbering(model.growth > 0, smallest)
     seen = itertools.repeat(None) if image.no_data is None else image.windows(strips)
     for done, (_, classes) in enumerate(strips_of_mask(mask, strips, seen, image.no_data), 1):
@@ -1385,7 +1391,7 @@ def number_objects(
 def strips_of_mask(
     mask: ImageFile, strips: Sequence[Window], seen: Iterable[Optional[np.ndarray]], no_data: Optional[float]
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the rows and classes of strips of a mask; 0 for pixels without data in what is `seen` of the image."""
+    """Yield the rows and classes of mask strips, with class 0 if the pixels `seen` in the image have no data."""
     for (rows, _), classes, pixels in zip(strips, mask.windows(strips), seen):
         missing = None if pixels is None else without_data(pixels, no_data)
         yield rows, classes[..., 0] if missing is None else np.where(missing.all(axis=2), 0, classes[..., 0])
@@ -1397,12 +1403,12 @@ def strips_of_mask(
 def plan_targets(
     images: Sequence[Source], truths: Mapping[Source, Source], args: argparse.Namespace
 ) -> dict[Source, "Targets"]:
-    """Return the files that each image becomes.
+    """Return the output files of each image.
 
     Raises
     ------
     InputError
-        If one of them would replace an image or a true mask, or two images would become the same file.
+        If a file would replace an image or a true mask, or if two images would get the same file.
     """
     targets = {image: Targets.of(image, args) for image in images}
     originals = {os.path.realpath(file): f"the image {file}" for image in images for file in image.files}
@@ -1415,11 +1421,12 @@ def plan_targets(
             place = os.path.join(os.path.realpath(path.parent), path.name)
             if place in originals:
                 raise InputError(
-                    f"{path} would replace {originals[place]}; choose another --output_folder than {args.output_folder}"
+                    f"{path} would replace {originals[place]}; choose an --output_folder other than "
+                    f"{args.output_folder}"
                 )
             if sources.setdefault(place, image)._replace(plane=()) != image._replace(plane=()):
                 raise InputError(
-                    f"{sources[place]} and {image} would both become {path}; rename one of them, or put it into "
+                    f"{sources[place]} and {image} would both become {path}; rename one of them, or move it to "
                     "another folder"
                 )
     return targets
@@ -1434,14 +1441,14 @@ def prepare_output_folder(folder: Path) -> None:
 
 
 def mark_as_results(folder: Path, images: Path) -> None:
-    """Let no later search of the tree of images take masks in it for images, unless they share their folder."""
+    """Mark a new output folder inside the image folder, so that later searches do not take its masks for images."""
     with file_errors(folder):
         if images.resolve() in folder.resolve().parents and not any(folder.iterdir()):
             (folder / RESULTS_MARK).touch()
 
 
 def folders_with_results(targets: Iterable["Targets"]) -> list[str]:
-    """Return the names of all folders below the output folder that get files."""
+    """Return the names of all subfolders of the output folder that receive files."""
     names = {(each.file_name, bool(each.source.plane)) for each in targets}
     parents = {os.path.dirname(name) for name, _ in names}
     planes = {os.path.join(PLANES_FOLDER, name) for name, is_stack in names if is_stack}
@@ -1450,9 +1457,9 @@ def folders_with_results(targets: Iterable["Targets"]) -> list[str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """The files that an image becomes: masks in the output folder, all others in folders below it.
+    """The output files of an image; masks are in the output folder, all other files in its subfolders.
 
-    Masks and probabilities of the planes of a stack are files of their own until all are there.
+    Masks and probabilities of the planes of a stack are separate files until all planes are done.
     """
 
     folder: Path  # for all output
@@ -1460,9 +1467,9 @@ class Targets:
     with_probabilities: bool = False
     with_overlay: bool = False
     with_overviews: bool = False
-    is_measured: bool = False  # whether figures are asked for,
-    is_drawn: bool = False  # thumbnails,
-    with_objects: bool = False  # and the ids of objects; masks that are there already can have all made later
+    is_measured: bool = False  # whether figures are requested
+    is_drawn: bool = False  # whether thumbnails are requested
+    with_objects: bool = False  # whether object ids are requested; existing masks can get all three later
 
     @classmethod
     def of(cls, source: Source, args: argparse.Namespace) -> "Targets":
@@ -1474,44 +1481,44 @@ class Targets:
 
     @property
     def file_name(self) -> str:
-        """The name of the mask's file: the image's own, but png for JPEG, which would change class ids."""
+        """The file name of the mask, which is the image's name, but with png for JPEG, which would change class ids."""
         stem, extension = os.path.splitext(self.source.name)
         return self.source.name if extension.lower() in (".tif", ".tiff", ".png") else f"{stem}.png"
 
     @property
     def mask_name(self) -> str:
-        """The name of the mask, with its plane."""
+        """The name of the mask, including its plane."""
         return self.file_name + self.source.place
 
     @property
     def complete_mask(self) -> Path:
-        """The mask, of all planes."""
+        """The mask file for all planes."""
         return self.folder / self.file_name
 
     @property
     def mask(self) -> Path:
-        """The mask of this image, or of this plane as long as there is no other place for it."""
+        """The mask file of this image, or of this plane until the stack is assembled."""
         if not self.source.plane:
             return self.complete_mask
         return self.folder / PLANES_FOLDER / self.file_name / f"{self.source.place}.tif"
 
     @property
     def complete_objects(self) -> Path:
-        """The file for the ids of objects, of all planes."""
+        """The file with the object ids of all planes."""
         return (self.folder / SUBFOLDERS[2] / self.file_name).with_suffix(".tif")
 
     @property
     def objects(self) -> Path:
-        """The file for the ids of objects in this image or plane."""
+        """The file with the object ids of this image or plane."""
         return self.mask.with_name(f"{self.source.place}-objects.tif") if self.source.plane else self.complete_objects
 
     @property
     def has_objects(self) -> bool:
-        """Whether the ids are there, and a row for each object."""
+        """Whether the files with the object ids and with a row for each object exist."""
         return self.object_rows.is_file() and (self.objects.is_file() or self.complete_objects.is_file())
 
     def remove_objects(self) -> None:
-        """Remove what is known of the objects of an earlier mask; nothing that somebody else has put there."""
+        """Remove the object files of an earlier mask, but no files that this program did not write."""
         if self.object_rows.is_file():
             with file_errors(self.objects):
                 for path in (self.objects, self.complete_objects, self.object_rows):
@@ -1519,11 +1526,11 @@ class Targets:
 
     @property
     def object_rows(self) -> Path:
-        """The file of what is measured of each object."""
+        """The file with the measurements of each object."""
         return self.folder / FIGURES_FOLDER / f"{self.mask_name}{OBJECT_ROWS}"
 
     def finished_mask(self) -> Source:
-        """Return where the mask of an earlier run is."""
+        """Return the mask of an earlier run as a source."""
         if self.mask.is_file():
             return Source(self.mask_name, (os.fspath(self.mask),))
         complete = Source(self.file_name, (os.fspath(self.complete_mask),))
@@ -1531,31 +1538,31 @@ class Targets:
 
     @property
     def complete_probabilities(self) -> Optional[Path]:
-        """The file for the softmax, of all planes; None if it is not asked for."""
+        """The softmax file for all planes; None if not requested."""
         file = self.folder / SUBFOLDERS[0] / self.file_name
         return file.with_suffix(".tif") if self.with_probabilities else None
 
     @property
     def probabilities(self) -> Optional[Path]:
-        """The file for the softmax of this image or plane; None if it is not asked for."""
+        """The softmax file of this image or plane; None if not requested."""
         if not self.source.plane or not self.with_probabilities:
             return self.complete_probabilities
         return self.mask.with_name(f"{self.source.place}-probabilities.tif")
 
     @property
     def overlay(self) -> Optional[Path]:
-        """The picture of the image with outlines; None if it is not asked for."""
+        """The picture of the image with outlines; None if not requested."""
         stem = os.path.splitext(self.file_name)[0]
         return self.folder / SUBFOLDERS[1] / f"{stem}{self.source.place}.png" if self.with_overlay else None
 
     @property
     def figures(self) -> Path:
-        """The file of what is measured of the mask."""
+        """The file with the measurements of the mask."""
         return self.folder / FIGURES_FOLDER / f"{self.mask_name}.json"
 
     @property
     def thumbnail(self) -> Path:
-        """The small picture for a page about all masks."""
+        """The small picture for the page about all masks."""
         return self.folder / FIGURES_FOLDER / f"{self.mask_name}.jpg"
 
     @property
@@ -1564,7 +1571,7 @@ class Targets:
         return [path for path in (self.mask, self.probabilities, self.overlay) if path is not None]
 
     def exist(self) -> bool:
-        """Whether these are all there, be it in files of all planes."""
+        """Whether all results exist, either for this plane or for all planes."""
         complete = [
             path for path in (self.complete_mask, self.complete_probabilities, self.overlay) if path is not None
         ]
@@ -1572,7 +1579,7 @@ class Targets:
 
     @contextlib.contextmanager
     def open(self, image: ImageFile, model: Model, truth: "Optional[Truth]" = None) -> Iterator[list[Output]]:
-        """Begin the files; yield functions that take the blocks. The mask is the last to appear."""
+        """Start the files; yield functions that take the blocks. The mask appears last."""
         self.remove_objects()
         with contextlib.ExitStack() as stack:
             if self.mask.suffix.lower() == ".png":
@@ -1597,7 +1604,7 @@ class Targets:
 
     @contextlib.contextmanager
     def open_objects(self, image: ImageFile, model: Model) -> Iterator[list[StripOutput]]:
-        """Begin the files of objects; yield functions that take strips with the pixels of the image."""
+        """Start the object files; yield functions that take strips with the pixels of the image."""
         with contextlib.ExitStack() as stack:
             ids = tiff_of(
                 self.objects,
@@ -1616,7 +1623,7 @@ class Targets:
 
 
 def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
-    """Make one file of the masks of each stack of which all planes are there; the same for all else that has planes."""
+    """Merge the masks of each stack into one file once all planes are done; do the same for its other files."""
     stacks: dict[Source, list[Targets]] = {}
     for source, files in targets.items():
         if source.plane:
@@ -1631,9 +1638,9 @@ def assemble_stacks(targets: Mapping[Source, Targets], claims: Claims) -> None:
 
 
 def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
-    """Make one file each of the masks, probabilities and objects of all planes, whose files are removed.
+    """Merge the masks, probabilities and objects of all planes into one file each; remove the files of the planes.
 
-    The mask comes last, since it stands for all of them. Objects may be numbered after it has been made.
+    The mask comes last, since it marks the stack as done. Objects may be numbered after the mask was written.
     """
     first, layout = planes[0], StackLayout.of(source.files[0])
     kinds = [(first.complete_objects, [files.objects for files in planes], layout.is_named)]
@@ -1649,12 +1656,12 @@ def assemble_stack(source: Source, planes: Sequence[Targets]) -> None:
         logging.info("%s: %d planes in one file", target.relative_to(first.folder), len(planes))
     if complete:
         remove(first.mask.parent)
-    with contextlib.suppress(OSError):  # other stacks are being made
+    with contextlib.suppress(OSError):  # fails if other stacks are in progress
         os.removedirs(first.mask.parent.parent)
 
 
 def write_stack(path: Path, layout: StackLayout, parts: Sequence[Path], with_axes: bool) -> None:
-    """Write a TIFF of the planes of a stack, each of which is a file, as OME-TIFF if the axes are to be named."""
+    """Write a TIFF from the plane files of a stack, as OME-TIFF if the axes are to be named."""
     import tifffile
 
     rest, is_large = iter(parts), sum(map(os.path.getsize, parts)) > BIGTIFF_FROM_BYTES
@@ -1680,7 +1687,7 @@ def write_stack(path: Path, layout: StackLayout, parts: Sequence[Path], with_axe
 
 @contextlib.contextmanager
 def file_errors(target: Path) -> Iterator[None]:
-    """Turn errors of the file system into one line that names the file."""
+    """Turn file system errors into a one-line message that names the file."""
     try:
         yield
     except OSError as error:
@@ -1689,7 +1696,7 @@ def file_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_output(target: Path) -> Iterator[Path]:
-    """Yield a temporary name, and give `target` its file when it is complete; errors of writing become one line."""
+    """Yield a temporary name, and move the complete file to `target`; write errors become one line."""
     with file_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
@@ -1706,7 +1713,7 @@ def tiff_of(
     no_data: Optional[int] = None,
     with_overviews: bool = False,
 ) -> Iterator[Output]:
-    """Begin a TIFF that lies as the image's file does; yield a function that adds what `select` takes of a block."""
+    """Start a TIFF with the placement of the image's file; yield a function that adds `select(block)` for a block."""
     shape = image.stored_size if samples is None else (*image.stored_size, samples)
     placement = image.placement
     if no_data is not None:
@@ -1716,14 +1723,14 @@ def tiff_of(
     with atomic_output(target) as temporary, tiff_with_overviews(temporary, shape, dtype, placement, smaller) as tiff:
 
         def add(block: Block) -> None:
-            with file_errors(target):  # there may be other files, whose error it is not
+            with file_errors(target):  # names this file, not another open one
                 tiff.add(*image.stored_block(block.row, block.column, select(block)))
 
         yield add
 
 
 def overview_sizes(size: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the sizes of the overviews of a mask (rows, columns): halves, none if the mask is small."""
+    """Return the overview sizes of a mask, (rows, columns), each half of the one before; none if the mask is small."""
     sizes = []
     if max(size) > OVERVIEWS_ABOVE:
         while max(size) >= 2 * SMALLEST_OVERVIEW:
@@ -1736,11 +1743,11 @@ def overview_sizes(size: Sequence[int]) -> list[tuple[int, int]]:
 def tiff_with_overviews(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, placement: dict[str, Any], sizes: Sequence[tuple[int, int]]
 ) -> Iterator["TiledTiff"]:
-    """Begin a TIFF with overviews, each of half the size of the one before; yield it.
+    """Start a TIFF with overviews, each half the size of the one before; yield it.
 
-    Overviews take every other row and column. So they contain classes only, all in their true proportion, where the
-    most frequent one of four pixels would make thin classes vanish. They are pages of reduced resolution behind that of
-    the mask, as GDAL and OpenSlide look for them. Until it is complete each is a file of its own.
+    Overviews take every other row and column, so they contain only classes, in their true proportions. Taking the most
+    frequent class of four pixels would make thin classes vanish. Overviews are pages of reduced resolution after the
+    page of the mask, where GDAL and OpenSlide expect them. Each is a separate file until it is complete.
     """
     with contextlib.ExitStack() as files:
         paths = [temporary_name(path) for _ in sizes]
@@ -1756,7 +1763,7 @@ def tiff_with_overviews(
 
 
 def append_overviews(path: Path, paths: Sequence[Path]) -> None:
-    """Add pages of reduced resolution to a TIFF: those of other files, whose tiles are copied as they are."""
+    """Append the pages of other files to a TIFF as pages of reduced resolution; their tiles are copied unchanged."""
     import tifffile
 
     with tifffile.TiffWriter(path, append=True) as writer:
@@ -1769,7 +1776,7 @@ def append_overviews(path: Path, paths: Sequence[Path]) -> None:
 
 
 def tiles_of(path: Path) -> Iterator[bytes]:
-    """Yield the tiles of a TIFF of one page as they are in the file."""
+    """Yield the tiles of a single-page TIFF as encoded in the file."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -1777,7 +1784,7 @@ def tiles_of(path: Path) -> Iterator[bytes]:
 
 
 def encoded_tiles(file: Any) -> Iterator[bytes]:
-    """Yield the tiles of a TIFF's first page as they are in the file."""
+    """Yield the tiles of a TIFF's first page as encoded in the file."""
     page = file.pages[0]
     for offset, count in zip(page.dataoffsets, page.databytecounts):
         file.filehandle.seek(offset)
@@ -1785,11 +1792,11 @@ def encoded_tiles(file: Any) -> Iterator[bytes]:
 
 
 class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
-    """A tiled, zlib-compressed TIFF that is given block by block; a context manager.
+    """A tiled, zlib-compressed TIFF that is written block by block; a context manager.
 
-    Tiles are compressed and written by a thread as soon as they are full, in whatever order that happens, and the table
-    of their places is sorted at the end. Held in memory are only those that blocks have filled in part. An `overview`
-    gets every other row and column of each tile.
+    A thread compresses and writes tiles as soon as they are full, in any order, and the table of their offsets is
+    sorted at the end. Only partially filled tiles are kept in memory. An `overview` receives every other row and column
+    of each tile.
     """
 
     def __init__(
@@ -1802,16 +1809,16 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
     ) -> None:
         self._path, self._shape, self._dtype, self._placement, self._overview = path, shape, dtype, placement, overview
         self._across = -(-shape[1] // TIFF_TILE)
-        self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its pixels that are not there yet
+        self._begun: dict[int, tuple[np.ndarray, int]] = {}  # tile and number of its missing pixels
         self._order: list[int] = []  # of the tiles in the file
         self._full: queue.Queue[Optional[np.ndarray]] = queue.Queue(QUEUED_TILES)
         self._failure: Optional[BaseException] = None  # of the thread
-        # A daemon: a signal may stop the main thread before `__exit__` is sure to be called, and the process must end.
+        # A daemon, because a signal may stop the main thread before `__exit__` is called, and the process must exit.
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def add(self, row: int, column: int, pixels: np.ndarray) -> None:
-        """Take a block of pixels that begins at a row and column; each pixel is to be given once."""
+        """Take a block of pixels that starts at a row and column; each pixel must be added exactly once."""
         height, width = pixels.shape[:2]
         for tile_row in range(row // TIFF_TILE, -(-(row + height) // TIFF_TILE)):
             for tile_column in range(column // TIFF_TILE, -(-(column + width) // TIFF_TILE)):
@@ -1825,7 +1832,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
         if tile is None:
             tile = np.zeros((TIFF_TILE, TIFF_TILE, *self._shape[2:]), self._dtype)
             missing = min(TIFF_TILE, height - first_row) * min(TIFF_TILE, width - first_column)
-        top, left = first_row - row, first_column - column  # of the tile, counted from the block's start
+        top, left = first_row - row, first_column - column  # of the tile, relative to the block's start
         share = pixels[max(top, 0) : top + TIFF_TILE, max(left, 0) : left + TIFF_TILE]
         tile[max(-top, 0) :, max(-left, 0) :][: share.shape[0], : share.shape[1]] = share
         missing -= share.shape[0] * share.shape[1]
@@ -1839,19 +1846,19 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
                 self._overview.add(first_row // 2, first_column // 2, half)
 
     def _hand_over(self, tile: Optional[np.ndarray]) -> None:
-        """Put a tile into the queue, None at the end; raise what has stopped the thread."""
+        """Put a tile, or None at the end, into the queue; raise the error that stopped the thread."""
         while self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 return self._full.put(tile, timeout=0.1)
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        """Raise what has stopped the thread, if anything has."""
+        """Raise the error that stopped the thread, if any."""
         if self._failure is not None:
             raise self._failure
 
     def _write(self) -> None:
-        """Write the tiles that come through the queue; runs in a thread."""
+        """Write the tiles from the queue; runs in a thread."""
         import tifffile
 
         try:
@@ -1863,7 +1870,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
                 maxworkers=1,
                 planarconfig="contig" if len(self._shape) == 3 else None,
                 bigtiff=int(np.prod(self._shape)) * self._dtype.itemsize * SIZE_WITH_OVERVIEWS > BIGTIFF_FROM_BYTES,
-                metadata=None if self._overview else {},  # its shape would count all pages
+                metadata=None if self._overview else {},  # its shape would include all pages
                 **TIFF_LAYOUT,
                 **self._placement,
             )
@@ -1871,12 +1878,12 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
             self._failure = error
 
     def _tiles(self) -> Iterator[np.ndarray]:
-        """Yield the tiles that come through the queue, to the None at its end."""
+        """Yield the tiles from the queue until None arrives."""
         while (tile := self._full.get()) is not None:
             yield tile
 
     def _sort(self) -> None:
-        """Bring the table of the tiles' places from the order of writing into that of rows and columns."""
+        """Sort the table of tile offsets from the order of writing into the order of rows and columns."""
         import tifffile
 
         with tifffile.TiffFile(self._path, mode="r+b") as file:
@@ -1887,7 +1894,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
                 tag.overwrite(values.tolist())
 
     def __exit__(self, kind: Optional[type], *exception: object) -> None:
-        """Finish the file, or after an exception only end the thread."""
+        """Finish the file; after an exception, only stop the thread."""
         if kind is None:
             self._hand_over(None)
             self._thread.join()
@@ -1901,7 +1908,7 @@ class TiledTiff(contextlib.AbstractContextManager["TiledTiff"]):
 
 @contextlib.contextmanager
 def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
-    """Begin a PNG that lies as the image's file does, gathered in memory; yield a function that takes blocks."""
+    """Start a PNG with the orientation of the image's file, collected in memory; yield a function that takes blocks."""
     from PIL import Image  # comes with scikit-image
 
     mask = np.zeros(image.stored_size, model.mask_dtype)
@@ -1920,7 +1927,7 @@ def png_mask(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
 
 @contextlib.contextmanager
 def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
-    """Begin a picture of the image with the outlines of all classes but 0; yield a function that takes blocks."""
+    """Start a picture of the image with the outlines of all classes except 0; yield a function that takes blocks."""
     from PIL import Image  # comes with scikit-image
 
     drawing = Drawing(image, model, OVERLAY_PIXELS)
@@ -1931,7 +1938,7 @@ def overlay(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
 
 @contextlib.contextmanager
 def thumbnail(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
-    """Begin a small picture of the image beside that of its mask; yield a function that takes blocks."""
+    """Start a small picture of the image next to its mask; yield a function that takes blocks."""
     drawing = Drawing(image, model, THUMBNAIL_PIXELS)
     yield drawing.add
     drawing.save_thumbnail(target)
@@ -1939,7 +1946,7 @@ def thumbnail(target: Path, image: ImageFile, model: Model) -> Iterator[Output]:
 
 @contextlib.contextmanager
 def thumbnail_of_objects(target: Path, image: ImageFile, model: Model) -> Iterator[StripOutput]:
-    """Begin a small picture of the image beside one with its objects in colors; yield a function that takes strips."""
+    """Start a small picture of the image next to its objects in colors; yield a function that takes strips."""
     drawing, statistics = Drawing(image, model, THUMBNAIL_PIXELS, with_objects=True), ChannelStatistics.of_file(image)
 
     def add(strip: Strip, pixels: np.ndarray, missing: Optional[np.ndarray]) -> None:
@@ -1951,21 +1958,21 @@ def thumbnail_of_objects(target: Path, image: ImageFile, model: Model) -> Iterat
 
 
 class Drawing:
-    """A picture of an image and its mask, block by block.
+    """A picture of an image and its mask, drawn block by block.
 
-    Large images are brought down by a power of two that the network's grid is a multiple of, so that no pixel of the
-    picture belongs to two blocks.
+    Large images are reduced by a power of two that divides the network's grid, so that no pixel of the picture belongs
+    to two blocks.
 
     Parameters
     ----------
     image : ImageFile
         The image.
     model : Model
-        Has the grid and the number of classes.
+        Provides the grid and the number of classes.
     largest : int
-        Pixels of the longer edge, as far as the grid allows.
+        Maximum pixels of the longer edge, as far as the grid allows.
     with_objects : bool
-        Whether blocks have ids of objects in place of classes, which get colors.
+        Whether blocks contain object ids, which get colors, instead of classes.
     """
 
     def __init__(self, image: ImageFile, model: Model, largest: int, with_objects: bool = False) -> None:
@@ -1993,7 +2000,7 @@ class Drawing:
             self._truth[place] = block.truth[::factor, ::factor]
 
     def outlined(self) -> np.ndarray:
-        """Return the picture, uint8 (rows, columns, 3), with outlines of all classes but 0 and errors in color."""
+        """Return the picture, uint8 (rows, columns, 3), with outlines of all classes except 0 and errors in color."""
         from skimage.segmentation import find_boundaries
 
         picture, classes, truth = self.picture.copy(), self._classes, self._truth
@@ -2011,16 +2018,16 @@ class Drawing:
         return picture
 
     def save_thumbnail(self, target: Path) -> None:
-        """Write a JPEG of the picture as it is and outlined, side by side."""
+        """Write a JPEG of the picture without and with outlines, side by side."""
         from PIL import Image  # comes with scikit-image
         from skimage.transform import downscale_local_mean
 
-        step = -(-max(self.picture.shape) // self._largest)  # where the grid did not allow a smaller picture
+        step = -(-max(self.picture.shape) // self._largest)  # if the grid did not allow a smaller picture
         self.picture = downscale_local_mean(self.picture, (step, step, 1)).astype(np.uint8)
         self._classes, self._truth = self._classes[::step, ::step], self._truth[::step, ::step]
         pair = Image.fromarray(np.concatenate([self.picture, self.outlined()], axis=1))
         with atomic_output(target) as temporary:
-            pair.save(temporary, quality=THUMBNAIL_QUALITY, subsampling=0)  # colors as sharp as the rest: outlines
+            pair.save(temporary, quality=THUMBNAIL_QUALITY, subsampling=0)  # keeps colored outlines sharp
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The database on disk.
 
-Owns the record format, writing a pair of databases so that they appear complete or not at all, opening one, and its
-metadata; and, because all sides have to agree on them, the sizes that the network takes.
+Provides the record format, a writer for pairs of databases that appear complete or not at all, a reader, and the
+metadata. It also defines the sizes that the network accepts, because databases, training and inference have to agree.
 
-A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in the order of insertion; its
-value is a 32-byte header (`HEADER`), mean and standard deviation of each channel of the complete source image and the
-value of pixels without data (``2 C + 1`` float64), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw
-``(H, W)`` bytes, all little-endian. The key ``b"metadata"`` sorts last and contains an uncompressed npz archive
-(`Metadata`).
+A database is one LMDB file. Record ``i`` has the key ``b"%010d" % i``, so keys sort in insertion order. Its value is a
+32-byte header (`HEADER`), the mean and standard deviation of each channel of the complete source image and the value of
+pixels without data (``2 C + 1`` float64), the image as raw row-major ``(H, W, C)`` bytes and the mask as raw ``(H, W)``
+bytes, all little-endian. The key ``b"metadata"`` sorts last. Its value is an uncompressed npz archive (`Metadata`).
 """
 
 import argparse
@@ -57,31 +56,31 @@ RECORD_MAGIC = b"SSEG"
 # magic, version, reserved, image dtype, mask dtype, height, width, channels, padding to 32 bytes
 HEADER = struct.Struct("<4sHH4s4sIII4x")
 STATISTICS_DTYPE = np.dtype("<f8")
-ALL_DATA = np.inf  # stands for the value of pixels without data in a record that has none
+ALL_DATA = np.inf  # replaces the value of pixels without data if all pixels have data
 METADATA_KEY = b"metadata"
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 LARGEST_RECORD = 2**32 - 1  # bytes, for LMDB
 
-IGNORED, UNNAMED = -1, -2  # what LabelMap has in place of a class for values to ignore, and for those it does not name
+IGNORED, UNNAMED = -1, -2  # used by LabelMap instead of a class, for values to ignore and values it does not name
 IMAGE_DTYPES = ("uint8", "uint16", "int32", "float32")
 MASK_DTYPES = ("uint8", "uint16", "int32")
 
-# What databases, network and inference have to agree on. Here, because build_lmdb.py must not load TensorFlow.
-SIZE_FACTOR = 16  # pixels; heights and widths are multiples of it, as the network halves them four times
-# The results of a block of that grid depend on 94 pixels beyond each of its edges: 92 for two 3x3 convolutions at 1, 2,
-# 4, 8, 16, 8, 4, 2, 1 pixels each, and 2 because a pixel of a level counts as a whole. Rounded up to a multiple of
-# SIZE_FACTOR, so that tiles pool as the whole image does.
+# Databases, network and inference have to agree on these. Defined here, because build_lmdb.py must not load TensorFlow.
+SIZE_FACTOR = 16  # pixels; heights and widths are multiples of it, because the network halves them four times
+# The results of a block of that grid depend on 94 pixels beyond each of its edges: 92 for two 3x3 convolutions at each
+# pixel size of 1, 2, 4, 8, 16, 8, 4, 2, 1, and 2 because a coarse pixel counts entirely. The radius is rounded up to a
+# multiple of SIZE_FACTOR, so that tiles are pooled like the full image.
 RADIUS = 96  # pixels
 
 INITIAL_MAP_BYTES = 64 * 2**20  # doubled whenever the database outgrows it; the file itself grows with use
-COMMIT_BYTES = 2**19  # records held back for one transaction, replayed if the map was too small for them
+COMMIT_BYTES = 2**19  # of records in one transaction, which is repeated if the map was too small
 
-MODEL_METADATA_FILE = "unet_metadata.json"  # in the folder of a SavedModel: what inference has to know about it
+MODEL_METADATA_FILE = "unet_metadata.json"  # in a SavedModel folder; what inference has to know about the model
 
-MANY_CLASSES = 32  # from which on class ids look like numbers of single objects
-VOID_VALUES = (255, 65535)  # that often mark pixels without a class, as -1 does
-PROBED_RECORDS = 100  # of a database that is looked at before it is relied on
-FEW_CLASSES = 8  # that are counted faster one by one than all in one go
+MANY_CLASSES = 32  # if there are more, class ids look like numbers of individual objects
+VOID_VALUES = (255, 65535)  # often mark pixels without a class, as -1 does
+PROBED_RECORDS = 100  # read from a database before it is used
+FEW_CLASSES = 8  # this few are counted faster one by one than all at once
 
 # ---------------------------------------------------------------------------------------------- records
 
@@ -92,7 +91,7 @@ def record_key(index: int) -> bytes:
 
 
 def ignored_id(mask_dtype: DTypeLike) -> int:
-    """Return what an ignored pixel has in place of a class id: the largest value of the mask's type."""
+    """Return the value of ignored pixels, which is the largest value of the mask's type."""
     return int(np.iinfo(mask_dtype).max)
 
 
@@ -110,7 +109,7 @@ def encode_record(
     mean, deviation : ndarray, shape (C,)
         Mean and standard deviation of each channel of the complete source image.
     no_data : float, optional
-        Value of the pixels without data, NaN included; None if all have data.
+        Value of pixels without data, possibly NaN; None if all pixels have data.
 
     Returns
     -------
@@ -120,7 +119,7 @@ def encode_record(
     Raises
     ------
     ValueError
-        If shapes or dtypes are not those above.
+        If a shape or dtype is not as above.
     """
     if image.ndim != 3 or image.shape[:2] != mask.shape:
         raise ValueError(f"expected image (H, W, C) and mask (H, W), got {image.shape} and {mask.shape}")
@@ -141,23 +140,23 @@ def make_header(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DTypeL
 
 
 def record_bytes(shape: Sequence[int], image_dtype: DTypeLike, mask_dtype: DTypeLike) -> int:
-    """Return the length of the record of an image of shape (H, W, C)."""
+    """Return the length in bytes of a record with an image of shape (H, W, C)."""
     height, width, channels = shape
     bytes_per_pixel = channels * np.dtype(image_dtype).itemsize + np.dtype(mask_dtype).itemsize
     return int(HEADER.size + (2 * channels + 1) * STATISTICS_DTYPE.itemsize + height * width * bytes_per_pixel)
 
 
 class StoredImage(NamedTuple):
-    """What a record contains, as read-only views of its bytes.
+    """The content of a record as read-only views of its bytes.
 
     Attributes
     ----------
     image : ndarray, shape (H, W, C)
     mask : ndarray, shape (H, W)
     mean, deviation : ndarray of float64, shape (C,)
-        Of the complete source image, of which `image` may be a tile.
+        Statistics of the complete source image; `image` may be a tile of it.
     no_data : float, optional
-        Value of the pixels without data, NaN included; None if all have data.
+        Value of pixels without data, possibly NaN; None if all pixels have data.
     """
 
     image: np.ndarray
@@ -168,7 +167,7 @@ class StoredImage(NamedTuple):
 
 
 def decode_record(value: Any) -> StoredImage:
-    """Return what a record contains, without a copy.
+    """Return the content of a record without copying it.
 
     Raises
     ------
@@ -176,10 +175,10 @@ def decode_record(value: Any) -> StoredImage:
         If the bytes are not a record of this format and version.
     """
     if len(value) < HEADER.size:
-        raise InputError(f"a record of {len(value)} bytes is no image record; build the database again")
+        raise InputError(f"a record of {len(value)} bytes is not an image record; build the database again")
     magic, version, _, image_type, mask_type, height, width, channels = HEADER.unpack_from(value)
     if magic != RECORD_MAGIC or version != FORMAT_VERSION:
-        raise InputError("a record is not of this suite's format; build the database again")
+        raise InputError("a record is not in this suite's format; build the database again")
     if image_type not in STORED_DTYPES or mask_type not in STORED_DTYPES:
         raise InputError(f"a record has pixels of type {image_type!r} and {mask_type!r}; build the database again")
     image_dtype, mask_dtype = STORED_DTYPES[image_type], STORED_DTYPES[mask_type]
@@ -187,10 +186,10 @@ def decode_record(value: Any) -> StoredImage:
     image_offset = HEADER.size + (2 * channels + 1) * STATISTICS_DTYPE.itemsize
     mask_offset = image_offset + pixels * channels * image_dtype.itemsize
     if len(value) != record_bytes((height, width, channels), image_dtype, mask_dtype):
-        raise InputError(f"a record of {len(value)} bytes is cut short; build the database again")
+        raise InputError(f"a record of {len(value)} bytes is truncated; build the database again")
     statistics = np.frombuffer(value, STATISTICS_DTYPE, 2 * channels + 1, HEADER.size)
-    if not all(abs(each) <= LARGEST_FLOAT32 for each in statistics[:-1].tolist()):  # for few values faster
-        raise InputError("a record has a mean or deviation that no image has; build the database again")
+    if not all(abs(each) <= LARGEST_FLOAT32 for each in statistics[:-1].tolist()):  # faster than numpy for few values
+        raise InputError("a record has a mean or deviation that no image can have; build the database again")
     no_data = None if statistics[-1] == ALL_DATA else float(statistics[-1])
     image = np.frombuffer(value, image_dtype, pixels * channels, image_offset).reshape(height, width, channels)
     mask = np.frombuffer(value, mask_dtype, pixels, mask_offset).reshape(height, width)
@@ -198,7 +197,7 @@ def decode_record(value: Any) -> StoredImage:
 
 
 def type_field(dtype: DTypeLike) -> bytes:
-    """Return how the header names a type."""
+    """Return the name of a type in the header."""
     return np.dtype(dtype).newbyteorder("<").str.encode().ljust(4, b"\0")
 
 
@@ -210,27 +209,27 @@ STORED_DTYPES = {type_field(name): np.dtype(name).newbyteorder("<") for name in 
 
 @dataclass
 class Metadata:
-    """What a reader needs to know before it touches a record.
+    """Facts that a reader needs before it reads a record.
 
     Attributes
     ----------
     info : dict
-        JSON-compatible: ``count``, ``image_shape`` (H, W, C), ``image_dtype``, ``mask_dtype`` and whatever the
-        builder adds (dataset name, seed, options; ``deviation_floor`` and ``value_range`` of each channel;
-        ``ignored_id``, which is no class, or None; ``ignored_pixels``, how many have it).
+        JSON-compatible values: ``count``, ``image_shape`` (H, W, C), ``image_dtype``, ``mask_dtype`` and anything the
+        builder adds, such as dataset name, seed, options, ``deviation_floor`` and ``value_range`` of each channel,
+        ``ignored_id`` (not a class, or None) and ``ignored_pixels`` (the number of pixels with that id).
     classes : ndarray of int64, shape (K,)
         The class ids that occur, ascending.
     pixel_counts : ndarray of int64, shape (K,)
-        Pixels of each class.
+        Number of pixels of each class.
     record_offsets : ndarray of int64, shape (K + 1,)
         Class ``classes[k]`` occurs in ``class_records[record_offsets[k]:record_offsets[k + 1]]``.
     class_records : ndarray of int32
         Record indices, grouped by class and ascending within a class.
     joined_names : bytes
-        Source file names of the images that contributed records, as the file system has them, with a zero byte between
-        one and the next: a million strings would cost every reader process 100 MB.
+        Source file names of the images that contributed records, as the file system stores them, separated by zero
+        bytes. A million separate strings would cost every reader process 100 MB.
     record_image, record_row, record_column : ndarray of int32, shape (count,)
-        For each record the index into `names` and the tile's origin in that image, in pixels.
+        For each record, the index into `names` and the origin of the tile in that image, in pixels.
     """
 
     info: dict[str, Any]
@@ -256,12 +255,12 @@ class Metadata:
 
     @property
     def deviation_floor(self) -> np.ndarray:
-        """Least standard deviation by which each channel is divided, float64 of shape (C,)."""
+        """Smallest standard deviation by which each channel is divided, float64 of shape (C,)."""
         return np.array(self.info["deviation_floor"], np.float64)
 
     @property
     def ignored_id(self) -> Optional[int]:
-        """What pixels that count nowhere have in place of a class id; None if a mask cannot contain any."""
+        """Value of ignored pixels in a mask; None if a mask cannot contain any."""
         value: Optional[int] = self.info["ignored_id"]
         return value
 
@@ -271,11 +270,11 @@ class Metadata:
         return os.fsdecode(self.joined_names).split("\0")
 
     def records_of_class(self, position: int) -> np.ndarray:
-        """Return the indices of the records that hold class ``classes[position]``."""
+        """Return the indices of the records that contain class ``classes[position]``."""
         return self.class_records[self.record_offsets[position] : self.record_offsets[position + 1]]
 
     def describe_record(self, index: int) -> str:
-        """Return a record's origin in words, for messages: file name, and tile origin where there are tiles."""
+        """Return the origin of a record in words, for messages: its file name and the row and column of its tile."""
         name = self.names[self.record_image[index]]
         return f"record {index} ({name}, row {self.record_row[index]}, column {self.record_column[index]})"
 
@@ -291,12 +290,12 @@ class Metadata:
 
     @classmethod
     def from_bytes(cls, value: bytes, where: PathLike) -> "Metadata":
-        """Read and check what `to_bytes` wrote.
+        """Read and check the output of `to_bytes`.
 
         Raises
         ------
         InputError
-            If it is of another version, or damaged; `where` is its file.
+            If it has another version or is damaged; `where` is its file.
         """
         try:
             arrays = read_archive(value)
@@ -304,7 +303,7 @@ class Metadata:
             name, version = info.pop("format", None), info.pop("version", None)
         except MemoryError:
             raise
-        except Exception as error:  # zipfile, numpy and json raise many kinds on damaged bytes
+        except Exception as error:  # zipfile, numpy and json raise many types of errors
             raise InputError(f"{where} has damaged metadata ({cause_of(error)}); copy or build it again") from error
         if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
             raise InputError(
@@ -313,13 +312,13 @@ class Metadata:
             )
         check_info(info, where)
         if arrays.keys() != {"names", *METADATA_ARRAYS}:
-            raise InputError(f"{where} has damaged metadata (arrays {', '.join(sorted(arrays))}); build it again")
+            raise InputError(f"{where} has damaged metadata (found arrays {', '.join(sorted(arrays))}); build it again")
         metadata = cls(info=info, joined_names=arrays.pop("names").tobytes(), **arrays)
         metadata.check_arrays(where)
         return metadata
 
     def check_arrays(self, where: PathLike) -> None:
-        """Refuse arrays that do not fit each other, the info, and the names."""
+        """Refuse arrays that do not match each other, the info or the names."""
         classes, records, images = len(self.classes), self.count, self.joined_names.count(b"\0") + 1
         shapes = {
             **dict.fromkeys(("classes", "pixel_counts"), (classes,)),
@@ -339,7 +338,7 @@ class Metadata:
             and within(self.class_records, records)
             and within(self.record_image, images)
         ):
-            raise InputError(f"{where} has damaged metadata (arrays that do not fit each other); build it again")
+            raise InputError(f"{where} has damaged metadata (arrays that do not match each other); build it again")
 
 
 METADATA_ARRAYS = {
@@ -349,26 +348,26 @@ METADATA_ARRAYS = {
 
 
 def within(indices: np.ndarray, count: int) -> bool:
-    """Whether all are indices of `count` items, and there are some."""
+    """Whether there are indices, and all of them are valid for `count` items."""
     return bool(len(indices) and indices.min() >= 0 and indices.max() < count)
 
 
 def read_archive(value: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of an uncompressed npz archive, which take no more memory than it does.
+    """Return the arrays of an uncompressed npz archive; they take no more memory than the archive.
 
     Raises
     ------
     ValueError, TypeError, KeyError, zipfile.BadZipFile
-        If it is none.
+        If the bytes are not an uncompressed npz archive.
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(value)) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise ValueError("a compressed or encrypted archive")
+                raise ValueError("the archive is compressed or encrypted")
             with archive.open(entry) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
-                    raise ValueError("an array of another version")
+                    raise ValueError("an array has another format version")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                 arrays[entry.filename[: -len(".npy")]] = np.frombuffer(file.read(), dtype).reshape(shape)
     return arrays
@@ -386,7 +385,7 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
         "ignored_id": optional(whole(0)),
         "ignored_pixels": whole(0),
     }
-    of_builds: dict[str, Check] = {  # that a database made by other means may lack
+    of_builds: dict[str, Check] = {  # a database made by other means may lack these
         "side": any_text,
         "dataset_name": any_text,
         "seed": whole(0),
@@ -413,9 +412,9 @@ def check_info(info: dict[str, Any], where: PathLike) -> None:
 
 
 class Record(NamedTuple):
-    """An encoded record, and what the metadata tells of it.
+    """An encoded record and its entries in the metadata.
 
-    The value is an array of bytes (uint8), which processes can hand over without a copy.
+    The value is an array of bytes (uint8), which processes can exchange without a copy.
     """
 
     value: np.ndarray
@@ -434,28 +433,28 @@ class Record(NamedTuple):
         row: int = 0,
         column: int = 0,
     ) -> "Record":
-        """Return the record of an image and its mask; parameters and errors are those of `encode_record`.
+        """Return the record of an image and its mask; parameters and errors are as in `encode_record`.
 
-        `row` and `column` are its origin in the file it comes from, in pixels.
+        `row` and `column` are the origin of the image in its source file, in pixels.
         """
         value = np.frombuffer(encode_record(image, mask, mean, deviation, no_data), np.uint8)
         return cls(value, count_classes(mask), row, column)
 
 
 class DatabaseWriter:
-    """Append records to a new database file; the metadata is gathered on the way.
+    """Appends records to a new database file and collects the metadata.
 
     Parameters
     ----------
     filepath : path
-        File to create; it must not exist. Use `new_databases` to have it appear under its final name only when whole.
+        File to create, which must not exist. `new_databases` gives it its final name only when it is complete.
     initial_map_bytes : int
-        Starting size of LMDB's memory map, doubled whenever it is too small.
+        Initial size of LMDB's memory map, doubled whenever it is too small.
     """
 
     def __init__(self, filepath: PathLike, initial_map_bytes: int = INITIAL_MAP_BYTES) -> None:
         self._map_bytes = initial_map_bytes
-        # The file is private until `new_databases` renames it: no lock file, and nothing on the disk before that.
+        # The file is private until `new_databases` renames it, so it needs no lock file and no sync before that.
         self._environment = lmdb.open(
             os.fsencode(filepath), subdir=False, lock=False, sync=False, map_size=initial_map_bytes
         )
@@ -473,17 +472,17 @@ class DatabaseWriter:
         return len(self._origins) // 3
 
     def append(self, record: Record, name: str) -> None:
-        """Append one record, which comes from the file `name`.
+        """Append one record from the file `name`.
 
         Raises
         ------
         ValueError
-            If its shape or types differ from the first record's.
+            If its shape or types differ from those of the first record.
         """
         header = record.value[: HEADER.size].tobytes()
         self._header = self._header or header
         if header != self._header:
-            raise ValueError(f"expected records like the first one, got another shape or type from {name}")
+            raise ValueError(f"expected records like the first one, got a different shape or type from {name}")
         index = len(self)
         if not self._images or self._last_name != name:
             self._joined_names += b"\0" * (self._images > 0) + os.fsencode(name)
@@ -498,7 +497,8 @@ class DatabaseWriter:
     def finish(self, info: dict[str, Any]) -> Metadata:
         """Write the metadata and close.
 
-        `info` is stored along (JSON-compatible values); its ``ignored_id``, if there is one, is not counted as a class.
+        `info` (JSON-compatible values) becomes part of the metadata. Its ``ignored_id``, if any, does not count as a
+        class.
         """
         if not self._header:
             raise ValueError("a database needs at least one record")
@@ -546,7 +546,7 @@ class DatabaseWriter:
             self._commit()
 
     def _commit(self) -> None:
-        """Write the pending records; where the map is too small, double it and replay them."""
+        """Write the pending records; if the map is too small, double it and write them again."""
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
@@ -577,13 +577,13 @@ any_int = whole_number(-(2**63), 2**63 - 1)
 
 
 class UnnamedValues(InputError):
-    """A mask contains values to which a label map gives no class."""
+    """A mask contains values that a label map does not assign to a class."""
 
 
 class LabelMap(NamedTuple):
-    """Which class each mask value becomes; the ``type`` of ``--label_map``."""
+    """The class for each mask value; its `parse` is the ``type`` of ``--label_map``."""
 
-    text: str  # as it was given
+    text: str  # as given on the command line
     ranges: tuple[tuple[int, int, int], ...]  # (first, last, class or IGNORED), ascending; last is included
 
     @classmethod
@@ -609,12 +609,12 @@ class LabelMap(NamedTuple):
         return cls(text, tuple(ranges))
 
     def __str__(self) -> str:
-        """Return the map as it was given."""
+        """Return the map as given on the command line."""
         return self.text
 
     @property
     def ignores(self) -> bool:
-        """Whether some values are to be ignored."""
+        """Whether the map ignores some values."""
         return any(class_id == IGNORED for _, _, class_id in self.ranges)
 
     @property
@@ -624,18 +624,18 @@ class LabelMap(NamedTuple):
 
     @property
     def only_ignores(self) -> bool:
-        """Whether the map only says what to ignore: other values are the classes then that they are."""
+        """Whether the map only lists values to ignore; all other values then are class ids already."""
         return self.largest_class == IGNORED
 
     def covers(self, values: np.ndarray) -> np.ndarray:
-        """Return which values the map names, as bool."""
+        """Return a bool for each value, True if the map names it."""
         named = np.zeros(values.shape, bool)
         for first, last, _ in self.ranges:
             named |= (values >= first) & (values <= last)
         return named
 
     def apply(self, mask: np.ndarray) -> np.ndarray:
-        """Return class or `IGNORED` for each pixel of an integer mask, as int32; refuse `UnnamedValues`."""
+        """Return the class or `IGNORED` for each pixel of an integer mask as int32; may raise `UnnamedValues`."""
         if mask.dtype.itemsize <= 2:
             unsigned = mask.view(f"u{mask.dtype.itemsize}")
             classes = _lookup_table(self, mask.dtype.str)[unsigned]
@@ -648,7 +648,7 @@ class LabelMap(NamedTuple):
         return classes
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """Return the class of each value as int32, or `IGNORED` or `UNNAMED`."""
+        """Return the class, `IGNORED` or `UNNAMED` for each value as int32."""
         firsts, lasts, classes = (np.array(column) for column in zip(*self.ranges))
         position = np.searchsorted(firsts, values, side="right") - 1
         inside = (position >= 0) & (values <= lasts[position])
@@ -657,7 +657,7 @@ class LabelMap(NamedTuple):
 
 
 def object_ids(values: np.ndarray, label_map: Optional[LabelMap], path: PathLike) -> np.ndarray:
-    """Return the ids of objects in a mask (H, W) as int32, `IGNORED` where the label map says so.
+    """Return the object ids in a mask (H, W) as int32, and `IGNORED` for values that the label map names.
 
     Raises
     ------
@@ -677,23 +677,23 @@ def object_ids(values: np.ndarray, label_map: Optional[LabelMap], path: PathLike
 
 @functools.lru_cache(maxsize=4)
 def _lookup_table(label_map: LabelMap, dtype: str) -> np.ndarray:
-    """Return the class of each value of a type of 8 or 16 bits, in the order of their unsigned patterns."""
+    """Return the class of each value of an 8-bit or 16-bit type, in the order of the unsigned bit patterns."""
     size = np.dtype(dtype).itemsize
     return label_map.find(np.arange(256**size, dtype=f"u{size}").view(dtype))
 
 
 def advise_label_map(values: Sequence[int]) -> str:
-    """Return what was found in masks (ascending values) and the option that makes classes 0, 1, 2, ... of it.
+    """Return a message with the values in masks (ascending) and the option that maps them to consecutive classes.
 
-    Empty where it is just that already.
+    The message is empty if the values are 0, 1, 2, ... already.
     """
     shown = ", ".join(map(str, values[:8])) + ", ..." * (len(values) > 8)
-    space = "=" if values[0] < 0 else " "  # a word that begins with a minus would look like another option
+    space = "=" if values[0] < 0 else " "  # a value that begins with a minus would look like another option
     if len(values) > MANY_CLASSES:
         below = f"{values[0]}-0:0" if values[0] < 0 else "0:0"
         return (
-            f"found {len(values)} different values, {shown}: if they number single objects, "
-            "--objects 1 makes one class of them (and --border_width 2 another one of their borders), and so does "
+            f"found {len(values)} different values, {shown}; if they number individual objects, "
+            "use --objects 1 to map them to one class (and --border_width 2 to add a class for their borders), or use "
             f"--label_map{space}{below},1-{max(values[-1], 1)}:1"
         )
     positive = [value for value in values if value > 0]
@@ -701,24 +701,24 @@ def advise_label_map(values: Sequence[int]) -> str:
         return ""
     classes = {0: 0, **{value: 0 if value <= 0 else positive.index(value) + 1 for value in values}}
     entries = ",".join(f"{value}:{class_id}" for value, class_id in sorted(classes.items()))
-    makes = f"--label_map{space}{entries} makes classes 0, 1, 2, ... of them"
+    makes = f"use --label_map{space}{entries} to map them to classes 0, 1, 2, ..."
     void = -1 if values[0] == -1 else values[-1] if values[-1] in VOID_VALUES and len(values) > 2 else None
     if void is not None:
-        makes = f"if {void} marks pixels without a class, --ignore_value {void} leaves them out; otherwise {makes}"
-    return f"found the values {shown}: {makes}"
+        makes = f"if {void} marks pixels without a class, use --ignore_value {void} to exclude them, otherwise {makes}"
+    return f"found the values {shown}; {makes}"
 
 
 @contextlib.contextmanager
 def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
-    """Create databases that appear under their names together, and only if the block ends without an exception.
+    """Create databases that appear under their final names together, and only if the block raises no exception.
 
-    They are written beside their targets, under hidden names that are gone whatever happens. An existing target stays
-    readable until the moment it is replaced, and for whoever has it open after that.
+    They are written next to their targets under hidden names, which never remain. An existing target stays readable
+    until it is replaced, and even longer for processes that have it open.
 
     Parameters
     ----------
     *targets : path
-        Final file names, all in one folder, which is created where missing.
+        Final file names, all in one folder, which is created if missing.
 
     Yields
     ------
@@ -728,14 +728,14 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
     Raises
     ------
     InputError
-        If the folder cannot be written, the disk is full, a target is a folder, or another build is writing it.
+        If the folder is not writable, the disk is full, a target is a folder, or another build is writing a target.
     """
     paths = [Path(target) for target in targets]
     folder = paths[0].parent
     for path in paths:
         if path.is_dir():
             raise InputError(
-                f"{path} is a folder, where a database file has to go; move it away or choose another name"
+                f"{path} is a folder, but a database file must be written there; move it away or choose another name"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -758,27 +758,27 @@ def new_databases(*targets: PathLike) -> Iterator[list[DatabaseWriter]]:
 
 
 def databases_in(folder: str) -> str:
-    """Return the end of a sentence that names some databases in a folder; empty where there is none."""
+    """Return a remark that names some databases in a folder; empty if there are none."""
     found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.lmdb")))[:4]
-    return f"; there is {', '.join(found)}" if found else ""
+    return f" (found {', '.join(found)})" if found else ""
 
 
 @contextlib.contextmanager
 def lmdb_errors(filepath: PathLike) -> Iterator[None]:
-    """Turn errors of LMDB in reading a database into one line that names the file."""
+    """Turn LMDB errors in reading a database into one line that names the file."""
     try:
         yield
     except lmdb.Error as error:
-        advice = "" if number_of(error) else "; it is no database, or damaged: copy it or build it again"
+        advice = "" if number_of(error) else "; it is not a database or is damaged, so copy it or build it again"
         raise InputError(f"cannot read the database {os.fspath(filepath)}: {cause_of(error)}{advice}") from error
 
 
 class Database(contextlib.AbstractContextManager["Database"]):
     """A finished database, opened read-only; a context manager.
 
-    Must be opened in the process that uses it: an LMDB environment does not survive a fork, and one process may open
-    a file only once at a time. A finished file never changes, so there are no locks (network file systems often
-    have none) and one read transaction serves for life, which is what makes zero-copy views possible.
+    It must be opened in the process that uses it. An LMDB environment does not survive a fork, and a process may open a
+    file only once at a time. A finished file never changes. It therefore needs no locks, which network file systems
+    often lack, and a single read transaction lasts until it is closed, which makes zero-copy views possible.
 
     Parameters
     ----------
@@ -794,14 +794,14 @@ class Database(contextlib.AbstractContextManager["Database"]):
     FileNotFoundError
         If there is no such file.
     InputError
-        If it is not a whole database of this format and version.
+        If it is not a complete database of this format and version.
     """
 
     def __init__(self, filepath: PathLike) -> None:
         self.filepath = os.fspath(filepath)
         if os.path.isdir(self.filepath):
             raise InputError(
-                f"{self.filepath} is a folder; a database of this suite is one file, made by build_lmdb.py"
+                f"{self.filepath} is a folder; a database of this suite is a single file made by build_lmdb.py"
                 f"{databases_in(self.filepath)}"
             )
         try:
@@ -812,7 +812,7 @@ class Database(contextlib.AbstractContextManager["Database"]):
                 f"{databases_in(os.path.dirname(self.filepath))}"
             ) from None
         if not os.path.isfile(self.filepath):
-            raise InputError(f"{self.filepath} is no regular file; a database of this suite is one")
+            raise InputError(f"{self.filepath} is not a regular file, but a database of this suite is one")
         with lmdb_errors(self.filepath):
             self._environment = lmdb.open(
                 os.fsencode(self.filepath), subdir=False, readonly=True, lock=False, readahead=False
@@ -822,32 +822,32 @@ class Database(contextlib.AbstractContextManager["Database"]):
                 self._transaction = self._environment.begin(buffers=True)
                 self.metadata = self._read_metadata()
             info = self.metadata.info
-            self._header = make_header(info["image_shape"], info["image_dtype"], info["mask_dtype"])  # of all records
+            self._header = make_header(info["image_shape"], info["image_dtype"], info["mask_dtype"])  # of every record
         except BaseException:
             self._environment.close()
             raise
 
     @classmethod
     def probe(cls, filepath: PathLike) -> None:
-        """Open a database in a process of its own first, since LMDB may crash on a damaged one; see `survive`."""
+        """Read some of a database in a child process first, because LMDB may crash on a damaged file; see `survive`."""
 
         def read_some() -> None:
             with cls(filepath) as database:
                 for index in range(0, len(database), max(len(database) // PROBED_RECORDS, 1)):
                     database.record(index)
 
-        survive(read_some, f"{os.fspath(filepath)} is damaged: LMDB crashes on it; copy or build it again")
+        survive(read_some, f"{os.fspath(filepath)} is damaged (LMDB crashes on it); copy or build it again")
 
     def _read_metadata(self) -> Metadata:
         needed = self._environment.info()["last_pgno"] + 1
-        # LMDB would touch pages beyond the end of a truncated file and die of SIGBUS, so the length is checked first.
+        # LMDB would read beyond the end of a truncated file and crash with SIGBUS, so the length is checked first.
         if os.path.getsize(self.filepath) < needed * self._environment.stat()["psize"]:
             raise InputError(
-                f"{self.filepath} is shorter than its own index says (an interrupted copy?); copy or build it again"
+                f"{self.filepath} is shorter than its own index declares (an interrupted copy?); copy or build it again"
             )
         value = self._transaction.get(METADATA_KEY)
         if value is None:
-            raise InputError(f"{self.filepath} is an LMDB database, but not one of build_lmdb.py; build it again")
+            raise InputError(f"{self.filepath} is an LMDB database, but not one made by build_lmdb.py; build it again")
         return Metadata.from_bytes(bytes(value), self.filepath)
 
     def __len__(self) -> int:
@@ -860,21 +860,21 @@ class Database(contextlib.AbstractContextManager["Database"]):
         return stored.image, stored.mask
 
     def record(self, index: int) -> StoredImage:
-        """Return all that a record contains as views of the memory map, valid until `close`."""
+        """Return the complete content of a record as views of the memory map, valid until `close`."""
         with lmdb_errors(self.filepath):
             value = self._transaction.get(record_key(index))
         if value is None:
-            raise InputError(f"{self.filepath} has no record {index}; it is damaged, build it again")
+            raise InputError(f"{self.filepath} has no record {index}; the file is damaged, so build it again")
         try:
             stored = decode_record(value)
             if value[: HEADER.size] != self._header:
-                raise InputError("it is not like the others; build the database again")
+                raise InputError("it differs from the other records; build the database again")
             return stored
         except InputError as error:
             raise InputError(f"record {index} of {self.filepath}: {error}") from None
 
     def close(self) -> None:
-        """Close the file; views into it must not be used any more. May be called twice."""
+        """Close the file; its views must not be used afterward. May be called twice."""
         self._transaction.abort()
         self._environment.close()
 
@@ -887,12 +887,12 @@ class Database(contextlib.AbstractContextManager["Database"]):
 
 
 def check_saved_model(folder: Path) -> None:
-    """Refuse what is no SavedModel at first sight; needs no TensorFlow, which takes seconds to load."""
+    """Refuse a folder that is obviously not a SavedModel, without TensorFlow, which takes seconds to load."""
     if not (folder / "saved_model.pb").is_file():
         found = "no saved_model.pb" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         meant = [path for path in (folder / "saved_model", folder.parent) if (path / "saved_model.pb").is_file()]
         raise InputError(
             f"expected a SavedModel in {folder}, found {found}; give the folder saved_model that train_unet.py wrote "
-            f"in its --output_dir{f', {meant[0]}' if meant else ''}"
+            f"to its --output_dir{f', {meant[0]}' if meant else ''}"
         )
     check_kinds(folder, ("saved_model.pb", "fingerprint.pb", "variables/*"))

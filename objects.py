@@ -1,10 +1,10 @@
-"""Single objects in masks.
+"""Individual objects in masks.
 
-Owns what a mask that numbers its objects becomes for training (classes and borders), and what a mask of classes becomes
-again after inference: objects with consecutive ids, their table, and how well they match true ones.
+Converts a mask that numbers its objects into classes and borders for training. After inference, converts a mask of
+classes back into objects with consecutive ids, measures them, and scores how well they match the true objects.
 
-A mask may be larger than memory. So everything here takes it in strips of complete rows, from top to bottom; what is
-held is proportional to its width and to the number of its objects.
+A mask may be larger than memory. Everything here therefore processes a mask in strips of complete rows, from top to
+bottom. Memory use is proportional to the width of the mask and the number of its objects.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 BACKGROUND, INSIDE, BORDER = 0, 1, 2  # the classes that objects become
 LARGEST_BORDER = 32  # pixels
 LARGEST_ID, LARGEST_UINT32 = 2**31 - 1, 2**32 - 1
-STRIP_PIXELS = 2**20  # of a strip, so that few are needed for small masks, and little memory for wide ones
+STRIP_PIXELS = 2**20  # per strip, so that small masks need few strips and wide masks little memory
 MATCH_THRESHOLDS = np.round(
     np.arange(0.5, 1.0, 0.05), 2
 )  # of the intersection over union, as in the Data Science Bowl 2018
@@ -25,26 +25,26 @@ MATCH_THRESHOLDS = np.round(
 
 
 class ObjectClasses(NamedTuple):
-    """Which class the pixels of a mask become that has an id for each object, and 0 for background."""
+    """The rule that turns a mask of object ids, with 0 for background, into a mask of classes."""
 
     border_width: int = 0  # pixels; 0 for no border class
-    meets_background: bool = False  # whether the border to the background is one as well
+    meets_background: bool = False  # whether the border to the background belongs to the class, too
 
     def __str__(self) -> str:
-        """Return the classes in words."""
+        """Return a description of the classes."""
         if not self.border_width:
             return "their pixels are class 1"
-        others = "other objects and of the background" if self.meets_background else "other objects"
-        return f"their pixels are class 1, those within {self.border_width} pixels of {others} class 2"
+        others = "other objects or the background" if self.meets_background else "other objects"
+        return f"their pixels are class 1, but those within {self.border_width} pixels of {others} are class 2"
 
     @property
     def number_classes(self) -> int:
-        """Classes, background included."""
+        """Number of classes, including background."""
         return 3 if self.border_width else 2
 
     @staticmethod
     def are(values: Any) -> bool:
-        """Whether values from a file are those of `_asdict`."""
+        """Whether values from a file have the form of `_asdict`."""
         return (
             isinstance(values, dict)
             and values.keys() == {"border_width", "meets_background"}
@@ -59,14 +59,14 @@ class ObjectClasses(NamedTuple):
         Parameters
         ----------
         ids : ndarray, shape (H, W)
-            Of int32: 0 for background, -1 for pixels that are to be ignored. Pixels within `border_width` of an
-            edge are right only if the mask ends there.
+            Object ids as int32: 0 for background, -1 for ignored pixels. Pixels within `border_width` of an edge are
+            correct only if the mask ends there.
 
         Returns
         -------
         ndarray, shape (H, W)
-            Of int8: `BACKGROUND`, `INSIDE`, or `BORDER` for pixels of an object that have one of another object (or of
-            the background, if that counts) within a disk of radius `border_width`; -1 for those to be ignored.
+            Classes as int8: `BACKGROUND`, `INSIDE`, or `BORDER` for object pixels with a pixel of another object (or
+            of the background, if that counts) within a disk of radius `border_width`; -1 for ignored pixels.
         """
         from scipy.ndimage import maximum_filter, minimum_filter
         from skimage.morphology import disk
@@ -83,14 +83,14 @@ class ObjectClasses(NamedTuple):
 
 
 class ObjectCensus(NamedTuple):
-    """The objects in a mask, or in a part of it."""
+    """The objects in a mask or in a part of it."""
 
     ids: np.ndarray  # ascending, (objects,)
-    touching: np.ndarray  # pairs of ids that share an edge of pixels, the smaller one first, (pairs, 2)
+    touching: np.ndarray  # pairs of ids whose pixels share an edge, smaller id first, (pairs, 2)
 
     @classmethod
     def of(cls, ids: np.ndarray) -> "ObjectCensus":
-        """Take the census of ids (H, W)."""
+        """Return the census of ids (H, W)."""
         present = np.unique(ids)
         neighbors = [
             np.stack([one[different], other[different]], axis=1)
@@ -100,7 +100,7 @@ class ObjectCensus(NamedTuple):
         return cls(present[present > 0], np.unique(np.sort(np.concatenate(neighbors), axis=1), axis=0))
 
     def joined(self, other: "ObjectCensus") -> "ObjectCensus":
-        """Return the census of two parts of one mask."""
+        """Return the combined census of two parts of one mask."""
         touching = np.concatenate([self.touching, other.touching])
         return ObjectCensus(np.union1d(self.ids, other.ids), np.unique(touching, axis=0))
 
@@ -112,7 +112,7 @@ NO_OBJECTS = ObjectCensus(np.zeros(0, np.int32), np.zeros((0, 2), np.int32))
 
 
 def strips_of(height: int, width: int, least: int = 1, multiple: int = 1) -> list[slice]:
-    """Return the rows of strips that cover a mask; each but the last has at least `least`, a multiple of another."""
+    """Return the rows of strips that cover a mask; each but the last has at least `least`, a multiple of `multiple`."""
     rows = -(-max(STRIP_PIXELS // width, least) // multiple) * multiple
     return [slice(first, min(first + rows, height)) for first in range(0, height, rows)]
 
@@ -120,7 +120,7 @@ def strips_of(height: int, width: int, least: int = 1, multiple: int = 1) -> lis
 def labeled(classes: np.ndarray, has_border: bool) -> tuple[np.ndarray, int]:
     """Return the connected regions of a strip, int (rows, columns), and their number.
 
-    Pixels are connected over their edges, not over corners, if they have the same class. Background and border have 0.
+    Pixels of the same class are connected across edges, not across corners. Background and border get the label 0.
     """
     from skimage.measure import label
 
@@ -129,27 +129,27 @@ def labeled(classes: np.ndarray, has_border: bool) -> tuple[np.ndarray, int]:
 
 
 class Numbering:
-    """Gives the regions of a mask consecutive ids, in the order of their first pixels, row by row.
+    """Assigns consecutive ids to the regions of a mask, in the order of their first pixels, row by row.
 
-    Strips are added once, from top to bottom. They are numbered by another pass over them.
+    Strips are added once, from top to bottom. A second pass over the strips then applies the ids; see `numbered`.
 
     Parameters
     ----------
     has_border : bool
-        Whether class `BORDER` separates objects. If so it is a part of none.
+        Whether class `BORDER` separates objects and is part of none.
     smallest : int
-        Regions of fewer pixels get the id 0.
+        Regions with fewer pixels get the id 0.
     """
 
     def __init__(self, has_border: bool, smallest: int = 1) -> None:
         self._has_border, self._smallest = has_border, smallest
-        self._areas: list[np.ndarray] = []  # of the labels of each strip
-        self._touching: list[np.ndarray] = []  # labels of strips that are parts of one region, (2, pairs)
+        self._areas: list[np.ndarray] = []  # of the labels in each strip
+        self._touching: list[np.ndarray] = []  # labels in neighboring strips that form one region, (2, pairs)
         self._count = 0
         self._above: Optional[tuple[np.ndarray, np.ndarray]] = None  # classes and labels of the last row
 
     def add(self, classes: np.ndarray) -> None:
-        """Take a strip (rows, columns) of classes."""
+        """Add a strip (rows, columns) of classes."""
         labels, count = labeled(classes, self._has_border)
         self._areas.append(np.bincount(labels.ravel(), minlength=count + 1)[1:])
         numbers = np.where(labels[[0, -1]] > 0, labels[[0, -1]] + self._count, 0)
@@ -169,7 +169,7 @@ class Numbering:
         total, region_of = connected_components(graph, directed=False)
         areas = np.bincount(region_of, np.concatenate([[0], *self._areas]), total)
         first = np.full(total, size)
-        np.minimum.at(first, region_of, np.arange(size))  # label, whose order is that of first pixels
+        np.minimum.at(first, region_of, np.arange(size))  # lowest label; labels are in the order of first pixels
         kept = np.sort(first[areas >= max(self._smallest, 1)])
         ids = np.searchsorted(kept, first) + 1
         ids[~np.isin(first, kept)] = 0
@@ -179,9 +179,9 @@ class Numbering:
 class Ids(NamedTuple):
     """The ids of the labels of all strips of a mask."""
 
-    of_label: np.ndarray  # uint32, of label 0 and then of those of all strips
-    labels: list[int]  # how many there are in each strip
-    objects: int  # with an id
+    of_label: np.ndarray  # uint32, for label 0 and then for the labels of all strips
+    labels: list[int]  # number of labels in each strip
+    objects: int  # number of objects with an id
 
 
 class Strip(NamedTuple):
@@ -193,7 +193,7 @@ class Strip(NamedTuple):
 
 
 def numbered(strips: Iterator[tuple[slice, np.ndarray]], ids: Ids, has_border: bool) -> Iterator[Strip]:
-    """Yield the strips that `Numbering` saw, given once more, with the ids of their regions."""
+    """Yield each strip with the ids of its regions; `strips` must be the same as those added to the `Numbering`."""
     before = 0
     for (rows, classes), count in zip(strips, ids.labels):
         labels, _ = labeled(classes, has_border)
@@ -203,9 +203,9 @@ def numbered(strips: Iterator[tuple[slice, np.ndarray]], ids: Ids, has_border: b
 
 
 def grown(strips: Iterator[Strip], distance: int) -> Iterator[Strip]:
-    """Yield strips in which pixels of the border are given to the nearest object within a distance.
+    """Yield strips in which border pixels belong to the nearest object within a distance.
 
-    All strips but the last have at least `distance` rows.
+    All strips but the last must have at least `distance` rows.
     """
     from skimage.segmentation import expand_labels
 
@@ -223,7 +223,7 @@ def grown(strips: Iterator[Strip], distance: int) -> Iterator[Strip]:
 
 
 def paired_with_next(strips: Iterator[Strip]) -> Iterator[tuple[Strip, Optional[Strip]]]:
-    """Yield each strip with the one below it."""
+    """Yield each strip with the next strip below, or None for the last."""
     strip = next(strips, None)
     while strip is not None:
         below = next(strips, None)
@@ -231,18 +231,18 @@ def paired_with_next(strips: Iterator[Strip]) -> Iterator[tuple[Strip, Optional[
         strip = below
 
 
-# ---------------------------------------------------------------------------------------------- what objects are like
+# ---------------------------------------------------------------------------------------------- object properties
 
 
 class ObjectTable:
-    """Measures objects, strip by strip; the properties are those of `skimage.measure.regionprops`.
+    """Measures objects strip by strip; the properties are defined as in `skimage.measure.regionprops`.
 
     Parameters
     ----------
     count : int
-        Objects, which have the ids 1 to `count`.
+        Number of objects, which have the ids 1 to `count`.
     channels : int
-        Of the image.
+        Number of channels of the image.
 
     Attributes
     ----------
@@ -252,12 +252,12 @@ class ObjectTable:
 
     def __init__(self, count: int, channels: int) -> None:
         self.classes, self.areas = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self._sums = np.zeros((2, count))  # of rows and of columns
+        self._sums = np.zeros((2, count))  # of row and column indices
         self._low, self._high = np.full((2, count), np.iinfo(np.int64).max), np.zeros((2, count), np.int64)
         self._values, self._valid = np.zeros((channels, count)), np.zeros((channels, count), np.int64)
 
     def add(self, strip: Strip, pixels: np.ndarray, missing: Optional[np.ndarray] = None) -> None:
-        """Take a strip with the pixels (rows, columns, C) of the image, and which of these have no data, if any."""
+        """Add a strip with its image pixels (rows, columns, C); `missing` marks pixels without data."""
         rows, columns = np.nonzero(strip.ids)
         index, count = strip.ids[rows, columns].astype(np.int64) - 1, len(self.areas)
         self.classes[index] = strip.classes[rows, columns]
@@ -279,7 +279,7 @@ class ObjectTable:
 
     @property
     def boxes(self) -> np.ndarray:
-        """First row and column of each object and those behind its last ones, int64 (count, 4)."""
+        """First row and column of each object, then one past its last row and column, int64 (count, 4)."""
         return np.concatenate([self._low, self._high + 1]).T
 
     @property
@@ -296,7 +296,7 @@ class Overlaps:
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, truth: np.ndarray, found: np.ndarray, ignored: Optional[np.ndarray] = None) -> None:
-        """Take a strip of true and of found ids (rows, columns); pixels that are `ignored` do not count."""
+        """Add a strip of true ids and found ids (rows, columns); `ignored` pixels do not count."""
         codes = truth.astype(np.int64) << 32 | found.astype(np.int64)
         self._pairs.append(np.unique(codes if ignored is None else codes[~ignored], return_counts=True))
 
@@ -314,11 +314,11 @@ class Overlaps:
 
 
 class Matches(NamedTuple):
-    """How many objects there are, and how many of them match one of the other kind."""
+    """The number of true and found objects, and the number that match each other."""
 
     true: int
     found: int
-    hits: list[int]  # at each of `MATCH_THRESHOLDS`; above one half no object can match two
+    hits: list[int]  # at each of `MATCH_THRESHOLDS`; above 0.5 an object matches at most one other
 
     @property
     def precision(self) -> list[float]:

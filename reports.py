@@ -1,6 +1,6 @@
-"""What the scripts write for people: CSV files, scores, TensorBoard, curves, pictures of predictions and of records.
+"""Write results for people: CSV files, scores, TensorBoard, curves, pictures of predictions and of records.
 
-Nothing here changes what is trained or segmented. TensorFlow and matplotlib are imported inside functions.
+Nothing here affects training or segmentation. TensorFlow and matplotlib are imported inside functions.
 """
 
 import base64
@@ -39,23 +39,23 @@ from objects import MATCH_THRESHOLDS, Matches, ObjectTable
 if TYPE_CHECKING:
     from train_unet import RunState
 
-LARGEST_FIGURE = 1e38  # in a CSV file; beyond what training computes with, and still drawn
+LARGEST_FIGURE = 1e38  # in a CSV file; larger than any value in training, and can be plotted
 EXAMPLES = 4  # test images in the picture of predictions
-FIGURES_FOLDER = "figures"  # of inference: what is measured of each image, one file for each
-OBJECTS_FILE, OBJECT_ROWS = "objects.csv", ".objects.csv"  # of all images; what the name of that of one ends in
+FIGURES_FOLDER = "figures"  # of inference, with one file of measurements per image
+OBJECTS_FILE, OBJECT_ROWS = "objects.csv", ".objects.csv"  # of all images; ending of the file names of single images
 SCORES_FILE, CONFUSION_FILE, TABLE_FILE, PAGE_FILE = "scores.csv", "confusion.csv", "table.csv", "report.html"
 TABLE_COLUMNS = (
     "image", "class", "pixels", "share", "regions", "mean_region_pixels", "unit", "area", "mean_region_area",
     "mean_probability",
 )  # fmt: skip
-PAGE_IMAGES, PAGE_CLASSES = 500, 8  # of a page, at most
+PAGE_IMAGES, PAGE_CLASSES = 500, 8  # maximum on a page
 ERROR_COLORS = (
-    " Wrong pixels are red if they are background, blue if they were taken for background, and yellow between other "
-    "classes."
+    " Wrong pixels are red if they are background, blue if they were predicted as background, and yellow if they were "
+    "confused with another class."
 )
 SHOWN_WORST = 5  # images
 PREVIEW_RECORDS, PREVIEW_COLUMNS = 16, 4
-CONFUSION_CLASSES = 16  # in a picture; more take long to draw, and nobody reads them
+CONFUSION_CLASSES = 16  # in a picture; more are slow to draw and unreadable
 PAGE_STYLE = """
 :root { color-scheme: light dark; --line: #c8ccd0; --soft: #f3f5f7; --accent: 31, 119, 180; }
 @media (prefers-color-scheme: dark) { :root { --line: #4a4f55; --soft: #26292d; --accent: 90, 160, 220; } }
@@ -92,7 +92,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.setAttribute("aria-sort", order);
     const rows = [...body.rows].sort((a, b) => {
       const [one, other] = [key(a, column), key(b, column)];
-      if (one === "" || other === "") return (one === "") - (other === "");  // those without stay at the end
+      if (one === "" || other === "") return (one === "") - (other === "");  // empty cells stay at the end
       return sign * (isNaN(one - other) ? one.localeCompare(other, undefined, {numeric: true}) : one - other);
     });
     body.append(...rows);
@@ -102,22 +102,22 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 
 class Report:
-    """Writes the figures of each test epoch: CSV files, pictures, TensorBoard, and the log.
+    """Writes the figures of each test epoch to CSV files, pictures, TensorBoard and the log.
 
     Parameters
     ----------
     folder : path
         Output folder of the run.
     test_database : path
-        Where the images of ``predictions.png`` come from.
+        Source of the images in ``predictions.png``.
     deviation_floor : ndarray, shape (C,)
-        Least standard deviation by which each channel of them is divided.
+        Smallest standard deviation by which each of their channels is divided.
     number_classes : int
-        Classes, background included.
+        Number of classes, including background.
     epoch : int
-        Test epochs done; what the files contain of later ones, from a run that was killed, is dropped.
+        Test epochs done; rows of later epochs, from a run that was killed, are dropped.
     step : int
-        Training steps done; the same holds for TensorBoard's files.
+        Training steps done; later TensorBoard events are dropped too.
 
     Raises
     ------
@@ -149,9 +149,9 @@ class Report:
     def write(self, state: "RunState", train: dict[str, float], test: dict[str, Any], model: Any) -> None:
         """Write the results of a test epoch.
 
-        `train` has ``loss``, ``learning_rate`` and, if steps were taken, ``images_per_second`` and
-        `BatchSupply.figures`; `test` has ``loss``, ``confusion`` and the figures of `score_confusion`. `model` gives
-        logits for the pictures.
+        `train` contains ``loss``, ``learning_rate`` and, if steps were taken, ``images_per_second`` and
+        `BatchSupply.figures`. `test` contains ``loss``, ``confusion`` and the figures of `score_confusion`. `model`
+        returns logits for the pictures.
         """
         mean_iou = mean_of_present(test["iou"])
         scores = [text_of_score(score) for score in (test["accuracy"], mean_iou, *test["iou"], *test["dice"])]
@@ -172,12 +172,12 @@ class Report:
         self._log(state, train, test)
 
     def write_page(self, state: "RunState", test: dict[str, Any]) -> None:
-        """Write the page about the network that is exported after this test epoch."""
+        """Write the page about the network exported after this test epoch."""
         with replacing(self._folder / PAGE_FILE) as path:
             path.write_text(page_of_training(self._folder, state, test), encoding="utf-8")
 
     def conclude(self, reason: str, state: "RunState") -> None:
-        """Log how the run ended, the best figures of each class, and where everything lies."""
+        """Log why the run stopped, the best figures of each class, and where the results are."""
         rows = read_metrics(self._folder / "metrics.csv", self._classes)
         best = next((row for row in rows if int(row["epoch"]) == state.best_epoch), {})
         logging.info(
@@ -189,12 +189,12 @@ class Report:
             logging.info("class %d: %s", class_id, f"IoU {iou}, Dice {dice}" if iou else "absent from the test images")
             if iou and float(iou) == 0:
                 logging.warning(
-                    "the network finds nothing of class %d: train longer, with a lower --learning_rate, or let rare "
-                    "classes weigh more with --balance_classes 1 or --class_weights auto", class_id,
+                    "the network finds no pixels of class %d; train longer, lower --learning_rate, or give rare "
+                    "classes more weight with --balance_classes 1 or --class_weights auto", class_id,
                 )  # fmt: skip
         logging.info("the model is in %s", self._folder / "saved_model")
         logging.info(
-            "look at predictions.png and curves.png in %s, or at: tensorboard --logdir %s", self._folder, self._folder
+            "see predictions.png and curves.png in %s, or run tensorboard --logdir %s", self._folder, self._folder
         )
 
     def _log(self, state: "RunState", train: dict[str, float], test: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ class Report:
             self._writers["test"].flush()
 
     def _begin(self, name: str, columns: list[str], epoch: int) -> None:
-        """Begin a CSV file, with the rows of earlier epochs where there are some."""
+        """Start a CSV file, with the rows of earlier epochs if there are any."""
         rows: list[list[str]] = []
         if (self._folder / name).exists():
             found = csv.reader(read_own_file(self._folder / name).splitlines())
@@ -244,15 +244,15 @@ class Report:
             csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
     def _append(self, name: str, row: Sequence[Any]) -> None:
-        """Append one row to a CSV file; opened and closed each time, so that a killed job has lost nothing."""
+        """Append one row to a CSV file; open and close it each time, so that a killed job loses nothing."""
         with open(self._folder / name, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(row)
 
 
 def drop_later_events(file: Path, step: int) -> None:
-    """Remove from a file of TensorBoard what comes after a step: a run that was killed will take these steps again.
+    """Remove events after a step from a TensorBoard file, since a run that was killed repeats these steps.
 
-    The end of the file may be cut short.
+    The file may be truncated.
     """
     import tensorflow as tf
     from google.protobuf.message import DecodeError
@@ -290,12 +290,12 @@ def read_metrics(path: Path, classes: range) -> list[dict[str, str]]:
 
 
 def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
-    """Turn a confusion matrix into figures.
+    """Return the scores of a confusion matrix.
 
     Parameters
     ----------
     confusion : ndarray of integers, shape (classes, classes)
-        Rows are true classes, columns predicted ones.
+        Rows are true classes, columns are predicted classes.
 
     Returns
     -------
@@ -310,13 +310,13 @@ def score_confusion(confusion: np.ndarray) -> dict[str, Any]:
 
 
 def mean_of_present(scores: np.ndarray) -> float:
-    """Return the mean over the classes that occur; NaN where none does."""
+    """Return the mean over the classes that occur; NaN if none does."""
     present = scores[~np.isnan(scores)]
     return float(present.mean()) if len(present) else math.nan
 
 
 def text_of_score(score: float) -> str:
-    """Return a score for a CSV file; an absent class has none."""
+    """Return a score as text for a CSV file; an empty text for an absent class."""
     return "" if math.isnan(score) else f"{score:.6f}"
 
 
@@ -324,15 +324,15 @@ def text_of_score(score: float) -> str:
 
 
 class AboutObjects(NamedTuple):
-    """How many objects a mask has, and how many of them are true."""
+    """Number of objects in a mask, and their matches with true objects."""
 
-    smallest: int  # pixels that each has at least
+    smallest: int  # minimum pixels of an object
     number: int
-    matches: Optional[Matches]  # with true objects; None if these are not known
+    matches: Optional[Matches]  # with true objects; None if these are unknown
 
     @classmethod
     def read(cls, values: Sequence[Any], path: Path) -> "AboutObjects":
-        """Return what the values in a file are; raise `InputError` if they are not what `Figures.write` writes."""
+        """Return the values from a file; raise `InputError` if they are not what `Figures.write` writes."""
         about = cls(*values)
         three_values = list_of(lambda value: True, 3)
         check_values(
@@ -346,16 +346,16 @@ class AboutObjects(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What is measured of the mask of one image; a small JSON file, so that processes and runs share the work."""
+    """Measurements of the mask of one image, in a small JSON file, so that processes and runs share the work."""
 
-    image: str  # name of the file
-    pixels: np.ndarray  # int64 (classes,): of each class, without those that have no data
-    regions: np.ndarray  # int64 (classes,): connected ones of each class
+    image: str  # file name
+    pixels: np.ndarray  # int64 (classes,), of each class, without pixels that have no data
+    regions: np.ndarray  # int64 (classes,), connected regions of each class
     pixel_size: Optional[PixelSize]
-    probability: Optional[float]  # mean of that of each pixel's class; None if it is not known any more
-    truth: Optional[list[Any]]  # name, bytes and time of change (ns) of the file with the true classes
-    confusion: Optional[np.ndarray]  # int64 (classes, classes); rows are true classes, columns predicted ones
-    objects: Optional[AboutObjects] = None  # None if they have not been numbered
+    probability: Optional[float]  # mean probability of each pixel's class; None if no longer known
+    truth: Optional[list[Any]]  # name, size (bytes) and modification time (ns) of the true mask
+    confusion: Optional[np.ndarray]  # int64 (classes, classes); rows are true, columns are predicted classes
+    objects: Optional[AboutObjects] = None  # None if objects are not numbered
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -365,7 +365,7 @@ class Figures(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, number_classes: int) -> "Figures":
-        """Read the file; raise `InputError` if it is not what `write` writes, for a model of so many classes."""
+        """Read the file; raise `InputError` if it is not what `write` writes for this number of classes."""
         counts, anything = list_of(whole(0), number_classes), list_of(lambda value: True, 3)
         checks = {
             "image": text_in_utf8, "pixels": counts, "regions": counts, "pixel_size": optional(anything),
@@ -374,7 +374,7 @@ class Figures(NamedTuple):
         }  # fmt: skip
         values = read_json(path)
         if isinstance(values, dict):
-            values.setdefault("objects", None)  # which an earlier version did not count
+            values.setdefault("objects", None)  # earlier versions did not count objects
         check_values(values, checks, path)
         if values["pixel_size"] is not None:
             values["pixel_size"] = PixelSize(*values["pixel_size"])
@@ -389,12 +389,12 @@ class Figures(NamedTuple):
 
     @property
     def matches(self) -> Optional[Matches]:
-        """Those of its objects with true ones, None if they are not known."""
+        """The matches of its objects with true objects; None if unknown."""
         return None if self.objects is None else self.objects.matches
 
     @property
     def mean_iou(self) -> float:
-        """Over the classes that occur; NaN without truth."""
+        """Mean IoU over the classes that occur; NaN without truth."""
         return math.nan if self.confusion is None else mean_of_present(score_confusion(self.confusion)["iou"])
 
 
@@ -402,21 +402,21 @@ NOTHING = np.empty((0, 0, 0), np.float32)
 
 
 class Measurement:
-    """Gathers the figures of one mask, block by block, row by row of blocks.
+    """Collects the figures of one mask, block by block, row by row of blocks.
 
     Parameters
     ----------
     number_classes : int
-        Classes, background included.
+        Number of classes, including background.
     width : int
-        Columns of the mask. What is held in memory is proportional to it.
+        Columns of the mask. Memory use is proportional to it.
     """
 
     def __init__(self, number_classes: int, width: int) -> None:
         self._classes = number_classes
         self._pixels, self._regions = np.zeros(number_classes, np.int64), RegionCounter(number_classes, width)
         self._confusion = np.zeros((number_classes, number_classes), np.int64)
-        self._probability = 0.0  # sum over all counted pixels; NaN if that of one is not known
+        self._probability = 0.0  # sum over all counted pixels; NaN if any is unknown
 
     def add(
         self,
@@ -427,10 +427,10 @@ class Measurement:
         softmax: np.ndarray = NOTHING,
         truth: Optional[np.ndarray] = None,
     ) -> None:
-        """Take a block that begins at a row and column.
+        """Add a block that starts at a row and column.
 
-        `classes` (rows, columns) are those of the mask, `missing` says where there is no data, `softmax` has a channel
-        for each class or is empty, and `truth` is negative where it is to be ignored.
+        `classes` (rows, columns) are the classes of the mask. `missing` is True for pixels without data. `softmax` has
+        a channel for each class, or is empty. `truth` is negative for ignored pixels.
         """
         ids = classes.astype(np.int32)
         if missing is not None:
@@ -445,7 +445,7 @@ class Measurement:
             self._confusion += count_confusion(truth, classes, self._classes)
 
     def figures(self, image: str, pixel_size: Optional[PixelSize], truth: Optional[list[Any]]) -> Figures:
-        """Return what was found; `truth` identifies the file of true classes, if there was one."""
+        """Return the figures; `truth` identifies the true mask, if there was one."""
         probability = self._probability / max(int(self._pixels.sum()), 1)
         known = None if math.isnan(probability) else min(probability, 1.0)
         confusion = None if truth is None else self._confusion
@@ -453,26 +453,26 @@ class Measurement:
 
 
 class RegionCounter:
-    """Counts the connected regions of each class; pixels are connected over their edges, not over corners.
+    """Counts the connected regions of each class; pixels connect over edges, not over corners.
 
-    Remembered are the regions of the pixels next to blocks that are yet to come: the row above, the column to the left.
-    Region 0 stands for pixels of no class, which are -1.
+    Remembers the regions of the pixels next to later blocks, in the row above and in the column to the left. Region 0
+    represents pixels without a class, which are -1.
 
     Parameters
     ----------
     number_classes : int
-        Classes, background included.
+        Number of classes, including background.
     width : int
         Columns of the mask.
     """
 
     def __init__(self, number_classes: int, width: int) -> None:
         self.counts = np.zeros(number_classes, np.int64)
-        self._class_of = np.array([-1])  # of each region that is remembered
+        self._class_of = np.array([-1])  # of each remembered region
         self._above, self._left = np.zeros(width, np.int64), np.zeros(0, np.int64)  # regions
 
     def add(self, column: int, ids: np.ndarray) -> None:
-        """Take the classes (rows, columns) of a block, from left to right and by rows of blocks."""
+        """Add the classes (rows, columns) of a block; blocks come from left to right, row by row."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
         from skimage.measure import label
@@ -497,7 +497,7 @@ class RegionCounter:
         self.counts += self._count(class_of_region) - self._count(self._class_of)
         self._above[columns] = bottom
         regions = region_of[np.concatenate([[0], self._above, right])]
-        kept, numbers = np.unique(regions, return_inverse=True)  # region 0 stays the first
+        kept, numbers = np.unique(regions, return_inverse=True)  # region 0 stays first
         self._class_of = class_of_region[kept]
         self._above, self._left = np.split(numbers[1:], [len(self._above)])
 
@@ -514,7 +514,7 @@ def count_confusion(truth: np.ndarray, predicted: np.ndarray, number_classes: in
 
 
 class Wanted(NamedTuple):
-    """What inference is to write about all its masks."""
+    """Which files inference is to write about all its masks."""
 
     scores: bool = False
     table: bool = False
@@ -523,11 +523,11 @@ class Wanted(NamedTuple):
 
 
 def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Sequence[str]) -> None:
-    """Write what is wanted of all masks that have figures, and log their scores.
+    """Write the wanted files about all masks that have figures, and log their scores.
 
-    `about` says what the masks were made with, in lines of text.
+    `about` describes how the masks were made, in lines of text.
     """
-    while True:  # another process may finish an image meanwhile, and have written all this before this one does
+    while True:  # repeats if another process finished an image meanwhile, so that no older result remains
         paths = measured_masks(folder)
         found = [Figures.read(path, number_classes) for path in paths]
         scored = [each for each in found if each.confusion is not None]
@@ -547,11 +547,11 @@ def report_masks(folder: Path, number_classes: int, wanted: Wanted, about: Seque
 
 
 def measured_masks(folder: Path) -> list[Path]:
-    """Return the figures of the masks that are there."""
+    """Return the figures files of the existing masks."""
     figures = folder / FIGURES_FOLDER
     paths = sorted(figures.rglob("*.json"))
     names = [os.fspath(path.relative_to(figures).with_suffix("")) for path in paths]
-    # Those of a plane in a stack have its place behind the name of the file.
+    # The figures of a plane in a stack are named after the file, followed by the place of the plane.
     return [
         path
         for path, name in zip(paths, names)
@@ -560,7 +560,7 @@ def measured_masks(folder: Path) -> list[Path]:
 
 
 def write_scores(folder: Path, number_classes: int, scored: Sequence[Figures]) -> None:
-    """Write scores and confusion matrix of the images with truth."""
+    """Write the scores and the confusion matrix of the images with truth."""
     scores = [f"{score}_{class_id}" for score in ("iou", "dice") for class_id in range(number_classes)]
     total = total_confusion(scored)
     rows = [row_of_scores(each.image, each.confusion) for each in scored]
@@ -581,7 +581,7 @@ def total_confusion(scored: Sequence[Figures]) -> np.ndarray:
 
 
 def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
-    """Log the scores in total, and the images with the lowest ones."""
+    """Log the total scores and the images with the lowest scores."""
     figures = score_confusion(total_confusion(scored))
     logging.info(
         "scores of %d images: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", len(scored),
@@ -601,14 +601,14 @@ def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
 
 
 def row_of_scores(name: str, confusion: Any) -> list[str]:
-    """Return the row of an image in the scores."""
+    """Return the row of an image in the score table."""
     scores = score_confusion(confusion)
     values = (scores["accuracy"], mean_of_present(scores["iou"]), *scores["iou"], *scores["dice"])
     return [name, str(confusion.sum()), *map(text_of_score, values)]
 
 
 def row_of_matches(matches: Sequence[Optional[Matches]]) -> list[str]:
-    """Return numbers of objects and average precision, in several images the mean of theirs."""
+    """Return the numbers of objects and the average precision, which is a mean for several images."""
     known = [each for each in matches if each is not None]
     if not known:
         return [""] * 4
@@ -619,7 +619,7 @@ def row_of_matches(matches: Sequence[Optional[Matches]]) -> list[str]:
 def mean_precision(matches: Sequence[Matches]) -> tuple[float, float]:
     """Return the average precision at an intersection over union of 0.5, and its mean over all thresholds.
 
-    Both are means over images, as in the Data Science Bowl 2018; NaN if none of them has an object.
+    Both are means over images, as in the Data Science Bowl 2018; NaN if no image has an object.
     """
     precision = np.array([each.precision for each in matches if each.true + each.found])
     return (float(precision[:, 0].mean()), float(precision.mean())) if len(precision) else (math.nan, math.nan)
@@ -643,7 +643,7 @@ def write_objects(path: Path, table: ObjectTable, image: ImageFile) -> None:
 
 
 def pool_objects(folder: Path, images: Sequence[tuple[str, Path]]) -> None:
-    """Write the objects of all images into one table, in which the name of the image precedes each row."""
+    """Write the objects of all images into one table, with the name of the image at the start of each row."""
     with replacing(folder / OBJECTS_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as pooled:
         is_first = True
         for name, figures in images:
@@ -661,7 +661,7 @@ def pool_objects(folder: Path, images: Sequence[tuple[str, Path]]) -> None:
 
 
 def rows_of_table(figures: Figures) -> Iterator[list[Any]]:
-    """Yield the row of each class of an image in the table."""
+    """Yield the table rows of an image, one for each class."""
     total, size = max(int(figures.pixels.sum()), 1), figures.pixel_size
     for class_id, (pixels, regions) in enumerate(zip(figures.pixels.tolist(), figures.regions.tolist())):
         mean = pixels / regions if regions else math.nan
@@ -674,7 +674,7 @@ def rows_of_table(figures: Figures) -> Iterator[list[Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write a CSV file, which appears when it is complete."""
+    """Write a CSV file, which appears only when it is complete."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
@@ -685,9 +685,9 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 def page_of_masks(
     folder: Path, number_classes: int, found: Sequence[Figures], paths: Sequence[Path], about: Sequence[str]
 ) -> str:
-    """Return a page about masks: what they were made with, scores, and a row for each of the images worth a look.
+    """Return a page about masks, with how they were made, their scores, and a row for each image worth viewing.
 
-    `paths` are the files of the figures, beside which thumbnails may lie.
+    `paths` are the files of the figures, which may have thumbnails next to them.
     """
     scored = [each for each in found if each.confusion is not None]
     parts = [heading("Masks", about)]
@@ -700,7 +700,7 @@ def page_of_masks(
     parts.append(f"<h2>Images{some}</h2>")
     shown = most_frequent(found, number_classes)
     if len(shown) < number_classes:
-        parts.append(f"<p>Of {number_classes} classes the {len(shown)} with the most pixels.</p>")
+        parts.append(f"<p>Of {number_classes} classes, only the {len(shown)} with the most pixels are shown.</p>")
     columns = ["picture", "image", "pixels", *(f"class {class_id}" for class_id in shown), "mean probability"]
     if scored:
         columns += ["mean IoU", *(f"Dice {class_id}" for class_id in shown)]
@@ -713,22 +713,23 @@ def page_of_masks(
     )
     columns += of_objects
     parts.append(
-        f"<p>Image and mask, in which outlines enclose regions of the classes.{ERROR_COLORS if scored else ''}"
-        f"{' Objects that have been numbered have a color each instead.' if of_objects else ''}</p>"
+        "<p>Each picture shows an image and its mask. Outlines enclose regions of the classes."
+        f"{ERROR_COLORS if scored else ''}"
+        f"{' Numbered objects are shown in colors instead.' if of_objects else ''}</p>"
     )
     parts.append(sortable_table(columns, rows))
     return html_page(f"Masks in {folder.name}", parts)
 
 
 def order_of_interest(figures: Figures) -> tuple[float, float]:
-    """Return what to sort images by: the worst scores first, then those without, the least certain first."""
+    """Return the sort key of images, with the worst scores first, then the least certain images without scores."""
     score = figures.mean_iou
     probability = math.inf if figures.probability is None else figures.probability
     return (math.inf if math.isnan(score) else score), probability
 
 
 def most_frequent(found: Sequence[Figures], number_classes: int) -> list[int]:
-    """Return the classes that masks and truth have most of, as many as a page can show."""
+    """Return the most frequent classes of masks and truth, as many as a page can show."""
     pixels = np.zeros(number_classes, np.int64)
     for each in found:
         pixels += each.pixels if each.confusion is None else each.confusion.sum(0) + each.confusion.sum(1)
@@ -755,25 +756,28 @@ def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored:
 
 
 def cells_of_objects(figures: Figures) -> list[str]:
-    """Return the cells of an image about its objects."""
+    """Return the cells about the objects of an image."""
     number = math.nan if figures.objects is None else figures.objects.number
     precision = math.nan if figures.matches is None else mean_precision([figures.matches])[1]
     return [number_cell(number, "{:,.0f}"), number_cell(precision, "{:.4f}")]
 
 
 def page_of_training(folder: Path, state: "RunState", test: dict[str, Any]) -> str:
-    """Return a page about the best network of a training so far: its scores, pictures and settings."""
+    """Return a page about the best network of a training run so far, with its scores, pictures and settings."""
     parts = [
         heading(
             "Training",
-            [f"the network of epoch {state.epoch}, step {state.step}, with a test loss of {test['loss']:.4f}"],
+            [f"Network of epoch {state.epoch}, step {state.step}, with a test loss of {test['loss']:.4f}"],
         ),
         "<h2>Scores of the test images</h2>",
-        "<p>These images chose the network, so that it does a little better on them than on others.</p>",
+        "<p>The network was selected by its loss on these images, so expect slightly lower scores on other images.</p>",
         scores_in_html(test["confusion"]),
         confusion_in_html(test["confusion"]),
     ]
-    titles = {"predictions": "Test images: image, truth (gray: not counted here), prediction", "curves": "Curves"}
+    titles = {
+        "predictions": "Test images with truth and prediction (gray pixels of the truth are not counted)",
+        "curves": "Curves",
+    }
     for name, title in titles.items():
         parts += [f"<h2>{title}</h2>", picture_in_html((folder / f"{name}.png").read_bytes(), "png", title)]
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -789,7 +793,7 @@ def heading(title: str, lines: Sequence[str]) -> str:
 
 
 def scores_in_html(confusion: np.ndarray) -> str:
-    """Return the scores that follow from a confusion matrix."""
+    """Return the scores of a confusion matrix as HTML."""
     scores = score_confusion(confusion)
     text = f"<p>Accuracy {scores['accuracy']:.4f}, mean IoU {mean_of_present(scores['iou']):.4f}</p>"
     rows = (
@@ -802,7 +806,7 @@ def scores_in_html(confusion: np.ndarray) -> str:
 
 
 def confusion_in_html(confusion: np.ndarray) -> str:
-    """Return a confusion matrix as shares of each true class; the classes are those that `most_wrong` chooses."""
+    """Return a confusion matrix as shares of each true class, for the classes from `most_wrong`."""
     shown = most_wrong(confusion)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     head = "".join(f"<th>{class_id}</th>" for class_id in shown)
@@ -812,13 +816,13 @@ def confusion_in_html(confusion: np.ndarray) -> str:
         + "</tr>"
         for i in shown
     )
-    some = f", of the {len(shown)} with most wrong pixels" if len(shown) < len(confusion) else ""
-    caption = f"Confusion: rows are true classes, columns predicted ones{some}"
+    some = f", for the {len(shown)} classes with the most wrong pixels" if len(shown) < len(confusion) else ""
+    caption = f"Confusion matrix (rows are true classes, columns are predicted classes){some}"
     return f'<div class="wide"><table><caption>{caption}</caption><tr><th></th>{head}</tr>{rows}</table></div>'
 
 
 def sortable_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table that a click on the head of a column sorts; each cell of `rows` is from `cell`."""
+    """Return a table that a click on a column heading sorts; the cells of `rows` come from `cell`."""
     head = "".join(f'<th><button type="button">{html.escape(name)}</button></th>' for name in columns)
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
@@ -826,24 +830,24 @@ def sortable_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def cell(content: str, key: Any = "") -> str:
-    """Return a cell of a table, with what to sort it by if that is not what it shows."""
+    """Return a table cell, with a sort key if it differs from the content."""
     given = f' data-key="{html.escape(str(key))}"' if key != "" else ""
     return f"<td{given}>{content}</td>"
 
 
 def number_cell(value: float, form: str) -> str:
-    """Return a cell with a number; an empty one for NaN."""
+    """Return a cell with a number; an empty cell for NaN."""
     return cell("") if math.isnan(value) else cell(form.format(value), f"{value:.6g}")
 
 
 def picture_in_html(content: bytes, kind: str, text: str) -> str:
-    """Return a picture, which is part of the page."""
+    """Return a picture that is embedded in the page."""
     data = base64.b64encode(content).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(text)}" loading="lazy">'
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:
-    """Return a page that needs no other file, and nothing from the network."""
+    """Return a page that needs no other files and no internet access."""
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -865,7 +869,7 @@ def html_page(title: str, parts: Sequence[str]) -> str:
 
 
 def read_examples(database: str, deviation_floor: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return z-scores (H, W, C) and masks (H, W) of a few images, spread over a database."""
+    """Return the z-scores (H, W, C) and masks (H, W) of a few images from all parts of a database."""
     with Database(database) as opened:
         count = opened.metadata.count
         chosen = np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
@@ -906,7 +910,7 @@ def show_classes(axes: Any, mask: np.ndarray, number_classes: int) -> None:
 
 
 def draw_records(database: Database, output: Path) -> Path:
-    """Draw random records of a database with their masks; return where."""
+    """Draw random records of a database with their masks; return the path of the picture."""
     from matplotlib.figure import Figure
 
     metadata = database.metadata
@@ -919,11 +923,11 @@ def draw_records(database: Database, output: Path) -> Path:
         place.set_axis_off()
     for left, right, index in zip(axes[::2], axes[1::2], chosen):
         stored = database.record(index)
-        # Scaled also if it hardly varies: there is something to see, whatever the network sees of it.
+        # Scaled even if the image hardly varies, so that its content is visible.
         left.imshow(displayable(scores_of(stored, np.finfo(np.float32).tiny)))
         name = printable(metadata.names[metadata.record_image[index]])
-        left.set_title(name, fontsize=7, parse_math=False)  # a $ begins no formula
-        # Ranks, so that gaps in the ids take no colors.
+        left.set_title(name, fontsize=7, parse_math=False)  # a $ does not start a formula
+        # Numbered consecutively, so that gaps in the class ids use no colors.
         show_classes(right, np.searchsorted(metadata.classes, stored.mask), len(metadata.classes))
         found = np.intersect1d(stored.mask, metadata.classes)
         right.set_title(f"classes {', '.join(map(str, found[:6]))}", fontsize=7)
@@ -952,13 +956,13 @@ def draw_curves(metrics: Path, classes: range) -> Any:
 
 
 def most_wrong(confusion: np.ndarray) -> np.ndarray:
-    """Return the classes, of more than can be read those that differ most from what they should be."""
+    """Return the classes to show; if there are too many, those with the most wrong pixels."""
     wrong = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
     return np.sort(np.argsort(-wrong, kind="stable")[:CONFUSION_CLASSES])
 
 
 def draw_confusion(confusion: np.ndarray) -> Any:
-    """Return a figure of a confusion matrix, as shares of each true class; of at most `CONFUSION_CLASSES` classes."""
+    """Return a figure of a confusion matrix as shares of each true class, for at most `CONFUSION_CLASSES` classes."""
     from matplotlib.figure import Figure
 
     shares, shown = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1), most_wrong(confusion)
@@ -973,7 +977,7 @@ def draw_confusion(confusion: np.ndarray) -> Any:
     axes.set_xticks(range(len(shown)), shown)
     axes.set_yticks(range(len(shown)), shown)
     if len(shown) < len(confusion):
-        axes.set_title(f"the {len(shown)} of {len(confusion)} classes\nwith most wrong pixels")
+        axes.set_title(f"the {len(shown)} of {len(confusion)} classes\nwith the most wrong pixels")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     return figure

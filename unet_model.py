@@ -1,11 +1,11 @@
 """The network, its loss, and one training or test step on every replica.
 
 Owns the U-Net (Ronneberger et al., arXiv 1505.04597, with ``same`` convolutions), the exported SavedModel, the
-optimizer, and `UNetTrainer`, which runs steps under a tf.distribute strategy. Its geometry, on which databases and
-inference depend as well, stands in `lmdb_utils`: `SIZE_FACTOR` and `RADIUS`.
+optimizer, and `UNetTrainer`, which runs steps under a tf.distribute strategy. The network's geometry, `SIZE_FACTOR` and
+`RADIUS`, is in `lmdb_utils`, because databases and inference depend on it too.
 
-Several replicas train exactly as one with the same global batch would: batch normalization and optimizer see sums over
-all of them, so that every replica of every process holds the same network at any time.
+Several replicas train exactly as a single one would with the same global batch. Batch normalization and the optimizer
+use sums over all replicas, so every replica of every process has the same network at any time.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ shield_keras()
 
 import tensorflow as tf  # noqa: E402
 
-LEVELS = SIZE_FACTOR.bit_length() - 1  # poolings
+LEVELS = SIZE_FACTOR.bit_length() - 1  # number of poolings
 CONVOLUTIONS_PER_LEVEL = 2
 DROPOUT_RATE = 0.5
 DROPOUT_LEVELS = 2  # the deepest ones
-# Moving averages over some tens of steps: the usual 0.99 lags so far behind that the first test epochs mean nothing.
+# This averages over tens of steps. The usual 0.99 lags so far behind that the first test epochs are meaningless.
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-3  # added to the variance
-LARGEST_SCALE, LARGEST_SHIFT = 3.0, 5.0  # of batch renormalization, as in its paper
-CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps between which it takes effect, once the averages mean something
-LONGEST_AVERAGE = 1000  # steps that a moving average of the weights goes back, at most
-FIRST_LAYER, LAST_LAYER = slice(0, 2), slice(-2, None)  # their kernels and biases, among the weights of a network
-AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # the first steps of a run; the steps between updates after them
+LARGEST_SCALE, LARGEST_SHIFT = 3.0, 5.0  # limits of batch renormalization, as in its paper
+CORRECTED_FROM, CORRECTED_FULLY = 100, 250  # steps over which it is phased in; earlier averages mean little
+LONGEST_AVERAGE = 1000  # most steps that a moving average of the weights covers
+FIRST_LAYER, LAST_LAYER = slice(0, 2), slice(-2, None)  # kernels and biases in a network's list of weights
+AVERAGED_EACH_STEP, AVERAGING_INTERVAL = 100, 10  # first steps, each with an update; steps between later ones
 
 
 def build_unet(
@@ -55,28 +55,28 @@ def build_unet(
     Parameters
     ----------
     channels : int
-        Channels of the image.
+        Number of channels of the image.
     number_classes : int
-        Classes, background included.
+        Number of classes, background included.
     baseline_feature_depth : int
-        Features of the top level, doubled with each level; the paper's network has 64.
+        Features of the top level, doubled at each level below; the paper's network has 64.
     dropout_rate : float
-        Of the two deepest levels while training.
+        Dropout rate of the two deepest levels while training.
     batch_norm : bool
         Whether batch normalization follows each convolution.
     dropout_key : callable, optional
-        Asked at each training step for two integers, of which what is dropped is a function.
+        Called at each training step; returns two integers that determine which features are dropped.
     precision : str
         ``"float32"``, or ``"mixed_float16"`` to compute in float16 with float32 weights.
     deep_supervision : bool
-        Whether the coarser levels of the decoder have logits of their own, to train by. Each output has half as many
-        rows and columns as the one before.
+        Whether the coarser levels of the decoder have logits of their own for training. Each output has half as many
+        rows and columns as the previous output.
 
     Returns
     -------
     keras.Model
-        From ``(N, H, W, channels)`` float32, H and W multiples of `SIZE_FACTOR`, to logits
-        ``(N, H, W, number_classes)`` float32; with deep supervision to a list, of which these are the first.
+        Maps ``(N, H, W, channels)`` float32, with H and W multiples of `SIZE_FACTOR`, to logits
+        ``(N, H, W, number_classes)`` float32. With deep supervision it returns a list that starts with these logits.
     """
     parts = Parts(number_classes, dropout_rate, batch_norm, dropout_key, precision)
     image = tf.keras.Input((None, None, channels))
@@ -86,7 +86,7 @@ def build_unet(
         skips.append(features)  # (N, H/2^l, W/2^l, 2^l F)
         features = tf.keras.layers.MaxPooling2D(2, dtype=precision)(features)
     features = parts.drop(parts.convolve(features, baseline_feature_depth * 2**LEVELS), LEVELS)  # (N, H/16, W/16, 16 F)
-    logits = []  # the coarsest first
+    logits = []  # coarsest first
     for level in reversed(range(LEVELS)):
         features = parts.join(features, skips[level], baseline_feature_depth * 2**level)  # (N, H/2^l, W/2^l, 2^l F)
         if deep_supervision or level == 0:
@@ -96,7 +96,7 @@ def build_unet(
 
 @dataclass(frozen=True)
 class Parts:
-    """What a U-Net consists of; the parameters of `build_unet` that concern single layers."""
+    """The parts of a U-Net, with the parameters of `build_unet` that concern single layers."""
 
     number_classes: int
     dropout_rate: float
@@ -105,7 +105,7 @@ class Parts:
     precision: str
 
     def convolve(self, features: Any, depth: int) -> Any:
-        """Return features of some depth: the convolutions of a level, with what follows each of them."""
+        """Return `depth` features from the convolutions of a level, each with batch normalization if enabled."""
         for _ in range(CONVOLUTIONS_PER_LEVEL):
             convolution = tf.keras.layers.Conv2D(
                 depth, 3, padding="same", activation="relu", kernel_initializer="he_normal", dtype=self.precision
@@ -116,14 +116,14 @@ class Parts:
         return features
 
     def drop(self, features: Any, level: int) -> Any:
-        """Return the features with dropout if the level is one of the deepest."""
+        """Return the features, with dropout if the level is one of the deepest."""
         if level <= LEVELS - DROPOUT_LEVELS:
             return features
         return StatelessDropout(self.dropout_rate, level, self.dropout_key, dtype=self.precision)(features)
 
     def join(self, features: Any, skip: Any, depth: int) -> Any:
-        """Return features of twice as many rows and columns, made of those of the level below and of the encoder's."""
-        # Kernel and stride both 2: each output pixel comes from one input pixel, which adds nothing to the radius.
+        """Upsample the features of the level below, join them with the encoder's features, and convolve both."""
+        # With kernel and stride both 2, each output pixel comes from one input pixel, so the radius does not grow.
         features = tf.keras.layers.Conv2DTranspose(depth, 2, strides=2, dtype=self.precision)(features)
         features = tf.keras.layers.Concatenate(dtype=self.precision)([skip, features])
         return self.convolve(features, depth)
@@ -135,23 +135,23 @@ class Parts:
 
 
 def without_coarse_outputs(network: "tf.keras.Model") -> "tf.keras.Model":
-    """Return what a network is tested and exported as: the same layers without those of deep supervision."""
+    """Return the network to test and export: the same layers without the outputs of deep supervision."""
     return tf.keras.Model(network.input, network.outputs[0]) if len(network.outputs) > 1 else network
 
 
 class StatelessDropout(tf.keras.layers.Layer):
-    """Dropout that is a function of a key, so that a resumed run drops what an uninterrupted one would have dropped.
+    """Dropout that depends on a key, so that a resumed run drops the same features as an uninterrupted one.
 
-    Keras' own layer draws, in TensorFlow 2.12 to 2.15, from a state inside the operation, which no checkpoint holds.
+    In TensorFlow 2.12 to 2.15, the Keras layer draws from a state inside the operation, which no checkpoint contains.
 
     Parameters
     ----------
     rate : float
-        Share of the features that become 0; the others grow to keep the mean.
+        Fraction of the features to set to 0; the others are scaled up to keep the mean.
     number : int
-        Tells the layers of a network apart.
+        Number of the layer, unique in its network.
     key : callable, optional
-        Asked at each call for a tensor of two integers; without it the numbers are drawn from TensorFlow's global seed.
+        Called at each training step; returns a tensor of two integers. If not given, TensorFlow's global seed is used.
     """
 
     def __init__(self, rate: float, number: int, key: Optional[Callable[[], "tf.Tensor"]], dtype: Any = None) -> None:
@@ -159,7 +159,7 @@ class StatelessDropout(tf.keras.layers.Layer):
         self.rate, self._number, self._key = rate, number, key
 
     def call(self, features: "tf.Tensor", training: bool = False) -> "tf.Tensor":
-        """Drop while training; at any other time the features pass unchanged."""
+        """Drop features while training; otherwise return them unchanged."""
         if not training or not self.rate:
             return features
         if self._key is None:
@@ -169,20 +169,20 @@ class StatelessDropout(tf.keras.layers.Layer):
 
 
 class BatchNormalization(tf.keras.layers.Layer):
-    """Batch renormalization (Ioffe, arXiv 1702.03275) over the global batch: that of all replicas.
+    """Batch renormalization (Ioffe, arXiv 1702.03275) over the global batch of all replicas.
 
-    The statistics of a few images can be far from the moving averages, by which the network is tested. So the features
-    of a batch are normalized by its own statistics, then corrected to what the moving averages would have given, within
-    limits. The correction counts as a constant: gradients are those of batch normalization.
+    The statistics of a few images can be far from the moving averages, which are used in testing. So the features of a
+    batch are normalized by its own statistics and then corrected, within limits, to match normalization by the moving
+    averages. The correction counts as a constant, so gradients are the same as in batch normalization.
 
-    Takes and returns float16 or float32; means and variances are float32. Keras' own layer gives other moving variances
-    in Keras 2 than in Keras 3, and keeps them for each replica.
+    Takes and returns float16 or float32; means and variances are float32. The Keras layer computes different moving
+    variances in Keras 2 and Keras 3, and keeps separate ones for each replica.
 
     Attributes
     ----------
     correction_share : callable, optional
-        Asked at each training step for a scalar tensor in 0 to 1: the share of the limits that is in force. Without it,
-        or with 0, this is batch normalization (Ioffe and Szegedy, arXiv 1502.03167).
+        Called at each training step; returns a scalar tensor from 0 to 1, the share of the limits that applies. If not
+        given, or with 0, this is plain batch normalization (Ioffe and Szegedy, arXiv 1502.03167).
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class BatchNormalization(tf.keras.layers.Layer):
         self.correction_share: Optional[Callable[[], tf.Tensor]] = None
 
     def build(self, shape: Sequence[Optional[int]]) -> None:
-        """Make the weights: one of each kind for each feature."""
+        """Create the weights: one of each kind for each feature."""
 
         def add(name: str, initializer: str, trainable: bool = True) -> Any:
             return self.add_weight(
@@ -205,11 +205,11 @@ class BatchNormalization(tf.keras.layers.Layer):
         self.built = True
 
     def call(self, features: "tf.Tensor", training: bool = False) -> "tf.Tensor":
-        """Normalize by the global batch while training, and note its statistics; by these at any other time."""
+        """Normalize by the global batch and update the moving averages while training; otherwise use these averages."""
         weights = self.gamma, self.beta, self.moving_mean, self.moving_variance
         gamma, beta, moving_mean, moving_variance = map(tf.convert_to_tensor, weights)
         if not training:
-            exact = tf.cast(features, tf.float32)  # on a CPU faster than the operation that is used below
+            exact = tf.cast(features, tf.float32)  # faster on a CPU than the operation below
             exact = tf.nn.batch_normalization(exact, moving_mean, moving_variance, beta, gamma, BATCH_NORM_EPSILON)
             return tf.cast(exact, features.dtype)
         mean, variance = global_statistics(features, moving_mean)
@@ -231,21 +231,21 @@ class BatchNormalization(tf.keras.layers.Layer):
 
 
 def mean_of_replicas(values: list[Any]) -> list[Any]:
-    """Return the means of float32 tensors of one shape over all replicas."""
+    """Return the mean over all replicas of each float32 tensor; all tensors have the same shape."""
     context = tf.distribute.get_replica_context()
     sums = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stack(values))
     return tf.unstack(sums / context.num_replicas_in_sync)
 
 
 def global_statistics(features: "tf.Tensor", near: "tf.Tensor") -> tuple["tf.Tensor", "tf.Tensor"]:
-    """Return mean and variance over all replicas, float32 of shape (F,), as constants: without gradients.
+    """Return mean and variance over all replicas, float32 of shape (F,), as constants without gradients.
 
     Parameters
     ----------
     features : tensor of float16 or float32, shape (N, H, W, F)
-        Of this replica; all have as many.
+        Features of this replica; all replicas have the same shape.
     near : tensor of float32, shape (F,)
-        A guess at the means; the closer, the smaller the rounding error of the variances.
+        Estimate of the means; a closer one reduces the rounding error of the variances.
     """
     mean, variance = tf.nn.moments(tf.cast(tf.stop_gradient(features), tf.float32), [0, 1, 2])
     if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
@@ -258,7 +258,7 @@ def global_statistics(features: "tf.Tensor", near: "tf.Tensor") -> tuple["tf.Ten
 def correction(
     mean: "tf.Tensor", variance: "tf.Tensor", moving_mean: "tf.Tensor", moving_variance: "tf.Tensor", share: "tf.Tensor"
 ) -> tuple["tf.Tensor", "tf.Tensor"]:
-    """Return the factor and the summand that turn normalization by a batch into one by the moving averages.
+    """Return the factor and the offset that turn normalization by a batch into normalization by moving averages.
 
     With a `share` of 0 they are 1 and 0. With 1, `LARGEST_SCALE` and `LARGEST_SHIFT` limit them in both directions.
     """
@@ -276,15 +276,15 @@ def normalize_global_batch(features: Any, gamma: Any, beta: Any, mean: Any, vari
     Parameters
     ----------
     features : tensor of float16 or float32, shape (N, H, W, F)
-        Of this replica; all have as many.
+        Features of this replica; all replicas have the same shape.
     gamma, beta : tensor of float32, shape (F,)
-        Standard deviation and mean to give them.
+        Standard deviation and mean of the result.
     mean, variance : tensor of float32, shape (F,)
-        Of all replicas. The gradient takes them as what they are, functions of the features.
+        Statistics over all replicas. The gradient treats them as functions of the features.
 
     Notes
     -----
-    Written out, because automatic gradients would keep several copies of the features in float32.
+    The gradient is written out, because an automatic one would keep several copies of the features in float32.
     """
 
     def gradient(change: Any) -> Any:
@@ -309,12 +309,12 @@ def normalize_global_batch(features: Any, gamma: Any, beta: Any, mean: Any, vari
 
 
 def assign(variable: Any, value: "tf.Tensor") -> None:
-    """Set this replica's copy of a variable, to what all replicas set theirs to."""
+    """Set this replica's copy of a variable; all replicas must set the same value."""
     tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
 def counted_pixels(masks: "tf.Tensor") -> "tf.Tensor":
-    """Return which pixels (N, H, W) have a class: all but those to ignore, which have the largest value of the type."""
+    """Return which pixels (N, H, W) have a class; pixels to ignore have the largest value of the type."""
     masks = tf.convert_to_tensor(masks)
     return tf.not_equal(masks, masks.dtype.max)
 
@@ -322,8 +322,8 @@ def counted_pixels(masks: "tf.Tensor") -> "tf.Tensor":
 def sum_of_pixels(values: "tf.Tensor") -> "tf.Tensor":
     """Return the sum of values (classes, N, H, W) for each class.
 
-    Row by row, then image by image: TensorFlow may add one number after the other, and with millions of them float32
-    would lose several percent.
+    Sums row by row, then image by image. TensorFlow may add numbers one after the other, and with millions of them
+    float32 would lose several percent.
     """
     return tf.reduce_sum(tf.reduce_sum(tf.reduce_sum(values, axis=3), axis=2), axis=1)
 
@@ -331,8 +331,8 @@ def sum_of_pixels(values: "tf.Tensor") -> "tf.Tensor":
 def classes_first_log_softmax(logits: "tf.Tensor") -> "tf.Tensor":
     """Return the log softmax of logits (N, H, W, classes) as (classes, N, H, W).
 
-    In this order a CPU works on many pixels at once. TensorFlow's own functions, for which the classes of a pixel lie
-    side by side, take several times as long with few classes.
+    In this order a CPU processes many pixels at once. TensorFlow's own functions expect the classes of a pixel side by
+    side, and take several times as long with few classes.
     """
     logits = tf.transpose(logits, [3, 0, 1, 2])
     logits -= tf.stop_gradient(tf.reduce_max(logits, axis=0))
@@ -341,22 +341,23 @@ def classes_first_log_softmax(logits: "tf.Tensor") -> "tf.Tensor":
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy, and the Dice loss beside it if wanted, of all counted pixels of a global batch or a test set.
+    """Cross-entropy, optionally plus the Dice loss, of all counted pixels of a global batch or a test set.
 
-    The Dice loss (Milletari et al., arXiv 1606.04797) is 1 minus the mean, over the classes that occur, of
-    ``2 * overlap / (predicted + true)``: of softmax and true class, summed over all pixels. So a class of few pixels
-    matters as much as one of many. Both losses are functions of a few sums, which replicas and batches simply add.
+    The Dice loss (Milletari et al., arXiv 1606.04797) is 1 minus the mean of ``2 * overlap / (predicted + true)`` over
+    the classes that occur. Its terms are sums over all pixels of softmax and true class, so a class with few pixels
+    matters as much as a class with many. Both losses are functions of a few sums, which simply add up over replicas and
+    batches.
 
     Attributes
     ----------
     number_classes : int
-        Classes, background included.
+        Number of classes, background included.
     with_dice : bool
         Whether to add the Dice loss to the cross-entropy.
     label_smoothing : float
-        Share of the target that is spread over all classes alike.
+        Fraction of the target that is spread evenly over all classes.
     class_weights : tuple of float, optional
-        Factor for the cross-entropy of each class's pixels, and its weight in the mean of the Dice loss.
+        Factor of each class in the cross-entropy, and its weight in the mean of the Dice loss.
     """
 
     number_classes: int
@@ -365,15 +366,15 @@ class Loss:
     class_weights: Optional[tuple[float, ...]] = None
 
     def cross_entropy(self, masks: "tf.Tensor", logits: "tf.Tensor") -> "tf.Tensor":
-        """Return the cross-entropy of each pixel, (N, H, W), in natural units; 0 for those to ignore; see `sums`."""
+        """Return the cross-entropy of each pixel, (N, H, W), in natural units, 0 for pixels to ignore; see `sums`."""
         return self._cross_entropy(self._one_hot(masks), classes_first_log_softmax(logits))
 
     def _one_hot(self, masks: "tf.Tensor") -> "tf.Tensor":
-        """Return 1 for the class of each pixel, otherwise 0, (classes, N, H, W); pixels to ignore have no class."""
+        """Return 1 for the class of each pixel and 0 otherwise, (classes, N, H, W); pixels to ignore have no class."""
         return tf.one_hot(tf.where(counted_pixels(masks), tf.cast(masks, tf.int32), -1), self.number_classes, axis=0)
 
     def _cross_entropy(self, true: "tf.Tensor", logarithms: "tf.Tensor") -> "tf.Tensor":
-        """Return the cross-entropy of each pixel, given its class and its log softmax, (classes, N, H, W)."""
+        """Return the cross-entropy of each pixel from its class and its log softmax, both (classes, N, H, W)."""
         losses = -tf.reduce_sum(true * logarithms, axis=0)
         if self.label_smoothing:
             of_all_classes = -tf.reduce_sum(true, axis=0) * tf.reduce_mean(logarithms, axis=0)
@@ -383,22 +384,22 @@ class Loss:
         return losses
 
     def sums(self, masks: "tf.Tensor", logits: "tf.Tensor", weights: Optional["tf.Tensor"] = None) -> "tf.Tensor":
-        """Return what `value` needs to know of some images.
+        """Return the sums over some images that `value` needs.
 
         Parameters
         ----------
         masks : tensor of integers, shape (N, H, W)
             Class ids; see `counted_pixels`.
         logits : tensor of float32, shape (N, H, W, classes)
-            What the network gives.
+            Output of the network.
         weights : tensor of float32, shape (N,), optional
             Images of weight 0 do not count.
 
         Returns
         -------
         tensor of float32
-            Sum of the cross-entropy and number of counted pixels; with the Dice loss also overlap, softmax and pixels
-            of each class. They may be added to those of other images.
+            Sum of the cross-entropy and number of counted pixels. With the Dice loss, also overlap, softmax and pixels
+            of each class. Sums of different images may be added.
         """
         true, logarithms = self._one_hot(masks), classes_first_log_softmax(logits)
         if weights is not None:
@@ -411,7 +412,7 @@ class Loss:
         return tf.concat(sums, axis=0)
 
     def value(self, sums: "tf.Tensor") -> "tf.Tensor":
-        """Return the loss, a scalar, of what `sums` returned, added up; 0 if no pixel counts."""
+        """Return the scalar loss for the total of the results of `sums`; 0 if no pixel counts."""
         pixels = tf.maximum(sums[1], 1)
         loss = sums[0] / pixels
         if not self.with_dice:
@@ -435,36 +436,37 @@ def confusion_matrix(masks: "tf.Tensor", logits: "tf.Tensor", weights: "tf.Tenso
     masks : tensor of integers, shape (N, H, W)
         True class ids; see `counted_pixels`.
     logits : tensor of float32, shape (N, H, W, classes)
-        What the network gives; the largest is the predicted class.
+        Output of the network; the largest value marks the predicted class.
     weights : tensor of float32, shape (N,)
         Images of weight 0 do not count.
     number_classes : int
-        Classes, background included.
+        Number of classes, background included.
 
     Returns
     -------
     tensor of int64, shape (classes, classes)
-        Rows are true classes, columns predicted ones.
+        Rows are true classes, columns are predicted classes.
     """
     cells = number_classes**2
     cell = tf.cast(masks, tf.int32) * number_classes + tf.argmax(logits, axis=-1, output_type=tf.int32)
     counted = counted_pixels(masks) & (weights[:, None, None] > 0)
-    cell = tf.where(counted, cell, cells)  # all else goes to one more cell, which is dropped
-    with tf.device("CPU:0"):  # a GPU's way to count is not deterministic
+    cell = tf.where(counted, cell, cells)  # all other pixels go to an extra cell, which is dropped
+    with tf.device("CPU:0"):  # counting on a GPU is not deterministic
         counts = tf.math.bincount(tf.reshape(cell, [-1]), minlength=cells + 1, maxlength=cells + 1)
     return tf.cast(tf.reshape(counts[:cells], [number_classes, number_classes]), tf.int64)
 
 
 class Adam(tf.Module):
-    """Adam (Kingma and Ba, arXiv 1412.6980), with a loss scale that keeps small gradients of a float16 network.
+    """Adam (Kingma and Ba, arXiv 1412.6980), with loss scaling that preserves small gradients of a float16 network.
 
-    Gradients are summed over all replicas before anything looks at them, so that all replicas agree whether one of them
-    had an overflow: then the step is left out and the scale halved. After `GROWTH_STEPS` steps without any it doubles.
+    Gradients are summed over all replicas before they are checked, so all replicas agree on whether an overflow
+    occurred. After an overflow, the step is skipped and the scale is halved. After `GROWTH_STEPS` steps without an
+    overflow, the scale is doubled.
 
     Parameters
     ----------
     variables : sequence of variables
-        To train; called in the scope of their strategy.
+        Variables to train. Create the optimizer in the scope of their strategy.
     loss_scaling : bool
         Whether the network computes in float16.
     """
@@ -483,11 +485,11 @@ class Adam(tf.Module):
         self.steps_without_overflow = tf.Variable(0, dtype=tf.int64, trainable=False)
 
     def scale(self, loss: "tf.Tensor") -> "tf.Tensor":
-        """Return a loss whose gradients float16 has numbers for."""
+        """Return the loss, scaled so that float16 can represent its gradients."""
         return loss * self.loss_scale if self._loss_scaling else loss
 
     def apply(self, gradients: list["tf.Tensor"], variables: Sequence[Any], learning_rate: "tf.Tensor") -> None:
-        """Update the variables by the gradients of a scaled loss, each replica by the sum over all."""
+        """Update the variables by the gradients of a scaled loss, summed over all replicas."""
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync > 1:
             gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
@@ -503,7 +505,7 @@ class Adam(tf.Module):
         assign(self.steps_without_overflow, tf.where(finite & ~grow, steps, 0))
 
     def _update(self, gradients: list["tf.Tensor"], variables: Sequence[Any], learning_rate: "tf.Tensor") -> None:
-        """Take the step of Adam; one operation for each variable."""
+        """Take a step of Adam, with one operation for each variable."""
         updates = self.updates + 1
         assign(self.updates, updates)
         powers = [tf.pow(beta, tf.cast(updates, tf.float32)) for beta in (self.BETA_1, self.BETA_2)]
@@ -515,14 +517,14 @@ class Adam(tf.Module):
 
 
 def average_interval(step: int) -> int:
-    """Return after how many steps the averaged weights are updated, so late in a run: rarely enough to cost nothing."""
+    """Return the number of steps between updates of the averaged weights; late updates are rare, to cost nothing."""
     return 1 if step < AVERAGED_EACH_STEP else AVERAGING_INTERVAL
 
 
 def average_decay(step: int) -> float:
-    """Return what the averaged weights keep of themselves in an update.
+    """Return the fraction of the averaged weights that an update keeps.
 
-    They go back about a tenth of the steps taken, so that those of a network that knew little count little.
+    The average covers about the last tenth of the steps taken, so that early weights count little.
     """
     of_a_step = min((1 + step) / (10 + step), 1 - 1 / LONGEST_AVERAGE)
     return float(of_a_step ** average_interval(step))
@@ -534,41 +536,41 @@ class UNetTrainer:
     Parameters
     ----------
     strategy : tf.distribute.Strategy
-        Over the replicas.
+        Strategy over the replicas.
     model : callable
-        Takes a `dropout_key` (see `build_unet`) and returns a keras.Model; called inside the strategy's scope, such as
-        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. It may have more outputs, as those of deep
-        supervision; their losses count alike.
+        Takes a `dropout_key` (see `build_unet`) and returns a keras.Model, such as
+        ``lambda dropout_key: build_unet(1, 2, dropout_key=dropout_key)``. Called inside the strategy's scope. The model
+        may have several outputs, as with deep supervision; their losses count equally.
     learning_rate : float
-        Of Adam; may be changed between steps.
+        Learning rate of Adam; may change between steps.
     loss : Loss
-        To train with, and to test with but for its label smoothing.
+        Loss to train with, and to test with, apart from its label smoothing.
     seed : int
-        Of dropout.
+        Seed of dropout.
     average_weights : bool
-        Whether to test a moving average of the weights instead of those of the last step.
+        Whether to test a moving average of the weights instead of the weights of the last step.
     loss_scaling : bool
         Whether to keep small gradients of a float16 network from vanishing.
     xla : bool, optional
-        Whether to compile the training step, of a single replica; None tries it in the first step and does without it
-        if it cannot be done, as often its files are missing.
+        Whether to compile the training step of a single replica. None tries to compile in the first step and continues
+        without XLA if that fails, often because XLA's files are missing.
 
     Attributes
     ----------
     network : keras.Model
-        What is trained, with all its outputs.
+        Network in training, with all its outputs.
     model : keras.Model
-        The same with the first output alone.
+        The same network with only its first output.
     averaged : keras.Model
-        Of the same layers, with the weights that are tested and exported: their average, or `model` itself. It is
-        about that of the last tenth of all steps, of at most `LONGEST_AVERAGE`, batch normalization included.
+        Network with the weights to test and export: their moving average, or `model` itself. The average covers about
+        the last tenth of all steps, at most `LONGEST_AVERAGE`, and includes batch normalization.
     test_loss : Loss
-        What to make of the sums that `test_step` returns.
+        Loss that turns the sums from `test_step` into a value.
     optimizer : Adam
     step : tf.Variable of int64
         Training steps taken.
     num_replicas : int
-        Devices that share a global batch, on all nodes.
+        Number of devices on all nodes that share a global batch.
     """
 
     def __init__(
@@ -604,12 +606,12 @@ class UNetTrainer:
         self._concrete_step: Any = None
 
     def _dropout_key(self) -> "tf.Tensor":
-        """Return two integers that no other step and replica of the run has."""
+        """Return two integers that are unique to this step and replica of the run."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         return tf.stack([tf.constant(self._seed, tf.int64), self.step * self.num_replicas + tf.cast(replica, tf.int64)])
 
     def _correction_share(self) -> "tf.Tensor":
-        """Return which share of batch renormalization is in force at this step, 0 to 1."""
+        """Return the share of batch renormalization that applies at this step, 0 to 1."""
         steps = tf.cast(self.step - CORRECTED_FROM, tf.float32)
         return tf.clip_by_value(steps / (CORRECTED_FULLY - CORRECTED_FROM), 0.0, 1.0)
 
@@ -629,16 +631,16 @@ class UNetTrainer:
         batch : item of `distribute`
             A global batch.
         votes : sequence of float
-            Of this process, such as 1 to stop and 0 not to.
+            Votes of this process, such as 1 to stop and 0 to continue.
 
         Returns
         -------
         tensor of float32, shape (2 + len(votes),)
-            The mean loss of the global batch's counted pixels, and how many these are; the sum of each vote over all
-            replicas, so that all processes know of it at the same step. A GPU may still be computing it.
+            Mean loss of the counted pixels in the global batch, the number of these pixels, and the sum of each vote
+            over all replicas. All processes thus learn of a vote at the same step. A GPU may still be computing it all.
         """
         if self._steps_taken is None:
-            self._steps_taken = int(self.step.numpy())  # of a resumed run, too; counted here then: asking takes time
+            self._steps_taken = int(self.step.numpy())  # not 0 in a resumed run; read only once, which takes time
         numbers = tf.constant([self._learning_rate, *map(float, votes)], tf.float32)
         result = (self._try_xla if self._xla_on_trial else self._take_step)(batch, numbers)
         self._steps_taken += 1
@@ -647,7 +649,7 @@ class UNetTrainer:
         return result
 
     def start_from(self, folder: PathLike) -> str:
-        """Take the weights of an exported network; layers for other channels or classes stay as they are.
+        """Load the weights of an exported network; layers for other channels or classes stay unchanged.
 
         Parameters
         ----------
@@ -657,12 +659,12 @@ class UNetTrainer:
         Returns
         -------
         str
-            A short text that two networks share only if their weights are the same.
+            Fingerprint: a short text that two networks share only if their weights are the same.
 
         Raises
         ------
         InputError
-            If that network is of another kind or depth.
+            If the network has another architecture or depth.
         """
         weights = read_weights(folder)
         new = different_layers(weights, self.model, folder)
@@ -671,19 +673,19 @@ class UNetTrainer:
             variable.assign(values)
         self.begin_average()
         digest = hashlib.sha256(b"".join(values.tobytes() for values in weights)).hexdigest()[:12]
-        logging.info("beginning with the network in %s, fingerprint %s", folder, digest)
+        logging.info("starting from the network in %s, fingerprint %s", folder, digest)
         for layer, reason in new.items():
             logging.info("its %s layer is new: %s", layer, reason)
         return digest
 
     def begin_average(self) -> None:
-        """Set the averaged weights to those of the last step."""
+        """Set the averaged weights to the weights of the last step."""
         if self.averaged is not self.model:
             self._update_average(tf.constant(0.0))
 
     @tf.function(autograph=False)
     def _update_average(self, decay: "tf.Tensor") -> None:
-        """Move the averaged weights toward those of the last step, each replica its own copy of them."""
+        """Move each replica's copy of the averaged weights toward the weights of the last step."""
 
         def update() -> None:
             for averaged, last in zip(self.averaged.weights, self.model.weights):
@@ -692,14 +694,14 @@ class UNetTrainer:
         self._strategy.run(update)
 
     def _take_step(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
-        """Take a step. All batches have one shape, so that the function for it is looked up once: that takes 2 ms."""
+        """Take a step. All batches have the same shape, so the function is looked up only once; that takes 2 ms."""
         if self._concrete_step is None:
             self._concrete_step = self._step_function.get_concrete_function(batch, numbers)
         return self._concrete_step(batch, numbers)
 
     def _make_step_function(self, xla: bool) -> Any:
         """Return the function that takes a step on all replicas."""
-        # No Python condition in a step depends on a tensor, so nothing needs translating.
+        # No Python condition in a step depends on a tensor, so AutoGraph is not needed.
         replica_step = (
             tf.function(self._train_replica, jit_compile=True, autograph=False) if xla else self._train_replica
         )
@@ -713,12 +715,12 @@ class UNetTrainer:
         return step
 
     def _try_xla(self, batch: Any, numbers: "tf.Tensor") -> "tf.Tensor":
-        """Take the first step compiled or, if that fails, otherwise from then on."""
+        """Take the first step with XLA; if that fails, take it and all later steps without."""
         self._xla_on_trial, before = False, self.step.numpy()
         try:
             result = self._take_step(batch, numbers)
-            result.numpy()  # waits for it
-        except tf.errors.OpError as error:  # while it compiles, before anything has changed
+            result.numpy()  # waits for the result
+        except tf.errors.OpError as error:  # from compiling, before any variable has changed
             logging.info("training without XLA, which fails here: %s", str(error).splitlines()[0])
             self.step.assign(before)
             self._step_function, self._concrete_step = self._make_step_function(False), None
@@ -740,7 +742,7 @@ class UNetTrainer:
         votes : tensor of float32, shape (len(votes),)
             The sums of the votes.
         sums : tensor of float32
-            Of `test_loss`.
+            Sums for `test_loss`.
         confusion : tensor of int64, shape (classes, classes)
             Counted pixels by true and predicted class.
         """
@@ -754,7 +756,7 @@ class UNetTrainer:
     def _train_replica(
         self, images: "tf.Tensor", masks: "tf.Tensor", weights: "tf.Tensor", numbers: "tf.Tensor"
     ) -> "tf.Tensor":
-        """Take a step on one replica's batch; `numbers` are the learning rate and the votes."""
+        """Take a step on one replica's batch; `numbers` contains the learning rate and the votes."""
         variables, context = self.network.trainable_variables, tf.distribute.get_replica_context()
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self.network(images, training=True))
@@ -762,8 +764,8 @@ class UNetTrainer:
                 [self._loss.sums(masks[:, :: 2**level, :: 2**level], logits) for level, logits in enumerate(outputs)]
             )
             if self.num_replicas > 1:
-                # The loss of the global batch, of which each replica takes the gradient by its own part of the sums:
-                # these gradients add up to that of the loss.
+                # Each replica differentiates the loss of the global batch by its own part of the sums. These gradients
+                # add up to the gradient of the loss.
                 with tape.stop_recording():
                     of_others = context.all_reduce(tf.distribute.ReduceOp.SUM, own) - own
                 sums = own + of_others
@@ -782,12 +784,12 @@ class UNetTrainer:
 
 
 def read_weights(folder: PathLike) -> list[np.ndarray]:
-    """Return the weights of a SavedModel that `export_saved_model` wrote, in the order of the network's own.
+    """Return the weights of a SavedModel that `export_saved_model` wrote, in the order of the network's weights.
 
     Raises
     ------
     InputError
-        If there are none.
+        If they cannot be read.
     """
     with without_patterns(folder) as path:
         try:
@@ -796,32 +798,32 @@ def read_weights(folder: PathLike) -> list[np.ndarray]:
             weights = [reader.get_tensor(f"weights/{i}/.ATTRIBUTES/VARIABLE_VALUE") for i in range(len(names))]
         except MemoryError:
             raise
-        except Exception as error:  # TensorFlow raises whatever comes of reading a damaged file
+        except Exception as error:  # TensorFlow may raise anything for a damaged file
             reason = cause_of(error).replace(path, str(folder))
             raise InputError(
-                f"cannot read the weights in {folder}: {reason}; give a folder saved_model that train_unet.py wrote"
+                f"cannot read the weights in {folder}: {reason}; pass a saved_model folder that train_unet.py wrote"
             ) from error
     return weights
 
 
 def different_layers(weights: Sequence[np.ndarray], model: "tf.keras.Model", folder: PathLike) -> dict[str, str]:
-    """Return which layers of a network other weights do not fit: ``first`` and ``last``, each with the reason.
+    """Return the layers of a network that other weights do not fit: ``first``, ``last``, each with the reason.
 
     Raises
     ------
     InputError
-        If more differs than the channels of the image and the number of classes.
+        If the networks differ in more than image channels and number of classes.
     """
     found, expected = ([tuple(each.shape) for each in of] for of in (weights, model.weights))
     features = [shapes[0][-1] if shapes and len(shapes[0]) == 4 else 0 for shapes in (found, expected)]
     if features[0] and features[0] != features[1]:
         raise InputError(
-            f"expected a network of --baseline_feature_depth {features[1]} in {folder}, found one of {features[0]}; "
-            f"train with --baseline_feature_depth {features[0]}, or begin with another network"
+            f"expected a network with --baseline_feature_depth {features[1]} in {folder}, found {features[0]}; "
+            f"train with --baseline_feature_depth {features[0]}, or start from another network"
         )
     between = slice(FIRST_LAYER.stop, LAST_LAYER.start)
     if len(found) != len(expected) or found[between] != expected[between]:
-        raise InputError(f"expected in {folder} a U-Net that train_unet.py wrote, found weights of another network")
+        raise InputError(f"expected a U-Net from train_unet.py in {folder}, found the weights of another network")
     reasons = {}
     if found[FIRST_LAYER] != expected[FIRST_LAYER]:
         reasons["first"] = f"{expected[0][2]} channels instead of {found[0][2]}"
@@ -831,23 +833,23 @@ def different_layers(weights: Sequence[np.ndarray], model: "tf.keras.Model", fol
 
 
 def export_saved_model(model: "tf.keras.Model", folder: PathLike, metadata: dict[str, Any]) -> None:
-    """Write a SavedModel with its metadata, replacing an older one only when the new one is whole.
+    """Write a SavedModel with its metadata, replacing an older one only when the new one is complete.
 
     Parameters
     ----------
     model : keras.Model
-        From images to logits.
+        Maps images to logits.
     folder : path
         Final folder, such as ``output_dir/saved_model``.
     metadata : dict
-        JSON-compatible; stored as `MODEL_METADATA_FILE` inside the folder.
+        JSON-compatible values; stored as `MODEL_METADATA_FILE` inside the folder.
 
     Notes
     -----
     The signature ``serving_default`` takes ``(N, H, W, C)`` float32, z-scored, and returns ``softmax``,
     ``(N, H, W, classes)`` float32.
     """
-    module = tf.Module()  # of the weights and the function alone: whatever Keras would save is of no use here
+    module = tf.Module()  # only the weights and the function; nothing else that Keras saves is needed
     module.weights = model.weights
 
     signature = tf.TensorSpec([None, None, None, model.input_shape[-1]], tf.float32, name="image")

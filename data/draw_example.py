@@ -1,9 +1,9 @@
-r"""Draw images beside their true and predicted masks, and print how well they agree.
+r"""Draw images next to their true and predicted masks, and print how well the masks agree.
 
     python data/draw_example.py --test_database data/example/test-cells.lmdb --image_folder data/images \
         --mask_folder data/masks --predicted_folder data/example/masks --output data/example/result.png
 
-Only the images of the test database count: the network has not learned from them.
+Only the images in the test database count, since the network was not trained on them.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: P
 
 
 def main() -> int:
-    """Print the foreground Dice of the test images and draw the first ones."""
-    parser = argparse.ArgumentParser(description="Compare predicted with true masks.")
+    """Print the foreground Dice of the test images, and draw the first few."""
+    parser = argparse.ArgumentParser(description="Compare predicted masks with true masks.")
     for option in ("test_database", "image_folder", "mask_folder", "predicted_folder", "output"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     args = parser.parse_args()

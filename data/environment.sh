@@ -1,5 +1,5 @@
-# Sourced by run_example.sh and tests/run.sh: puts `python` of an environment with the requirements first.
-# Usage: . data/environment.sh REQUIREMENTS_FILE...   with the repository's root as the working directory.
+# Sourced by run_example.sh and tests/run.sh. Makes `python` the one in an environment with the requirements.
+# Usage, from the root of the repository: . data/environment.sh REQUIREMENTS_FILE...
 if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" = base ]; }; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     . .venv/bin/activate

@@ -1,10 +1,10 @@
-"""Make the example data of this folder: 40 fluorescence-like images of cells and their masks.
+"""Make the example data in this folder, 40 fluorescence-like images of cells with their masks.
 
     python data/generate_example_data.py
 
-Seeded: the same numpy and scipy make the same files. Mask value 1 is a cell, 0 background. What makes the task more
-than a threshold: illumination that falls off across the field, cells of different shape and brightness that touch,
-and bright debris that is no cell.
+The seed is fixed, so the same versions of numpy and scipy make the same files. Mask value 1 is a cell, 0 is background.
+A threshold cannot solve the task, because illumination falls off across the field, cells of different shapes and
+brightness touch, and bright debris is not a cell.
 """
 
 import argparse
@@ -20,12 +20,12 @@ SIZE = 256  # pixels
 SEED = 20
 OFFSET = 400.0  # camera counts of a dark pixel
 READ_NOISE = 7.0  # standard deviation in counts
-GAIN = 0.12  # counts squared of shot noise for each count of signal
+GAIN = 0.12  # shot noise variance, squared counts per count of signal
 OPTICS_SIGMA = 1.0  # blur in pixels
 
 
 def cell_radius_profile(rng: np.random.Generator, radius: float) -> np.ndarray:
-    """Return the radius of a cell for 360 directions, in pixels: an ellipse with a few soft bulges."""
+    """Return the radius of a cell in 360 directions, in pixels; the cell is an ellipse with a few soft bulges."""
     angle = np.deg2rad(np.arange(360))
     stretch, turn = rng.uniform(1.0, 1.5), rng.uniform(0, np.pi)
     profile = radius / np.sqrt((np.cos(angle - turn) / stretch) ** 2 + (np.sin(angle - turn) * stretch) ** 2)
@@ -35,7 +35,7 @@ def cell_radius_profile(rng: np.random.Generator, radius: float) -> np.ndarray:
 
 
 def polar_grid(row: float, column: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return distance in pixels and direction in whole degrees of each pixel as seen from a point."""
+    """Return the distance in pixels and the direction in integer degrees of each pixel from a point."""
     rows, columns = np.mgrid[:SIZE, :SIZE]
     distance = np.hypot(rows - row, columns - column)
     return distance, np.rad2deg(np.arctan2(rows - row, columns - column)).astype(int) % 360
@@ -48,7 +48,7 @@ def smooth_noise(rng: np.random.Generator, sigma: float) -> np.ndarray:
 
 
 def cell_centers(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Return where cells are: some alone, some in clusters that touch."""
+    """Return the positions of cells, some alone and some in clusters that touch."""
     centers = []
     for _ in range(rng.integers(5, 10)):
         row, column = rng.uniform(0, SIZE, 2)
@@ -79,7 +79,7 @@ def draw_cells(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_debris(rng: np.random.Generator) -> np.ndarray:
-    """Return specks and fibres, in counts; bright, but too small or too thin to be cells."""
+    """Return bright specks and fibers in counts, too small or too thin to be cells."""
     debris = np.zeros((SIZE, SIZE))
     for _ in range(rng.integers(4, 12)):
         distance, _ = polar_grid(*rng.uniform(0, SIZE, 2))
@@ -94,7 +94,7 @@ def draw_debris(rng: np.random.Generator) -> np.ndarray:
 
 
 def illumination(rng: np.random.Generator) -> np.ndarray:
-    """Return the share of light that reaches each pixel: brightest off the center, about half at the far corner."""
+    """Return the share of light that reaches each pixel; the peak is off center, and the far corner gets about half."""
     distance, _ = polar_grid(*rng.uniform(0.2 * SIZE, 0.8 * SIZE, 2))
     return np.exp(-((distance / (1.1 * SIZE)) ** 2))
 
@@ -111,7 +111,9 @@ def make_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def main() -> int:
     """Write the images and masks."""
     parser = argparse.ArgumentParser(description="Make the example images and masks.")
-    parser.add_argument("--output_folder", type=Path, default=Path(__file__).parent, help="gets images/ and masks/")
+    parser.add_argument(
+        "--output_folder", type=Path, default=Path(__file__).parent, help="folder for images/ and masks/"
+    )
     folder = parser.parse_args().output_folder
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def test_tiles_have_no_class_that_stands_for_ignored_pixels(tmp_path):
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, np.where(tifffile.imread(path) > 0, 255, 0).astype(np.uint8))
     done = start(tmp_path, "--use_tiling", 1, "--tile_size", 128)
-    assert done.returncode == 2 and "--label_map 0:0,255:1 makes" in done.stdout, done.stdout
+    assert done.returncode == 2 and "--label_map 0:0,255:1 to map" in done.stdout, done.stdout
     assert "Traceback" not in done.stdout and not list((tmp_path / "db").glob("*.lmdb"))
     done = start(tmp_path, "--use_tiling", 1, "--tile_size", 128, "--label_map", "0:0,255:1")
     assert done.returncode == 0, done.stdout
@@ -221,7 +221,7 @@ def test_images_given_as_masks_are_noticed(tmp_path):
     write_folders(tmp_path, count=3)
     done = run_script("build_lmdb.py", "--image_folder", tmp_path / "masks", "--mask_folder", tmp_path / "images",
                       "--output_folder", tmp_path / "db")  # fmt: skip
-    assert done.stdout.count("are --image_folder and --mask_folder the right way round?") == 1, done.stdout
+    assert done.stdout.count("are --image_folder and --mask_folder swapped?") == 1, done.stdout
     assert "--label_map" not in done.stdout
 
 
@@ -272,15 +272,15 @@ def bad_image(array, **options):
         (bad_mask(np.zeros((64, 64), np.uint32)), ("masks/cell0.tif", "uint32", "--label_map")),
         (bad_mask(np.zeros((64, 64), np.uint8), compression="jpeg"), ("masks/cell0.tif", "JPEG")),
         (bad_mask(np.full((64, 64), -1, np.int32)), ("masks with negative", "masks/cell0.tif", "--label_map=-1:0,0:0")),
-        (bad_mask(np.zeros((64, 60), np.uint8)), ("another size", "64 x 64", "64 x 60", "cell0.tif")),
+        (bad_mask(np.zeros((64, 60), np.uint8)), ("differ in size", "64 x 64", "64 x 60", "cell0.tif")),
         (bad_image(np.zeros((64, 64), np.float64)), ("images/cell0.tif", "float64", "to float32")),
         (bad_image(np.zeros((64, 64), np.uint32)), ("images/cell0.tif", "uint32", "to int32")),
         (bad_image(np.zeros((64, 64), np.complex64)), ("images/cell0.tif", "complex64")),
         (
             bad_image(np.zeros((64, 64), np.uint8)),
-            ("another type", "images/cell0.tif", "1 channels of uint8", "(2 of 3)"),
+            ("differ in type", "images/cell0.tif", "1 channels of uint8", "(2 of 3)"),
         ),
-        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("another type", "3 channels", "1 channels of uint16")),
+        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("differ in type", "3 channels", "1 channels of uint16")),
         (bad_image(np.zeros((5, 64, 64), np.uint16), metadata={"axes": "ZYX"}), ("images/cell0.tif", "axes ZYX")),
         (bad_image(np.zeros((5, 64, 64), np.uint16), imagej=True, metadata={"axes": "TYX"}), ("cell0.tif", "axes TYX")),
         (lambda folder: (folder / "images" / "cell0.tif").write_bytes(b""), ("cannot read", "images/cell0.tif")),
@@ -300,7 +300,7 @@ def test_mixed_sizes_are_refused_without_tiling_and_built_with_it(tmp_path):
     image, mask = make_pair(9, (128, 160, 1))
     tifffile.imwrite(tmp_path / "images" / "cell0.tif", image[..., 0])
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", mask)
-    refused(tmp_path, "1 images of another size than most", "128 x 160", "--use_tiling 1")
+    refused(tmp_path, "1 images that differ in size from most", "128 x 160", "--use_tiling 1")
     assert start(tmp_path, "--use_tiling", 1, "--tile_size", 128).returncode == 0
 
 
@@ -350,7 +350,7 @@ def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
     (images / "cell6.tif").write_bytes(b"II*\0")
     tifffile.imwrite(images / "cell7.tif", np.zeros((64, 64), np.float64))
     output = refused(
-        tmp_path, "5 masks of another size than their images:", "cell0.tif is", "cell2.tif is", "and 2 more",
+        tmp_path, "5 masks that differ in size from their images:", "cell0.tif is", "cell2.tif is", "and 2 more",
         "1 images without a mask;", "1 files that cannot be read:", "1 images that cannot be stored:",
         "8 files cannot be used",
     )  # fmt: skip
@@ -488,9 +488,9 @@ def test_values_that_the_label_map_does_not_name_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "values, hint",
     [
-        ([0, 1, 2, 4, 8], "--label_map 0:0,1:1,2:2,4:3,8:4 makes"),
-        ([3, 5], "--label_map 0:0,3:1,5:2 makes"),
-        (range(40), "if they number single objects, --objects 1 makes"),
+        ([0, 1, 2, 4, 8], "--label_map 0:0,1:1,2:2,4:3,8:4 to map"),
+        ([3, 5], "--label_map 0:0,3:1,5:2 to map"),
+        (range(40), "if they number individual objects, use --objects 1 to map"),
     ],
 )
 def test_unusual_classes_get_a_hint_that_mends_them(tmp_path, values, hint):
@@ -507,7 +507,7 @@ def test_a_mask_with_negative_values_gets_a_hint_that_mends_it(tmp_path):
     write_folders(tmp_path, count=2)
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, np.resize(np.array([-2, -1, 0, 3], np.int16), (64, 64)))
-    option = re.search(r"(--label_map=\S+) makes", refused(tmp_path, "negative"))[1]
+    option = re.search(r"(--label_map=\S+) to map", refused(tmp_path, "negative"))[1]
     assert start(tmp_path, option).returncode == 0
     with Database(tmp_path / "db" / "train-t.lmdb") as database:
         np.testing.assert_array_equal(np.unique(database.read(0)[1]), [0, 1])
@@ -751,7 +751,7 @@ def test_a_database_is_described_again_later_with_a_picture(tmp_path):
     picture = skimage.io.imread(train.with_suffix(".png"))
     assert picture.std(axis=(0, 1)).max() > 20
     done = run_script("build_lmdb.py", "--describe", tmp_path / "images" / "cell0.tif")
-    assert done.returncode == 2 and "it is no database, or damaged" in done.stdout and "Traceback" not in done.stdout
+    assert done.returncode == 2 and "is not a database or is damaged" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_a_second_build_of_the_same_database_is_refused_while_one_runs(tmp_path):
@@ -790,7 +790,7 @@ def test_a_signal_to_all_processes_ends_the_build_quietly_and_leaves_nothing(tmp
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     lines = [line for line in output.splitlines() if " INFO " not in line]
-    assert len(lines) == 1 and lines[0].endswith("interrupted; nothing half-written was left behind"), output
+    assert len(lines) == 1 and lines[0].endswith("interrupted; no incomplete files were left behind"), output
     assert os.listdir(tmp_path / "db") == []
 
 
@@ -839,7 +839,7 @@ def test_a_worker_that_is_killed_ends_the_build_with_a_reason(tmp_path):
             worker.kill()
     process.send_signal(signal.SIGCONT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and "a process that reads images died" in output, output
+    assert process.returncode == 2 and "a process that reads images exited unexpectedly" in output, output
     assert "Traceback" not in output and os.listdir(tmp_path / "db") == []
 
 
@@ -966,7 +966,7 @@ def test_a_list_that_parts_a_group_is_refused(tmp_path):
     write_folders(tmp_path, count=4)
     (tmp_path / "test.txt").write_text("cell0\n")
     arguments = ["--test_list", tmp_path / "test.txt", "--split_by", "ce(?=ll[01])|cell(?=[23])"]
-    refused(tmp_path, "has 1 of the 2 images of the group of", "cell0.tif", arguments=arguments)
+    refused(tmp_path, "has 1 of the 2 images in the group of", "cell0.tif", arguments=arguments)
     (tmp_path / "test.txt").write_text("cell0\ncell1\n")
     assert start(tmp_path, *arguments).returncode == 0
     assert names_of_sides(tmp_path)[1] == {"cell0.tif", "cell1.tif"}

@@ -124,7 +124,7 @@ def doubled(folder):
 
 def smaller(folder):
     tifffile.imwrite(folder / "scene2_B1.tif", tifffile.imread(folder / "scene2_B1.tif")[:-1])
-    return "scene2_B1.tif is 63 x 80; bring them to one grid"
+    return "scene2_B1.tif with 63 x 80; resample them to one grid"
 
 
 def colored(folder):
@@ -152,7 +152,7 @@ def test_images_that_are_not_complete_are_reported_by_name(folders, tmp_path, da
 @pytest.mark.parametrize("suffixes", ["_a,,_b", "_a,_a", "", "x/y"])
 def test_suffixes_that_cannot_be_are_refused(tmp_path, suffixes):
     done = run_script("build_lmdb.py", "--channel_suffixes", suffixes)
-    assert done.returncode == 2 and "expected different endings of names" in done.stdout
+    assert done.returncode == 2 and "expected distinct suffixes" in done.stdout
 
 
 def test_types_are_widened_and_pixels_without_data_stay_so(tmp_path):
@@ -191,4 +191,4 @@ def test_values_without_data_that_differ_are_refused(tmp_path):
             tag = [(42113, "s", 0, str(declared), True)]
             tifffile.imwrite(tmp_path / "split" / f"s{index}_{channel}.tif", image[..., channel], extratags=tag)
     done = build(tmp_path, "split", "--channel_suffixes", "_0,_1")
-    assert done.returncode == 2 and "agree on the value of pixels without data" in "\n".join(errors_of(done.stdout))
+    assert done.returncode == 2 and "channels with the same value for pixels" in "\n".join(errors_of(done.stdout))

@@ -67,9 +67,9 @@ def test_a_log_that_nobody_reads_on_ends_in_silence():
     "error, told",
     [
         (OSError(errno.EROFS, "Read-only file system", "a.png"), "cannot use a.png: Read-only file system; choose a"),
-        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded; your quota is used up"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded; delete files"),
         (OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN)), "Structure needs cleaning"),
-        (MemoryError(), "Cannot allocate memory; ask the batch system"),
+        (MemoryError(), "Cannot allocate memory; request more memory"),
         (InterruptedError(), "InterruptedError"),
         (FileNotFoundError("no database a.lmdb"), "no database a.lmdb"),
         (InputError("expected 1, found 2"), "expected 1, found 2"),

@@ -42,5 +42,5 @@ def test_a_saved_model_gives_the_same_softmax_in_both(run, tmp_path):
 def test_a_checkpoint_is_resumed_by_the_other(run, databases):
     folder, other = run
     done = run_script("train_unet.py", *arguments(databases, folder, *SHORT, "--max_epochs", 3), python=other)
-    assert done.returncode == 0 and "going on at step 8, after 2 test epochs" in done.stdout, done.stdout
+    assert done.returncode == 0 and "resuming at step 8, after 2 test epochs" in done.stdout, done.stdout
     assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["4", "8", "12"]

@@ -373,7 +373,7 @@ def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeyp
         write_stored(tmp_path / "a.tif", np.ones((150, 130, 3), np.uint16), kind)
         caplog.clear()
         read_image(tmp_path / "a.tif")
-        assert ("can only be read whole" in caplog.text) == noted
+        assert ("can only be read in one piece" in caplog.text) == noted
 
 
 @pytest.mark.parametrize("kind", ["strips", "LZW tiles", "planar tiles", "OME"])
@@ -547,7 +547,7 @@ def test_an_image_is_displayed_in_gray_or_color_around_its_mean(channels):
     [
         ("BitsPerSample", "longer than its size and pixel type allow"),  # 1 bit is what a TIFF has without it
         ("SamplesPerPixel", "tag 258 is damaged or missing"),
-        ("StripByteCounts", "no table of the lengths"),
+        ("StripByteCounts", "no table of the strip or tile lengths"),
         ("StripOffsets", "cannot read"),
     ],
 )

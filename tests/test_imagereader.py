@@ -373,7 +373,7 @@ def test_a_damaged_record_is_bad_input_and_is_named(databases, tmp_path):
     damaged.write_bytes(content.replace(b"SSEG", b"SSEX"))
     with ImageReader(damaged, shuffle=False) as reader, pytest.raises(InputError) as error:
         take(reader, 1)
-    assert "record 0 (cell" in str(error.value) and "not of this suite's format" in str(error.value)
+    assert "record 0 (cell" in str(error.value) and "not in this suite's format" in str(error.value)
     assert str(damaged) in str(error.value) and "\n" not in str(error.value)
 
 

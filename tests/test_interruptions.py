@@ -179,8 +179,8 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(da
     )
     output = with_small_disk(folder, "20m", script)
     assert "Traceback" not in output and re.findall(r"^code (\d+)", output, re.M) == ["1", "0"], output
-    assert re.search(r"ERROR cannot write .* checkpoints before are kept", output), output
-    assert output.count("going on at step 10, after 1 test epochs") == 2
+    assert re.search(r"ERROR cannot write .* Earlier checkpoints are kept", output), output
+    assert output.count("resuming at step 10, after 1 test epochs") == 2
     assert output.split()[-2:] == ["000002", "000003"]
 
 

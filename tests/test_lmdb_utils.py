@@ -146,13 +146,13 @@ def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage):
 def test_a_database_of_another_program_is_refused(tmp_path):
     with lmdb.open(str(tmp_path / "a.lmdb"), subdir=False) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"key", b"value")
-    with pytest.raises(InputError, match="a.lmdb is an LMDB database, but not one of build_lmdb.py"):
+    with pytest.raises(InputError, match="a.lmdb is an LMDB database, but not one made by build_lmdb.py"):
         Database(tmp_path / "a.lmdb")
 
 
 def test_a_folder_is_not_replaced_by_a_database(tmp_path):
     (tmp_path / "a.lmdb").mkdir()
-    with pytest.raises(InputError, match="a.lmdb is a folder, where a database file has to go"):
+    with pytest.raises(InputError, match="a.lmdb is a folder, but a database file must be written there"):
         write_small(tmp_path / "a.lmdb")
 
 
@@ -173,7 +173,7 @@ def test_a_record_that_cannot_be_stored_is_refused(image, mask, channels):
 
 def test_all_records_of_a_database_are_alike(tmp_path):
     with (
-        pytest.raises(ValueError, match="another shape or type from b.tif"),
+        pytest.raises(ValueError, match="different shape or type from b.tif"),
         new_databases(tmp_path / "a.lmdb") as [writer],
     ):
         writer.append(record_of(np.zeros((2, 3, 1), np.uint8), np.zeros((2, 3), np.uint8)), "a.tif")

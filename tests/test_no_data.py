@@ -106,7 +106,7 @@ def test_what_is_to_be_ignored_has_to_be_said_once_and_in_whole_numbers(tmp_path
         tifffile.imwrite(masks / f"{index}.tif", mask * np.uint8(255))
     for options, words in (
         (["--ignore_value", "2.5"], "expected a whole number"),
-        (["--label_map", "0:0,255:1", "--ignore_value", 255], "--label_map and --ignore_value do not fit together"),
+        (["--label_map", "0:0,255:1", "--ignore_value", 255], "cannot combine --label_map and --ignore_value"),
         ([], "3 masks with the value that stands for ignored pixels:"),  # float images may have no data
         (["--label_map", "0:0,255:void"], "expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore"),
         (["--ignore_value", 255, "--label_map", "0:0"], ""),
@@ -129,7 +129,7 @@ def test_void_beside_small_classes_gets_the_advice_to_ignore_it(tmp_path):
             write_tiff(images / f"{index}.tif", image)
             tifffile.imwrite(masks / f"{index}.tif", mask)
         done, _ = build(tmp_path)
-        assert f"--ignore_value {value} leaves them out" in done.stdout
+        assert f"--ignore_value {value} to exclude them" in done.stdout
         done, _ = build(tmp_path, "--ignore_value", value)
         assert done.returncode == 0 and "number_classes" not in done.stdout, done.stdout
 
@@ -147,7 +147,7 @@ def test_tiles_that_count_nothing_are_left_out_and_a_side_of_them_is_refused(tmp
         assert set(database.metadata.record_column.tolist()) == {0, 32, 64, 96}
         assert 255 not in database.metadata.classes
     done, _ = build(tmp_path, "--label_map", "0-255:ignore")
-    assert done.returncode == 2 and "no image is left to train with" in done.stdout
+    assert done.returncode == 2 and "no image remains to train with" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -455,7 +455,7 @@ def test_a_no_data_tag_that_means_nothing_or_stands_in_a_mask_is_reported(tmp_pa
     for name, text in (("a", "none"), ("b", "0")):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((20, 20), np.uint8), **no_data_tag(text))
     with ImageFile(tmp_path / "a.tif") as file:
-        assert file.no_data is None and "no number" in file.notes[0]
+        assert file.no_data is None and "not a number" in file.notes[0]
     with ImageFile(tmp_path / "b.tif", as_mask=True) as file:
         assert file.no_data is None and "--ignore_value" in file.notes[0]
 

@@ -323,7 +323,7 @@ def test_objects_are_those_of_the_complete_mask(tmp_path, model, plain_model, ha
         assert done.returncode == 0, done.stdout
         found.append([tifffile.imread(out / "objects" / f"a{index}.tif") for index in range(2)])
         page = (out / "report.html").read_text()
-        assert "have a color each" in page and ("average precision" in page) == has_border
+        assert "shown in colors instead" in page and ("average precision" in page) == has_border
         rows = rows_of(out / "objects.csv")
         for index in range(2):
             mask = tifffile.imread(out / f"a{index}.tif")
@@ -361,7 +361,7 @@ def test_objects_are_made_later_and_made_anew_for_new_masks(tmp_path, model):
     out, options = tmp_path / "out", ["--save_objects", 1]
     assert infer(model, tmp_path / "images", out).returncode == 0
     done = infer(model, tmp_path / "images", out, *options)
-    assert done.returncode == 0 and "2 masks exist already" in done.stdout
+    assert done.returncode == 0 and "2 masks already exist" in done.stdout
     before = tifffile.imread(out / "objects" / "a0.tif")
     np.testing.assert_array_equal(before, objects_of(tifffile.imread(out / "a0.tif"), True))
     stamp = (out / "objects" / "a0.tif").stat().st_mtime_ns
@@ -389,7 +389,7 @@ def test_files_of_others_are_left_alone(tmp_path, model):
     done = infer(model, tmp_path / "images", out, "--mask_folder", out / "objects", *options)
     assert done.returncode == 2 and "would replace the true mask" in "\n".join(errors_of(done.stdout)), done.stdout
     done = infer(model, tmp_path / "images", out, *options)
-    assert done.returncode == 2 and "is not from this program" in "\n".join(errors_of(done.stdout)), done.stdout
+    assert done.returncode == 2 and "was not written by this program" in "\n".join(errors_of(done.stdout)), done.stdout
     assert infer(model, tmp_path / "images", out, "--overwrite", 1).returncode == 0
     np.testing.assert_array_equal(tifffile.imread(out / "objects" / "a0.tif"), masks[0])
     done = infer(model, tmp_path / "images", out, "--mask_folder", out / "objects", "--save_table", 1)

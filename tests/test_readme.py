@@ -98,7 +98,7 @@ def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in databases + masks}
     one_epoch_more = [*TINY[:-1], "2"]
     done = run_in(tmp_path, "bash", project / "data" / "run_example.sh", *one_epoch_more)
-    assert done.returncode == 0 and "going on at step 2, after 1 test epochs" in done.stdout, done.stdout
+    assert done.returncode == 0 and "resuming at step 2, after 1 test epochs" in done.stdout, done.stdout
     assert [path for path in before if path.stat().st_mtime_ns == before[path]] == databases
 
 

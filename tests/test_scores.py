@@ -221,4 +221,4 @@ def test_a_list_that_is_no_file_is_refused(tmp_path, model, folders):
     for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "folder"):
         done = score(model, folders, tmp_path / "masks", "--image_list", path)
         [error] = errors_of(done.stdout)
-        assert done.returncode == 2 and f"expected in --image_list {path} a text file" in error
+        assert done.returncode == 2 and f"expected --image_list {path} to be a text file" in error

@@ -49,7 +49,7 @@ def test_a_second_training_in_a_folder_is_refused_and_disturbs_nothing(databases
     first = start("train_unet.py", *options)
     wait_for((tmp_path / "out" / ".lock").exists, first)
     second = run_script("train_unet.py", *options)
-    assert second.returncode == 2 and "another training is writing in" in second.stdout, second.stdout
+    assert second.returncode == 2 and "another training is writing to" in second.stdout, second.stdout
     assert "Traceback" not in second.stdout
     output = first.communicate(timeout=120)[0]
     assert first.returncode == 0, output
@@ -189,7 +189,7 @@ def test_work_goes_on_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
         assert one.claim("a") and other.claim("a")
         one.release("a")
     assert leftover.exists()  # it may be another process's
-    assert "no locks in" in caplog.text
+    assert "cannot lock files in" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- replacing
@@ -458,7 +458,7 @@ TWO_TASKS = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": 
     [
         (TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE"),
         ({**TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE"),
-        ({**TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, "on node 0, 0 to 0, found 1"),
+        ({**TWO_TASKS, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, "on node 0 expected a task from 0 to 0, found 1"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID"),
     ],
 )
@@ -478,7 +478,7 @@ def test_an_element_of_an_array_says_that_it_does_a_part_and_does_all_if_told(tm
     command = [str(ROOT / "inference_unet.py"), *map(str, options)]
     part = script_server().run(command, **array_of((1, 2), 2))
     assert part.returncode == 0 and "part 2 of 2: 1 of 2 images" in part.stdout, part.stdout
-    assert "--shard 1/1 does all" in part.stdout and os.listdir(tmp_path / "masks") == ["cell1.tif"]
+    assert "--shard 1/1 processes all" in part.stdout and os.listdir(tmp_path / "masks") == ["cell1.tif"]
     complete = script_server().run([*command, "--shard", "1/1"], **array_of((1, 2), 2))
     assert complete.returncode == 0 and sorted(os.listdir(tmp_path / "masks")) == ["cell0.tif", "cell1.tif"]
 
@@ -501,7 +501,7 @@ def test_the_elements_of_an_array_share_all_images_whatever_their_numbers(elemen
 
 @pytest.mark.parametrize("elements", [(1, 2, 4), (1, 5, 7), (0, 1, 9)])
 def test_an_array_with_gaps_is_refused_as_its_shares_are_not_known(elements):
-    with pytest.raises(cli.InputError, match="at equal distances"):
+    with pytest.raises(cli.InputError, match="evenly spaced elements"):
         for element in elements:
             inference_unet.shard_from_slurm(array_of(elements, element))
 

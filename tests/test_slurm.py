@@ -136,7 +136,7 @@ def test_a_job_ends_with_the_same_result_whatever_happens_to_it(slurm, databases
     log = (tmp_path / "job.log").read_text()
     assert found["JobState"] == "COMPLETED", log
     assert log.count("started before: ") == 1 + (event != "none") and "Traceback" not in log
-    assert ("going on at step" in log) == (event != "none"), log
+    assert ("resuming at step" in log) == (event != "none"), log
     assert event != "warned of the time limit" or "Unable to confirm allocation" not in log, log
     assert_same_end(folder, undisturbed)
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"train_unet-{job}*"))
@@ -194,4 +194,4 @@ def test_a_process_that_is_killed_ends_the_job_within_a_minute(slurm, databases,
     found = slurm.wait(job, {"FAILED", "COMPLETED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}, seconds=60)
     assert found["JobState"] == "FAILED"
     log = (tmp_path / "job.log").read_text()
-    assert "Killed" in log and "another process of this job has failed or gone" in log and "Traceback" not in log
+    assert "Killed" in log and "another process of this job failed or disappeared" in log and "Traceback" not in log

@@ -136,7 +136,7 @@ def test_masks_become_a_stack(folders, model, kind):
         columns = 4 if name == "table.csv" else None  # the flat files say nothing about sizes
         assert [row[:columns] for row in rows[0]] == [row[:columns] for row in rows[1]]
     done = infer(model, folders[0] / "images", out, "--stack", "planes", *options)
-    assert f"{COUNT * TIMES * DEPTHS} masks exist already" in done.stdout
+    assert f"{COUNT * TIMES * DEPTHS} masks already exist" in done.stdout
     # Scored from the files of the masks, they give the same.
     before = (out / "scores.csv").read_bytes()
     for path in (out / "figures").iterdir():

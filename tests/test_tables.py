@@ -257,7 +257,7 @@ def test_the_page_about_a_training_opens_and_sorts(tmp_path):
     page = folder / "report.html"
     check_page(page)
     text = page.read_text()
-    assert text.count("data:image/png") == 2 and "the network of epoch 1, step 2" in text
+    assert text.count("data:image/png") == 2 and "Network of epoch 1, step 2" in text
     rows, errors = rendered(page, tmp_path, "name")
     assert not errors and len(rows) > 30
     names = [row.split()[0] for row in rows]

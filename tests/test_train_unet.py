@@ -237,7 +237,7 @@ def test_the_network_of_two_replicas_is_the_same_in_testing_in_the_export_and_af
         assert done.returncode == 0 and "global batch of 2 images" in done.stdout, done.stdout
         best = best_epoch(folder)
         assert float(best["test_loss"]) == pytest.approx(mean_loss(*test_softmax(folder, databases)), rel=1e-5)
-    assert "going on at step 6" in done.stdout and int(best["epoch"]) > 1
+    assert "resuming at step 6" in done.stdout and int(best["epoch"]) > 1
     losses = [float(row["train_loss"]) for row in read_csv(folder / "metrics.csv")]
     assert losses[2] < losses[1] < losses[0]
 
@@ -341,7 +341,7 @@ def test_pictures_show_curves_and_predictions(run):
     for name, least in (("curves.png", (300, 800)), ("predictions.png", (900, 700))):
         picture = skimage.io.imread(run[0] / name)
         assert picture.shape[0] >= least[0] and picture.shape[1] >= least[1] and picture[..., :3].std() > 20
-    for name in ("look at predictions.png", "the model is in", "class 1: IoU 0.", "class 0: IoU 0."):
+    for name in ("see predictions.png", "the model is in", "class 1: IoU 0.", "class 0: IoU 0."):
         assert name in run[1]
 
 
@@ -349,7 +349,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run, databases
     before = (run[0] / "metrics.csv").read_bytes()
     more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
     done = run_script("train_unet.py", *arguments(databases, run[0], *more))
-    assert done.returncode == 0 and "going on at step 60, after 4 test epochs" in done.stdout, done.stdout
+    assert done.returncode == 0 and "resuming at step 60, after 4 test epochs" in done.stdout, done.stdout
     assert "done: last epoch reached" in done.stdout
     assert (run[0] / "metrics.csv").read_bytes() == before
 
@@ -357,9 +357,9 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run, databases
 @pytest.mark.parametrize(
     "more, words",
     [
-        (("--seed", 7), "begun with seed 0, now it is 7"),
-        (("--baseline_feature_depth", 2), "begun with baseline_feature_depth 4, now it is 2"),
-        (("--number_classes", 3), "begun with number_classes 2, now it is 3"),
+        (("--seed", 7), "started with seed 0, now it is 7"),
+        (("--baseline_feature_depth", 2), "started with baseline_feature_depth 4, now it is 2"),
+        (("--number_classes", 3), "started with number_classes 2, now it is 3"),
         (("--resume", "never"), "expected an empty --output_dir"),
     ],
 )
@@ -373,7 +373,7 @@ def test_a_run_that_contradicts_its_checkpoint_is_refused_with_both_values(run, 
 def test_another_database_is_refused_and_a_copy_of_the_same_is_not(run, databases, tmp_path):
     other, _ = build(tmp_path, "--seed", 3, count=21)
     done = run_script("train_unet.py", *arguments((other, databases[1]), run[0]))
-    assert done.returncode == 2 and "begun with train_database 16 images, fingerprint" in done.stdout
+    assert done.returncode == 2 and "started with train_database 16 images, fingerprint" in done.stdout
     copied = shutil.copy(databases[0], tmp_path / "copy.lmdb")
     more = ["--test_every_n_steps", 15, "--max_epochs", 4]
     done = run_script("train_unet.py", *arguments((copied, databases[1]), run[0], *more))
@@ -434,13 +434,13 @@ def test_a_run_in_a_folder_of_any_name_is_resumed(databases, tmp_path):
         done = run_script("train_unet.py", *arguments(databases, tmp_path / "lr [1e-3]*", "--max_epochs", epochs,
                                                       "--test_every_n_steps", 2))  # fmt: skip
         assert done.returncode == 0, done.stdout
-    assert "going on at step 2" in done.stdout
+    assert "resuming at step 2" in done.stdout
 
 
 def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
     other = build(tmp_path, "--label_map", "0:1,1:0", count=5)
     done = run_script("train_unet.py", *arguments([databases[0], other[1]], tmp_path / "out"))
-    assert done.returncode == 2 and "databases of one --label_map, found None" in done.stdout, done.stdout
+    assert done.returncode == 2 and "databases with the same --label_map, found None" in done.stdout, done.stdout
     assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
 
 
@@ -462,7 +462,7 @@ def test_auto_class_weights_let_all_classes_weigh_the_same_and_absent_ones_are_n
     )
     train = SimpleNamespace(classes=np.array([0, 1, 3]), pixel_counts=np.array([900, 90, 10]))
     weights = train_unet.weights_of_classes(args, train)
-    assert "no training image holds class 2: it is left out" in caplog.text and weights[2] == 1
+    assert "no training image contains class 2: balancing skips it" in caplog.text and weights[2] == 1
     assert [count * weights[class_id] for class_id, count in ((0, 900), (1, 90), (3, 10))] == pytest.approx(
         [1000 / 3] * 3
     )
@@ -483,7 +483,7 @@ def test_mixed_precision_learns_as_float32_does_and_exports_a_float32_model(run,
     model = tf.saved_model.load(str(tmp_path / "out" / "saved_model"))
     assert {weights.dtype for weights in model.weights} == {tf.float32}
     done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *more))
-    assert done.returncode == 2 and "begun with mixed_precision 1, now it is 0" in done.stdout
+    assert done.returncode == 2 and "started with mixed_precision 1, now it is 0" in done.stdout
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, databases, tmp_path):
@@ -493,7 +493,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, databases, tmp_pa
     more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
     done = run_script("train_unet.py", *arguments(databases, folder, *more))
     assert done.returncode == 0, done.stdout
-    assert "000004 cannot be read" in done.stdout and "going on at step 45, after 3 test epochs" in done.stdout
+    assert "000004 cannot be read" in done.stdout and "resuming at step 45, after 3 test epochs" in done.stdout
     assert [row["epoch"] for row in read_csv(folder / "metrics.csv")] == ["1", "2", "3", "4"]
 
 
@@ -562,17 +562,17 @@ def test_an_output_folder_that_cannot_be_made_is_refused(databases, tmp_path):
 def test_paths_that_are_nearly_right_lead_to_the_databases(databases, tmp_path):
     for wrong in (databases[0].parent, databases[0].with_suffix(""), databases[0].with_name("trian-t.lmdb")):
         done = run_script("train_unet.py", *arguments([wrong, databases[1]], tmp_path / "out"))
-        assert done.returncode == 2 and f"there is {databases[1].parent}" in done.stdout, done.stdout
+        assert done.returncode == 2 and f"(found {databases[1].parent}" in done.stdout, done.stdout
 
 
 def test_a_test_on_the_training_images_is_refused_or_warned_of(databases, tmp_path):
     done = run_script("train_unet.py", *arguments([databases[0], databases[0]], tmp_path / "out"))
-    assert done.returncode == 2 and "hold the same images" in done.stdout, done.stdout
+    assert done.returncode == 2 and "contain the same images" in done.stdout, done.stdout
     other_split = build(tmp_path, "--train_fraction", "0.77", "--seed", 5, count=21)
     once = ["--max_epochs", 1, "--test_every_n_steps", 1]
     done = run_script("train_unet.py", *arguments([other_split[1], databases[0]], tmp_path / "out", *once))
     assert done.returncode == 0, done.stdout
-    assert re.search(r"WARNING \d names of images are in both databases, such as cell\d+.tif", done.stdout)
+    assert re.search(r"WARNING \d image names are in both databases, such as cell\d+.tif", done.stdout)
     assert "WARNING --train_database is the test side of a dataset" in done.stdout
 
 
@@ -609,13 +609,13 @@ def test_a_class_that_is_never_found_is_told_at_the_end(tmp_path):
     found = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
     more = ["--max_epochs", 3, "--test_every_n_steps", 5, "--learning_rate", 1e-2]
     done = run_script("train_unet.py", *arguments(found, tmp_path / "out", *more))
-    assert done.returncode == 0 and "WARNING the network finds nothing of class 1" in done.stdout, done.stdout
+    assert done.returncode == 0 and "WARNING the network finds no pixels of class 1" in done.stdout, done.stdout
 
 
 def test_databases_of_different_sizes_are_refused(databases, tmp_path):
     other, _ = build(tmp_path, count=2, shape=(32, 32, 1))
     done = run_script("train_unet.py", *arguments((databases[0], other), tmp_path / "out"))
-    assert done.returncode == 2 and "one size" in done.stdout and "Traceback" not in done.stdout
+    assert done.returncode == 2 and "same size" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, tmp_path):
@@ -625,7 +625,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(databases, t
     message = re.search(r"ERROR the loss became (?:nan|inf) at step (\d+) \(learning rate 1e\+38\).*", done.stdout)
     from imagereader import ImageReader
 
-    [records] = re.findall(r"The batch was (record .*)", message[0])
+    [records] = re.findall(r"The batch contained (record .*)", message[0])
     reader = ImageReader(databases[0], use_augmentation=True, batch_size=2)
     assert records == ", ".join(reader.describe_step(int(message[1]) - 1)) and records.count("cell") == 2
 
@@ -874,9 +874,9 @@ def test_each_item_comes_when_the_next_is_queued_and_the_last_after_the_queue_is
 
 # What a GPU says that TensorFlow has no kernels for, that has no memory left, and whose library is missing.
 FAILURES = [
-    ("InternalError", "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image", "install a TensorFlow for it"),
-    ("ResourceExhaustedError", "OOM when allocating tensor", "end the programs that take its memory"),
-    ("UnknownError", "CUDNN_STATUS_ALLOC_FAILED in ...", "end the programs that take its memory"),
+    ("InternalError", "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image", "install a TensorFlow that supports it"),
+    ("ResourceExhaustedError", "OOM when allocating tensor", "stop the programs that use its memory"),
+    ("UnknownError", "CUDNN_STATUS_ALLOC_FAILED in ...", "stop the programs that use its memory"),
     ("FailedPreconditionError", "DNN library initialization failed.", "update its driver"),
 ]
 
@@ -989,7 +989,7 @@ def test_a_resumed_run_does_not_read_the_initial_model_again(tmp_path, run):
     fingerprint = json.loads((folder / "settings.json").read_text())["initial_model_fingerprint"]
     shutil.rmtree(model)
     done = start_from(model, folder, databases, "--max_epochs", 2)
-    assert done.returncode == 0 and "beginning with the network" not in done.stdout, done.stdout
+    assert done.returncode == 0 and "starting from the network" not in done.stdout, done.stdout
     assert [row["step"] for row in read_csv(folder / "metrics.csv")] == ["2", "4"]
     assert json.loads((folder / "settings.json").read_text())["initial_model_fingerprint"] == fingerprint
     done = start_from(model, tmp_path / "another", databases)
@@ -1001,11 +1001,11 @@ def test_an_initial_model_that_does_not_fit_is_refused(tmp_path, run, databases,
     model, folder, options = tmp_path / "model", tmp_path / "run", []
     shutil.copytree(run[0] / "saved_model", model)
     if damage == "depth":
-        options, words = ["--baseline_feature_depth", 8], "expected a network of --baseline_feature_depth 8"
-        words += f" in {model}, found one of 4"
+        options, words = ["--baseline_feature_depth", 8], "expected a network with --baseline_feature_depth 8"
+        words += f" in {model}, found 4"
     elif damage == "resumed":
         shutil.copytree(run[0], folder)
-        words = "was begun without --initial_model"
+        words = "was started without --initial_model"
     elif damage == "weights":
         [data] = (model / "variables").glob("*.data*")
         data.write_bytes(data.read_bytes()[:1000])
@@ -1016,7 +1016,7 @@ def test_an_initial_model_that_does_not_fit_is_refused(tmp_path, run, databases,
         module = tf.Module()
         module.weights = [tf.Variable(np.zeros((3, 3, 1, 4), np.float32))]
         tf.saved_model.save(module, str(model))
-        words = f"expected in {model} a U-Net that train_unet.py wrote"
+        words = f"expected a U-Net from train_unet.py in {model}"
     done = start_from(model, folder, databases, *options)
     [error] = errors_of(done.stdout)
     assert done.returncode == 2 and words in error, done.stdout

@@ -125,7 +125,7 @@ def test_output_mirrors_the_tree(tree, model):
             with open(parent / "out" / file, newline="") as opened:
                 rows.append(sorted([row[0].replace("/", "+"), *row[1:]] for row in csv.reader(opened)))
         assert rows[0] == rows[1]
-    assert "5 masks exist already" in segment(tree[0], model, *OPTIONS)
+    assert "5 masks already exist" in segment(tree[0], model, *OPTIONS)
 
 
 def test_links_hidden_folders_and_earlier_output_are_not_taken_for_input(tree, model):
