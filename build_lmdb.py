@@ -52,6 +52,7 @@ from cli import (
     add_flag,
     allocate_shared_memory,
     attach_shared_memory,
+    counted,
     end_with_parent,
     file_stem,
     log_settings,
@@ -203,7 +204,7 @@ def add_database_options(group: Any) -> None:
     group.add_argument("--output_folder", type=some_path, default="data/", help=text)
     text = "name of the dataset to be used in creating the lmdb files: train-NAME.lmdb and test-NAME.lmdb"
     group.add_argument("--dataset_name", type=file_stem, default="dataset", help=text)
-    text = "fraction of the images to use for training (0.0, 1.0); the others test the network on new images"
+    text = "fraction of the images to use for training (0.0, 1.0); the rest become the test images"
     group.add_argument("--train_fraction", type=open_fraction, default=0.8, help=text)
     text = "format (extension) of the input images: tif, png or jpg"
     group.add_argument("--image_format", type=image_format, default="tif", help=text)
@@ -231,8 +232,8 @@ def add_folder_options(group: Any) -> None:
     )
     add_flag(group, "--recursive", 0, text)
     text = (
-        "planes treats each plane of a TIFF that has several (Z, T, OME images, or pages) as an image, paired with the "
-        "same plane of its mask; all planes of a file go to the same side of the split"
+        "'planes' treats each plane of a TIFF that has several (Z, T, OME images, or pages) as an image, paired with "
+        "the same plane of its mask; all planes of a file go to the same side of the split"
     )
     group.add_argument("--stack", choices=("planes",), help=text)
 
@@ -244,7 +245,8 @@ def add_split_options(group: Any) -> None:
     text = (
         "regular expression for the part of an image's name (without extension) that identifies its slide, patient or "
         "field, such as '^[^_]+' for slide7_03.tif; a (group) selects part of the match. All images of a slide go to "
-        "the same side, because a test image of a slide used for training makes the test loss look better than it is"
+        "the same side, because testing on a slide that was also used for training makes the network look better than "
+        "it is"
     )
     group.add_argument("--split_by", metavar="REGEX", type=regular_expression, help=text)
     text = (
@@ -277,8 +279,8 @@ def add_mask_options(group: Any) -> None:
     text = "whether masks have an id for each object and 0 for background; objects become class 1 [0 = False, 1 = True]"
     add_flag(group, "--objects", 0, text)
     text = (
-        "distance in pixels to another object within which pixels of an object become class 2, so that the network "
-        "learns to separate touching objects; 0 for no class 2; needs --objects 1"
+        "pixels of an object that are at most this many pixels from another object become class 2, so that the network"
+        " learns to separate touching objects; 0 for no class 2; needs --objects 1"
     )
     group.add_argument("--border_width", metavar="PIXELS", type=whole_number(0, LARGEST_BORDER), default=0, help=text)
     text = (
@@ -302,18 +304,27 @@ def add_image_options(group: Any) -> None:
         "such as _B02,_B03,_B04; the files may have any format; inference uses the same suffixes"
     )
     group.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffix_list, help=text)
-    text = "whether to skip files that cannot be used and list them in skipped-NAME.tsv, instead of stopping [0, 1]"
+    text = (
+        "whether to skip files that cannot be used and list them in skipped-NAME.tsv, instead of stopping [0 = False, "
+        "1 = True]"
+    )
     add_flag(group, "--skip_bad", 0, text)
 
 
 def add_work_options(group: Any) -> None:
     """Add the options for processes and for viewing a database."""
     text = (
-        "number of processes that read, check and encode; if not given, one for each core, or fewer for little work; "
-        "the result is the same for any number"
+        "number of processes that read, check and encode; if not given, one for each core, or fewer if there is little"
+        " to do; the result is the same for any number"
     )
     group.add_argument("--num_workers", type=process_count, help=text)
-    add_flag(group, "--preview", 0, "whether to draw 16 random records with their masks next to the database [0, 1]")
+    add_flag(
+        group,
+        "--preview",
+        0,
+        "whether to save a picture of 16 random images or tiles with their masks in the folder of the database "
+        "[0 = False, 1 = True]",
+    )
     text = "print the contents of a database and build nothing"
     group.add_argument("--describe", metavar="DATABASE_FILEPATH", type=some_path, help=text)
 
@@ -529,7 +540,7 @@ def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
     for kind, group in kinds.items():
-        log("%d %s%s:", len(group), kind.value, group[0].advice)
+        log("%s (%d)%s:", kind.value, len(group), group[0].advice)
         for problem in group[:SHOWN_PROBLEMS]:
             log("  %s", problem.message)
         if len(group) > SHOWN_PROBLEMS:
@@ -537,7 +548,7 @@ def report_problems(problems: Sequence[Problem], skip_bad: bool) -> None:
     if problems and not skip_bad:
         several = len(problems) > 1
         raise InputError(
-            f"nothing was built, because {len(problems)} file{'s' * several} cannot be used; fix "
+            f"nothing was built, because {counted(len(problems), 'file')} cannot be used; fix "
             f"{'them, or leave them' if several else 'it, or leave it'} out with --skip_bad 1"
         )
 
@@ -550,7 +561,7 @@ def list_skipped(problems: Sequence[Problem], path: Path) -> None:
     rows = [("file", "problem", "details"), *((each.path, each.kind.value, each.message) for each in problems)]
     with replacing(path) as temporary:
         temporary.write_text("".join("\t".join(map(printable, row)) + "\n" for row in rows), encoding="utf-8")
-    logging.warning("left out %d file%s, listed in %s", len(problems), "s" * (len(problems) > 1), path)
+    logging.warning("left out %s, listed in %s", counted(len(problems), "file"), path)
 
 
 def list_images_of(pairs: Sequence[Pair], path: Path) -> None:
@@ -748,7 +759,10 @@ def survey(
     for note, count in collections.Counter(note for spec in specs.values() for note in spec.notes).items():
         logging.info("%d %s", count, note)
     problems += differing(
-        specs, ProblemKind.MIXED_TYPES, lambda spec: f"{spec.channels} channels of {spec.image_dtype}", "convert it"
+        specs,
+        ProblemKind.MIXED_TYPES,
+        lambda spec: f"{counted(spec.channels, 'channel')} of {spec.image_dtype}",
+        "convert it",
     )
     if options.tile_size is None:
         advice = "set --use_tiling 1"
@@ -1400,9 +1414,9 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
     """Yield lines that describe the contents of a database and how it was made."""
     info = metadata.info
     height, width, channels = metadata.image_shape
-    kind = "tiles" if info.get("tile_size") else "records"
+    kind = "tile" if info.get("tile_size") else "record"
     yield (
-        f"{filepath}: {len(metadata.names)} images, {metadata.count} {kind} of "
+        f"{filepath}: {counted(len(metadata.names), 'image')}, {counted(metadata.count, kind)} of "
         f"{height} x {width} x {channels} {info['image_dtype']}, masks {info['mask_dtype']}"
     )
     names = (
@@ -1421,11 +1435,11 @@ def describe(filepath: Path, metadata: Metadata) -> Iterator[str]:
         if position == MANY_CLASSES:
             yield f"  and {len(metadata.classes) - position} more classes, up to {metadata.classes[-1]}"
             break
-        records = len(metadata.records_of_class(position))
-        yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records} records"
+        records = counted(len(metadata.records_of_class(position)), "record")
+        yield f"  class {class_id}: {pixels} pixels ({100 * pixels / total:.2f} %), in {records}"
     if info.get("objects"):
         yield (
-            f"  {info['object_count']} objects, {info['touching_pairs']} pairs of touching objects; "
+            f"  {counted(info['object_count'], 'object')}, {counted(info['touching_pairs'], 'touching pair')}; "
             f"{ObjectClasses(**info['objects'])}"
         )
     if info["ignored_pixels"]:

@@ -243,6 +243,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 image" or "2 images"; a noun that ends in s gets "es"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def log_settings(args: argparse.Namespace) -> None:
     """Log every option with its value, so that the log documents the run."""
     logging.info("settings: %s", ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
@@ -816,7 +821,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             if since is None:
                 since = now
                 if self.is_polled:
-                    os.write(2, b"\nfinishing the step in hand, then saving; the same once more ends at once\n")
+                    os.write(2, b"\nfinishing the current step, then saving; send the signal again to stop at once\n")
             elif number == signal.SIGINT or now - since > SAME_REQUEST_SECONDS:
                 os._exit(SIGNAL_EXIT_BASE + number)  # child processes notice and exit, too
         os.close(self._pipe)

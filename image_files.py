@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from cli import InputError, PathLike, Progress, cause_of, free_host_memory, printable, read_if_small
+from cli import InputError, PathLike, Progress, cause_of, counted, free_host_memory, printable, read_if_small
 
 IMAGE_FORMATS = {"tif": (".tif", ".tiff"), "png": (".png",), "jpg": (".jpg", ".jpeg")}
 MASK_FORMATS = {name: IMAGE_FORMATS[name] for name in ("tif", "png")}  # JPEG alters class ids
@@ -376,7 +376,7 @@ def read_image(
 def mask_fault(mask: "ImageFile") -> str:
     """Return why a file cannot contain class ids, judging by its header, or an empty string."""
     if mask.shape[2] != 1:
-        found = f"expected a single-channel mask in {mask.path}, found {mask.shape[2]} channels"
+        found = f"expected a single-channel mask in {mask.path}, found {counted(mask.shape[2], 'channel')}"
         return f"{found}; save class ids as a grayscale image"
     if mask.lossy:
         return f"{mask.path} is compressed as {mask.lossy}, which changes class ids; save it losslessly"
@@ -574,7 +574,9 @@ class ImageFile(contextlib.AbstractContextManager["ImageFile"]):
             If the file has too few channels.
         """
         if max(channels) >= self.shape[2]:
-            raise InputError(f"expected at least {max(channels) + 1} channels in {self.path}, found {self.shape[2]}")
+            raise InputError(
+                f"expected at least {counted(max(channels) + 1, 'channel')} in {self.path}, found {self.shape[2]}"
+            )
         self._channels = list(channels)
         height, width, _ = self.shape
         self.shape = height, width, len(channels)
@@ -710,10 +712,13 @@ class ChannelFiles(ImageFile):
             if part.shape[2] != 1:
                 raise InputError(f"expected one channel in {part.path}, found {part.shape[2]}; check the suffixes")
             if (part.shape, part.orientation) != (first.shape, first.orientation):
-                sizes = [" x ".join(map(str, each.shape[:2])) for each in (first, part)]
+                found = [
+                    f"{each.path} with {' x '.join(map(str, each.shape[:2]))} and orientation {each.orientation.code}"
+                    for each in (first, part)
+                ]
                 raise InputError(
-                    f"expected channels of the same size and orientation, found {first.path} with {sizes[0]} and "
-                    f"{part.path} with {sizes[1]}; resample them to one grid"
+                    f"expected channels of the same size and orientation, found {' but '.join(found)}; "
+                    "resample them to one grid"
                 )
         values = {part.no_data for part in self._parts}
         if len(values) > 1 and all(part.dtype.kind != "f" for part in self._parts):
@@ -743,7 +748,9 @@ class ChannelFiles(ImageFile):
     def select_channels(self, channels: Sequence[int]) -> None:
         """Restrict the image to some of the files, counted from 0."""
         if max(channels) >= self.shape[2]:
-            raise InputError(f"expected at least {max(channels) + 1} channels of {self.path}, found {self.shape[2]}")
+            raise InputError(
+                f"expected at least {counted(max(channels) + 1, 'channel')} of {self.path}, found {self.shape[2]}"
+            )
         self._parts = [self._parts[channel] for channel in channels]
         self.shape = (*self.shape[:2], len(channels))
 

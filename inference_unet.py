@@ -49,6 +49,7 @@ from cli import (
     any_text,
     cause_of,
     check_values,
+    counted,
     describe_error,
     existing_folder,
     file_stem,
@@ -190,8 +191,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the specification, for the model, the images and the masks."""
     required: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
     text = (
-        "filepath to the SavedModel to use, the folder saved_model of a training run (Required); the softmax of "
-        "several models is averaged"
+        "filepath to the SavedModel to use, the folder saved_model of a training run (Required); if several are given,"
+        " their class probabilities (softmax) are averaged"
     )
     parser.add_argument("--saved_model_filepath", type=some_path, nargs="+", **required, help=text)
     text = "filepath to the folder containing the images to segment (Required)"
@@ -201,13 +202,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     text = "format (extension) of the input images: tif, png or jpg"
     parser.add_argument("--image_format", type=image_format, default="tif", help=text)
     text = (
-        "planes segments each plane of a TIFF that has several (Z, T, OME images, or pages); the masks become a stack "
-        "with the same planes"
+        "'planes' segments each plane of a TIFF that has several (Z, T, OME images, or pages); the masks become a "
+        "stack with the same planes"
     )
     parser.add_argument("--stack", choices=("planes",), help=text)
     text = (
         "suffixes that channel files add to the image name, in channel order, for images with one file per channel; "
-        "if not given, the suffixes of the training databases; none means one file per image"
+        "if not given, the suffixes of the training databases; 'none' means one file per image"
     )
     parser.add_argument("--channel_suffixes", metavar="SUFFIX,...", type=suffixes_or_none, help=text)
     text = (
@@ -222,15 +223,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for how the work is done."""
     text = (
-        "largest edge in pixels of the tiles that larger images are cut into, including the halo; affects memory and "
-        "speed, not the result. If not given, the tile shape minimizes the work for each image within half of the "
-        f"free memory of the GPU (or of the computer or job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels. If "
-        "memory still runs out, tiles are halved"
+        "largest edge in pixels of the tiles that larger images are cut into, including the halo (a margin of 96 "
+        "pixels on each side, which is discarded); affects memory and speed, not the result. If not given, the tile "
+        "shape minimizes the work for each image within half of the free memory of the GPU (or of the computer or "
+        f"job), up to {MAX_TILE_PIXELS / 1e6:.1f} million pixels. If memory still runs out, tiles are halved"
     )
     parser.add_argument("--tile_size", type=whole_number(1, LARGEST_TILE), help=text)
     text = (
-        "whether to average the softmax over the four mirror images of each image, which takes four times as long and "
-        "usually improves the masks slightly [0 = false, 1 = true]"
+        "whether to average the softmax over each image and its three mirror images, which takes four times as long "
+        "and usually improves the masks slightly [0 = false, 1 = true]"
     )
     add_flag(parser, "--flips", 0, text)
     text = (
@@ -260,7 +261,8 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
     text = "whether to also write the network's softmax, as float32 TIFFs with one channel per class, to"
     add_flag(parser, "--save_probabilities", 0, f"{text} OUTPUT_FOLDER/probabilities [0 = false, 1 = true]")
     text = (
-        "whether to draw the outlines of all classes except 0 over each image, as PNGs of at most about 2048 pixels, in"
+        "whether to draw the outlines of all classes except 0 over each image, as PNGs reduced to at most about 2048 "
+        "pixels along the longer edge, in"
     )
     add_flag(parser, "--save_overlay", 0, f"{text} OUTPUT_FOLDER/overlays [0 = false, 1 = true]")
     text = (
@@ -289,7 +291,7 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask_suffix", metavar="SUFFIX", type=file_stem, help=text)
     text = (
         "whether to write the pixels and connected regions of each class in each mask, and the mean probability of "
-        f"its classes, to OUTPUT_FOLDER/{TABLE_FILE} [0 = false, 1 = true]"
+        f"the predicted classes, to OUTPUT_FOLDER/{TABLE_FILE} [0 = false, 1 = true]"
     )
     add_flag(parser, "--save_table", 0, text)
     text = (
@@ -345,13 +347,13 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             failed += measure_masks(earlier, targets, truths, model, args.smallest_object or 1)
         assemble_stacks(targets, claims)
     if others:
-        logging.info("%d images were left to other processes that write to the same folder", others)
+        logging.info("left %s to other processes that write to the same folder", counted(others, "image"))
     done = len(images) - len(failed) - others
     logging.info("%d of %d images done; the masks are in %s", done, len(images), args.output_folder)
     if any(wanted):
         report_masks(args.output_folder, model.number_classes, wanted, descriptions)
     if failed:
-        logging.error("%d images failed: %s", len(failed), ", ".join(failed))
+        logging.error("%s failed: %s", counted(len(failed), "image"), ", ".join(failed))
     return EXIT_BAD_INPUT if failed else 0
 
 
@@ -489,8 +491,8 @@ class Model:
         """Return a description in one line."""
         floors = ", ".join(f"{floor:g}" for floor in self.deviation_floor)
         return (
-            f"{self.channels} channels, {self.number_classes} classes, {self.features} features, radius {self.radius}, "
-            f"label map {self.label_map}, deviation floors {floors}"
+            f"{counted(self.channels, 'channel')}, {self.number_classes} classes, {self.features} features, "
+            f"radius {self.radius}, label map {self.label_map}, deviation floors {floors}"
         )
 
     @property
@@ -936,8 +938,8 @@ def check_image(image: ImageFile, model: Model) -> None:
     """Refuse an image that the model cannot process."""
     if image.shape[2] != model.channels:
         raise InputError(
-            f"expected {model.channels} channels, as in training, found {image.shape[2]} in {image.path}; use a model "
-            "and images that match"
+            f"expected {counted(model.channels, 'channel')}, as in training, found {image.shape[2]} in {image.path}; "
+            "use a model and images that match"
         )
     if image.dtype.kind not in "buif":
         raise InputError(f"expected integer or float pixels in {image.path}, found {image.dtype}; convert the image")
@@ -1151,7 +1153,9 @@ def find_truths(images: Sequence[Source], args: argparse.Namespace) -> dict[Sour
         raise InputError(f"{found_none}{advice or '; check the folder'}")
     if lone:
         shown = ", ".join(image.name for image in lone[:SHOWN_IMAGES]) + ", ..." * (len(lone) > SHOWN_IMAGES)
-        logging.warning("%d images have no mask in %s and get no scores: %s", len(lone), args.mask_folder, shown)
+        logging.warning(
+            "%s without a mask in %s, and so without scores: %s", counted(len(lone), "image"), args.mask_folder, shown
+        )
     return truths
 
 

@@ -17,9 +17,8 @@ BACKGROUND, INSIDE, BORDER = 0, 1, 2  # the classes that objects become
 LARGEST_BORDER = 32  # pixels
 LARGEST_ID, LARGEST_UINT32 = 2**31 - 1, 2**32 - 1
 STRIP_PIXELS = 2**20  # per strip, so that small masks need few strips and wide masks little memory
-MATCH_THRESHOLDS = np.round(
-    np.arange(0.5, 1.0, 0.05), 2
-)  # of the intersection over union, as in the Data Science Bowl 2018
+# Thresholds of the intersection over union, as in the Data Science Bowl 2018.
+MATCH_THRESHOLDS = np.round(np.arange(0.5, 1.0, 0.05), 2)
 
 # ---------------------------------------------------------------------------------------------- from objects to classes
 

@@ -22,6 +22,7 @@ import numpy as np
 from cli import (
     InputError,
     check_values,
+    counted,
     list_of,
     optional,
     printable,
@@ -584,7 +585,7 @@ def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
     """Log the total scores and the images with the lowest scores."""
     figures = score_confusion(total_confusion(scored))
     logging.info(
-        "scores of %d images: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", len(scored),
+        "scores of %s: accuracy %.4f, mean IoU %.4f, Dice of each class %s; in %s", counted(len(scored), "image"),
         figures["accuracy"], mean_of_present(figures["iou"]), ", ".join(f"{dice:.4f}" for dice in figures["dice"]),
         folder / SCORES_FILE,
     )  # fmt: skip
@@ -596,8 +597,9 @@ def log_scores(folder: Path, scored: Sequence[Figures]) -> None:
             "objects: %d found, %d true; average precision %.4f at an IoU of 0.5, mean %.4f", *counts, at_half, mean
         )
     worst = sorted((each for each in scored if not math.isnan(each.mean_iou)), key=lambda each: each.mean_iou)
-    shown = (f"{each.image} {each.mean_iou:.4f}" for each in worst[:SHOWN_WORST])
-    logging.info("lowest mean IoU: %s", ", ".join(shown))
+    if worst:
+        shown = (f"{each.image} {each.mean_iou:.4f}" for each in worst[:SHOWN_WORST])
+        logging.info("lowest mean IoU: %s", ", ".join(shown))
 
 
 def row_of_scores(name: str, confusion: Any) -> list[str]:
@@ -693,7 +695,11 @@ def page_of_masks(
     parts = [heading("Masks", about)]
     if scored:
         total = total_confusion(scored)
-        parts += [f"<h2>Scores of {len(scored)} images</h2>", scores_in_html(total), confusion_in_html(total)]
+        parts += [
+            f"<h2>Scores of {counted(len(scored), 'image')}</h2>",
+            scores_in_html(total),
+            confusion_in_html(total),
+        ]
     chosen = sorted(range(len(found)), key=lambda i: order_of_interest(found[i]))[:PAGE_IMAGES]
     kind = "lowest scores" if scored else "least certain masks"
     some = f": the {len(chosen)} of {len(found)} with the {kind}" if len(chosen) < len(found) else ""

@@ -777,8 +777,8 @@ def add_training_options(group: Any) -> None:
     text = "number of classes being segmented, background (0) included"
     group.add_argument("--number_classes", type=whole_number(1, MANY_CLASSES), default=2, help=text)
     text = (
-        "learning rate of the Adam optimizer; one tenth of it during warm-up (the first epoch, at most 1000 steps and "
-        "a tenth of the run), then see --schedule"
+        "learning rate of the Adam optimizer; one tenth of it during warm-up (the first epoch, but no more than 1000 "
+        "steps or a tenth of the run), then see --schedule"
     )
     group.add_argument("--learning_rate", type=rate_float, default=3e-4, help=text)
     text = (
@@ -786,8 +786,8 @@ def add_training_options(group: Any) -> None:
     )
     group.add_argument("--test_every_n_steps", type=positive_int, default=1000, help=text)
     text = (
-        "whether to balance classes by drawing each class equally often, then an image that contains it [0 = false, "
-        "1 = true]"
+        "whether to balance classes: for each training image, first draw a class, all equally likely, then an image "
+        "that contains it [0 = false, 1 = true]"
     )
     add_flag(group, "--balance_classes", 0, text)
     text = "whether to use data augmentation, which transforms each training image at random [0 = false, 1 = true]"
@@ -812,14 +812,14 @@ def add_learning_options(group: Any) -> None:
     text = "stop after this many test epochs; the learning rate falls to 0 by then"
     group.add_argument("--max_epochs", type=positive_int, default=None, help=text)
     text = (
-        "stop after this many minutes, including earlier processes of the run, the last test epoch and the export; the "
-        "learning rate falls to 0 by then"
+        "stop after this many minutes, including the time before the run was resumed, the last test epoch and the "
+        "export; the learning rate falls to 0 by then"
     )
     group.add_argument("--max_minutes", type=minutes_float, default=None, help=text)
     text = (
-        "schedule of the learning rate after warm-up: falling lowers it to 0 at the end set by --max_epochs or "
-        "--max_minutes, or if no end is set, to one tenth when the test loss has not improved for half of "
-        "--early_stopping; constant keeps it unchanged"
+        "schedule of the learning rate after warm-up: 'falling' lowers it to 0 at the end set by --max_epochs or "
+        "--max_minutes or, if no end is set, divides it by ten each time the test loss has not improved for half of "
+        "--early_stopping; 'constant' keeps it unchanged"
     )
     group.add_argument("--schedule", choices=("falling", "constant"), default="falling", help=text)
     text = (
@@ -841,7 +841,7 @@ def add_learning_options(group: Any) -> None:
         "the weights of the last step [0 = false, 1 = true]"
     )
     add_flag(group, "--average_weights", 1, text)
-    text = "factor of each class in the loss, such as 1,5,5; auto gives all classes the same total weight"
+    text = "factor of each class in the loss, such as 1,5,5; 'auto' gives all classes the same total weight"
     group.add_argument("--class_weights", type=class_weights, help=text)
     text = "fraction of the target, 0 to below 1, to spread evenly over all classes while training"
     group.add_argument("--label_smoothing", type=share_float, default=0.0, help=text)
@@ -851,7 +851,7 @@ def add_run_options(group: Any) -> None:
     """Add options beyond the specification: how to compute, and to resume."""
     text = "seed for image order, augmentation, dropout and initial network weights"
     group.add_argument("--seed", type=seed_int, default=0, help=text)
-    text = "auto resumes the run in --output_dir, if there is one; with never, the folder must be empty"
+    text = "'auto' resumes the run in --output_dir, if there is one; with 'never', the folder must be empty"
     group.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
     text = "number of processes per GPU for test images, which are not augmented and so take little time"
     group.add_argument("--test_reader_count", type=process_count, default=1, help=text)
@@ -866,7 +866,7 @@ def add_run_options(group: Any) -> None:
     add_flag(group, "--deterministic", 0, text)
     text = (
         "whether to compile the training step with XLA, which starts more slowly but then runs faster [0 = false, "
-        "1 = true]; auto compiles on a single GPU if XLA works there and --deterministic is 0; CPUs are "
+        "1 = true]; 'auto' compiles on a single GPU if XLA works there and --deterministic is 0; CPUs are "
         "faster without XLA"
     )
     group.add_argument("--xla", choices=("auto", "0", "1"), default="auto", help=text)

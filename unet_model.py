@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-from cli import InputError, PathLike, cause_of, replacing_folder, shield_keras, without_patterns
+from cli import InputError, PathLike, cause_of, counted, replacing_folder, shield_keras, without_patterns
 from lmdb_utils import MODEL_METADATA_FILE, SIZE_FACTOR
 
 shield_keras()
@@ -826,7 +826,7 @@ def different_layers(weights: Sequence[np.ndarray], model: "tf.keras.Model", fol
         raise InputError(f"expected a U-Net from train_unet.py in {folder}, found the weights of another network")
     reasons = {}
     if found[FIRST_LAYER] != expected[FIRST_LAYER]:
-        reasons["first"] = f"{expected[0][2]} channels instead of {found[0][2]}"
+        reasons["first"] = f"{counted(expected[0][2], 'channel')} instead of {found[0][2]}"
     if found[LAST_LAYER] != expected[LAST_LAYER]:
         reasons["last"] = f"{expected[-1][0]} classes instead of {found[-1][0]}"
     return reasons

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes an environment with one version of TensorFlow, in .compatibility/VERSION, and runs the tests in it.
+# Create an environment with one version of TensorFlow in .compatibility/VERSION, and run the tests in it.
 #
 #     bash tests/compatibility.sh VERSION [arguments of pytest]
 #
-# PYTHON names the interpreter, python3 unless it is set; TensorFlow up to 2.15 needs Python 3.11 or older. Models and checkpoints
-# are exchanged with the TensorFlow of the project's own environment (.venv, unless another one is active).
+# PYTHON sets the interpreter (default: python3). TensorFlow up to 2.15 needs Python 3.11 or older. The tests exchange
+# models and checkpoints with the TensorFlow of the project's own environment (.venv, unless another one is active).
 set -euo pipefail
 if [ $# -lt 1 ]; then
     echo "usage: bash tests/compatibility.sh VERSION [arguments of pytest], for example 2.12.1" >&2

@@ -1,4 +1,4 @@
-"""Small data sets that tests build, and how they start the scripts as a user does."""
+"""Helpers that build small data sets and run the scripts as a user does."""
 
 import contextlib
 import json
@@ -21,38 +21,38 @@ from scipy import ndimage
 ROOT = Path(__file__).resolve().parents[1]
 FILES_BEFORE = pytest.StashKey[set]()
 sys.path.insert(0, str(ROOT))
-# A shell that runs the tests in the background has them ignore Ctrl-C, nohup has them ignore SIGHUP. What they start
-# would inherit that.
+# A shell makes background jobs ignore SIGINT, and nohup makes them ignore SIGHUP. Processes that the tests start would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# These hide what happens without them: output that waits to be written, and compiled files that are left behind.
+# These variables would hide problems: output that is still in a buffer, and compiled files that are left behind.
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 def z_score(image, floor=1.0):
-    """Return an image (H, W, C) as the network has to see it, computed in float64 from the image alone."""
+    """Return an image (H, W, C) as the network should see it, computed in float64 from the image alone."""
     mean, deviation = statistics_of(image)
     return ((image - mean) / np.maximum(deviation, floor)).astype(np.float32)
 
 
 def statistics_of(image):
-    """Return mean and standard deviation of each channel of an image (H, W, C)."""
+    """Return the mean and standard deviation of each channel of an image (H, W, C)."""
     return image.mean((0, 1), np.float64), image.std((0, 1), np.float64)
 
 
 def record_of(image, mask, **origin):
-    """Return the record of an image that is complete."""
+    """Return the record of a complete image."""
     from lmdb_utils import Record
 
     return Record.encode(image, mask, *statistics_of(image), **origin)
 
 
 def run_script(name, *arguments, timeout=300, python=None):
-    """Run a script of the suite; return its finished process, with standard output and error in ``stdout``.
+    """Run a script of the suite and return its finished process, with standard output and error in ``stdout``.
 
-    Those that need TensorFlow come from `script_server`, unless it is that of another Python.
+    Scripts that need TensorFlow run in `script_server`, unless another Python is given.
     """
     command = [str(ROOT / name), *map(str, arguments)]
     if python is None and name != "build_lmdb.py":
@@ -68,7 +68,7 @@ def run_script(name, *arguments, timeout=300, python=None):
 
 
 class ScriptServer:
-    """The other end of script_server.py, which gets additional environment variables."""
+    """Client of script_server.py, which it starts with additional environment variables."""
 
     def __init__(self, variables=()):
         self._process = subprocess.Popen(
@@ -77,12 +77,12 @@ class ScriptServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            # As the scripts set it before they load TensorFlow.
+            # The scripts set this before they load TensorFlow.
             env={**WITHOUT_GPU, "TF_CPP_MIN_LOG_LEVEL": "1", **dict(variables)},
         )
 
     def run(self, command, timeout=300, **variables):
-        """Run a script with its arguments, and end it when it takes longer than `timeout` seconds."""
+        """Run a script with its arguments, and kill it after `timeout` seconds."""
         with tempfile.NamedTemporaryFile("r") as output:
             print(json.dumps([command[0], command[1:], output.name, variables]), file=self._process.stdin, flush=True)
             end = threading.Timer(timeout, os.kill, (int(self._process.stdout.readline()), signal.SIGKILL))
@@ -94,7 +94,7 @@ class ScriptServer:
             return subprocess.CompletedProcess(command, code, output.read())
 
     def close(self):
-        """End the server."""
+        """Stop the server."""
         self._process.communicate()
 
 
@@ -102,15 +102,15 @@ SERVERS = {}
 
 
 def script_server(script="inference_unet.py"):
-    """Return the server of this process of tests for a script, which ends with the session."""
-    variables = {"TF_ENABLE_ONEDNN_OPTS": "1"} if script == "train_unet.py" else {}  # as that script sets it
+    """Return the server that this test process uses for a script; it stops at the end of the session."""
+    variables = {"TF_ENABLE_ONEDNN_OPTS": "1"} if script == "train_unet.py" else {}  # that script sets it too
     if script not in SERVERS:
         SERVERS[script] = ScriptServer(variables)
     return SERVERS[script]
 
 
 def errors_of(output):
-    """Return the lines of a log that report errors; TensorFlow's own are not of it."""
+    """Return the lines of a log that report errors, without TensorFlow's own."""
     return [line for line in output.splitlines() if re.match(r"[-0-9]+ [:,0-9]+ ERROR ", line)]
 
 
@@ -131,13 +131,13 @@ def make_pair(seed, shape=(64, 64, 1), dtype="uint16", classes=2):
 
 
 def write_tiff(path, image):
-    """Write an image (H, W, C) as a TIFF of interleaved channels."""
+    """Write an image (H, W, C) as a TIFF with interleaved channels."""
     layout = {"planarconfig": "contig"} if image.shape[2] > 1 else {}
     tifffile.imwrite(path, np.squeeze(image), photometric="minisblack", **layout)
 
 
 CHANNELS_FIRST = {"metadata": {"axes": "CYX"}}
-# Ways to store an image of several channels, as options of tifffile.
+# Ways to store an image with several channels, as options of tifffile.
 STORED = {
     "contiguous": {},
     "strips": {"rowsperstrip": 7, "compression": "zlib"},
@@ -155,7 +155,7 @@ STORED = {
 
 
 def write_stored(path, image, kind):
-    """Write an image (H, W, C) in one of the ways above."""
+    """Write an image (H, W, C) in one of the ways that `STORED` lists."""
     options = {"photometric": "minisblack", **STORED[kind]}
     channels_first = "metadata" in options or options.get("planarconfig") == "separate"
     if not channels_first:
@@ -177,7 +177,7 @@ def write_folders(folder, count=6, shape=(64, 64, 1), **options):
 
 
 def build(folder, *arguments, train=None, **options):
-    """Write folders, build databases called "t" from them, and return the paths of train and test database."""
+    """Write folders, build databases called "t" from them, and return the paths of the train and test databases."""
     images, masks = write_folders(folder, **options)
     done = run_script(
         "build_lmdb.py", "--image_folder", images, "--mask_folder", masks, "--output_folder", folder / "db",
@@ -189,13 +189,13 @@ def build(folder, *arguments, train=None, **options):
 
 @pytest.fixture(scope="session")
 def databases(tmp_path_factory):
-    """Databases of 16 training and 5 test images of 64 x 64 uint16 with two classes."""
+    """Return databases of 16 training and 5 test images, 64 x 64 uint16 with two classes."""
     return build(tmp_path_factory.mktemp("databases"), "--train_fraction", "0.77", count=21)
 
 
 @pytest.fixture
 def disk_log(monkeypatch):
-    """Return a list that gets each flush to the disk and each rename, with the path, as they happen."""
+    """Return a list that records each flush to disk and each rename, with its path, in order."""
     log, fsync, rename = [], os.fsync, os.rename
 
     def logged_fsync(descriptor):
@@ -213,22 +213,22 @@ def disk_log(monkeypatch):
 
 
 def shared_memory_of(pid):
-    """Return what shared memory a process has mapped, its readers' batches; none of it has a name."""
+    """Return the unnamed shared memory that a process has mapped for the batches of its readers."""
     return set(re.findall(r"/dev/shm/#\d+ \(deleted\)", Path(f"/proc/{pid}/maps").read_text()))
 
 
 LONG_FILES = ("test_slurm.py", "test_interruptions.py", "test_full_disk.py")
-# With these begun first, two processes come to an end at about the same time.
+# When these start first, two processes finish at about the same time.
 FIRST_FILES = (*LONG_FILES, "test_train_unet.py", "test_inference_unet.py", "test_build_lmdb.py", "test_readme.py")
 
 
 def pytest_addoption(parser):
-    """Add the option that runs everything."""
+    """Add the option that runs all tests."""
     parser.addoption("--all", action="store_true", help=f"run {' and '.join(LONG_FILES)} too, which take long")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes long unless it is asked for, and put the files in order."""
+    """Skip the files that take long unless they are requested, and put the files in order."""
     for item in items:
         if item.path.name in LONG_FILES and not config.getoption("all"):
             item.add_marker(pytest.mark.skip(reason="takes long: --all runs it"))
@@ -240,11 +240,11 @@ IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def leftovers():
-    """Return files in shared memory that Python may have made, but for those that other programs have in use."""
+    """Return files in shared memory that Python may have created, except those that other programs use."""
     found = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "tmp"))}
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     for process in psutil.process_iter() if found else ():
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has just exited, or belongs to another user
             used = set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{process.pid}/maps").read_text()))
             found -= used if process.pid not in ours else set()
     return found
@@ -252,22 +252,22 @@ def leftovers():
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """Fail a test that leaves a file in shared memory; among several processes the end of the session tells."""
+    """Fail a test that leaves a file in shared memory; with several processes, check at the end of the session."""
     before = leftovers()
     yield
-    deadline = time.monotonic() + 5  # what a dead process held, others remove
+    deadline = time.monotonic() + 5  # other processes remove the files of a dead one
     while not IS_ONE_OF_SEVERAL and leftovers() - before:
         assert time.monotonic() < deadline, leftovers() - before
         time.sleep(0.1)
 
 
 def pytest_sessionstart(session):
-    """Remember what was in shared memory before."""
+    """Record what is in shared memory before the tests."""
     session.config.stash[FILES_BEFORE] = leftovers()
 
 
 def pytest_sessionfinish(session):
-    """Fail a session of several processes that leaves a file in shared memory; with ``-n 0`` the test fails itself."""
+    """Fail a session of several processes that leaves a file in shared memory; with ``-n 0``, the test itself fails."""
     for server in SERVERS.values():
         server.close()
     left = leftovers() - session.config.stash[FILES_BEFORE]

@@ -2,7 +2,7 @@
 
     python tests/option_tables.py
 
-Each table stands between two comments, of which the first names its script.
+Each table is between two comments. The first one names its script.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def table(parser):
 
 
 def place_of(script, text):
-    """Return where in a text the table of a script's options stands, as a match."""
+    """Return the match of the table of a script's options in a text."""
     found = re.search(rf"(?<=<!-- options of {script}.py -->\n).*?(?=\n<!-- end -->)", text, re.DOTALL)
     if found is None:
         raise ValueError(f"no table of the options of {script}.py in the README")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks style and types and runs the tests, in .venv unless an environment is active already.
-# Arguments go to pytest, for example: bash tests/run.sh -n 0 -k augment; --all adds interrupted runs and Slurm.
+# Check style and types and run the tests, in .venv unless another environment is active.
+# Arguments go to pytest, for example: bash tests/run.sh -n 0 -k augment
+# --all adds the tests of interrupted runs, full disks and Slurm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . data/environment.sh requirements.txt tests/requirements.txt

@@ -1,9 +1,9 @@
-"""Runs scripts in processes of their own that have TensorFlow already: forks of this one, which loads it once.
+"""Run scripts in forks of this process, which loads TensorFlow only once.
 
-Loading takes a third of the time of a short run. Nothing else differs from a start by hand; no thread of TensorFlow
-runs yet, which a fork would lose. Each line of the input is a request in JSON: script, arguments, a file for the
-output, and environment variables to set. The answers are the number of the process, and when it has ended its exit
-code.
+Loading TensorFlow takes a third of the time of a short run. Apart from that, a fork behaves like a script that is
+started by hand. A fork would lose threads of TensorFlow, but none is running yet. Each line of the input is a request
+in JSON with a script, its arguments, a file for its output, and environment variables to set. The server answers with
+the ID of the process, and with its exit code after it exits.
 """
 
 import json

@@ -71,7 +71,7 @@ def test_scale_magnifies_about_the_centre(scale_rows, scale_columns):
 @pytest.mark.parametrize("shape", [(80, 96, 3), (300, 250, 1), (16, 512, 2)])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_composed_warp_agrees_with_scipy_over_the_whole_image(shape, seed):
-    """Over several blocks of rows, and beyond the border where both reflect."""
+    """Cover several blocks of rows, and pixels beyond the border, where both reflect."""
     image, mask = make_pair(seed, shape, "float32", classes=5)
     t = sample_transformation(np.random.default_rng(seed), *shape[:2], **GEOMETRY)
     matrix, offset = inverse_affine(t, *shape[:2])
@@ -83,7 +83,7 @@ def test_the_composed_warp_agrees_with_scipy_over_the_whole_image(shape, seed):
         np.testing.assert_allclose(got_image[..., channel], expected, atol=2e-6 * np.ptp(image) + 1e-6 * image.max())
     expected_mask = ndimage.affine_transform(mask, matrix, offset, order=0, mode="mirror", prefilter=False)
     source = np.tensordot(matrix, np.mgrid[: shape[0], : shape[1]], 1) + offset[:, None, None]
-    decided = (np.abs(source % 1 - 0.5) > 1e-5).all(0)  # elsewhere two pixels are equally near, but for rounding
+    decided = (np.abs(source % 1 - 0.5) > 1e-5).all(0)  # elsewhere two pixels are equally near, up to rounding
     assert decided.mean() > 0.999
     np.testing.assert_array_equal(got_mask[decided], expected_mask[decided])
 
@@ -156,7 +156,7 @@ def test_the_blur_of_a_point_is_the_kernel_written_out():
 
 
 def draw_noise(seed, shape=(512, 512, 2)):
-    """Noise that an image of range 1000 gets at 2 % of its range."""
+    """Return the noise that is added to an image of range 1000 at 2 % of its range."""
     image = np.zeros(shape, np.float32)
     image[0, 0] = 1000
     result, _ = apply_transformation(

@@ -1,4 +1,4 @@
-"""The benchmarks run and print figures; what these are is for people to judge on a quiet machine."""
+"""Check that the benchmarks run and print figures. Judge the figures by hand on a quiet machine."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import skimage.io
 from conftest import ROOT, write_folders
 
 
-@functools.lru_cache  # that of inference is looked at twice
+@functools.lru_cache  # two tests read the output of the inference benchmark
 def run_benchmark(name, *arguments):
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "benchmarks" / name, *map(str, arguments)], capture_output=True, text=True
@@ -21,7 +21,7 @@ def run_benchmark(name, *arguments):
 
 
 def numbers(value):
-    """All numbers in nested lists and dictionaries."""
+    """Return all numbers in nested lists and dictionaries."""
     if isinstance(value, (dict, list)):
         return [number for item in (value.values() if isinstance(value, dict) else value) for number in numbers(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

@@ -34,7 +34,7 @@ def start(folder, *arguments):
 
 
 def refused(folder, *words, arguments=()):
-    """Assert that the build ends with code 2 and errors that hold all words, and writes nothing; return its output."""
+    """Assert that the build exits with code 2, reports all words in errors and writes nothing; return its output."""
     done = start(folder, *arguments)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
@@ -75,9 +75,9 @@ def test_counts_of_images_and_pixels_are_printed(tmp_path):
     write_folders(tmp_path, count=5)
     output = start(tmp_path).stdout
     assert "train-t.lmdb: 4 images, 4 records of 64 x 64 x 1 uint16" in output
-    assert "test-t.lmdb: 1 images, 1 records" in output
+    assert "test-t.lmdb: 1 image, 1 record" in output
     assert "class 0: 8192 pixels (50.00 %), in 4 records" in output
-    assert "class 1: 2048 pixels (50.00 %), in 1 records" in output
+    assert "class 1: 2048 pixels (50.00 %), in 1 record" in output
 
 
 def test_one_seed_builds_the_same_bytes_and_another_splits_differently(tmp_path):
@@ -132,7 +132,7 @@ def test_tiles_for_testing_count_each_pixel_of_an_image_once(shape, tmp_path):
             rows, columns = np.nonzero(tile != metadata.ignored_id)
             np.testing.assert_array_equal(tile[rows, columns], mask[row + rows, column + columns])
             np.add.at(counts, (row + rows, column + columns), 1)
-            if 0 < row < shape[0] - 128:  # the least context is half of an overlap
+            if 0 < row < shape[0] - 128:  # each pixel has at least half an overlap of context
                 assert min(rows) >= 48 and max(rows) < 80
     assert (counts == 1).all()
 
@@ -242,17 +242,17 @@ def test_masks_of_different_integer_types_are_stored_in_one_that_holds_all(tmp_p
 def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path):
     _, masks = write_folders(tmp_path, count=3)
     (masks / "cell1.tif").rename(masks / "cell1_mask.tif")
-    output = refused(tmp_path, "1 images without a mask", "cell1.tif", "1 masks without an image", "--skip_bad 1")
+    output = refused(tmp_path, "images without a mask (1)", "cell1.tif", "masks without an image (1)", "--skip_bad 1")
     assert "try --mask_suffix _mask" in output
     (tmp_path / "images" / "cell1.tif").unlink()
-    output = refused(tmp_path, "1 masks without an image", "cell1_mask.tif")
+    output = refused(tmp_path, "masks without an image (1)", "cell1_mask.tif")
     assert "images without" not in output
 
 
 def test_two_files_of_one_stem_are_refused(tmp_path):
     images, _ = write_folders(tmp_path, count=2)
     (images / "cell0.tiff").write_bytes((images / "cell0.tif").read_bytes())
-    output = refused(tmp_path, "2 files that share a name", "cell0.tif: there is also cell0.tiff")
+    output = refused(tmp_path, "files that share a name (2)", "cell0.tif: there is also cell0.tiff")
     assert "without" not in output
 
 
@@ -278,9 +278,9 @@ def bad_image(array, **options):
         (bad_image(np.zeros((64, 64), np.complex64)), ("images/cell0.tif", "complex64")),
         (
             bad_image(np.zeros((64, 64), np.uint8)),
-            ("differ in type", "images/cell0.tif", "1 channels of uint8", "(2 of 3)"),
+            ("differ in type", "images/cell0.tif", "1 channel of uint8", "(2 of 3)"),
         ),
-        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("differ in type", "3 channels", "1 channels of uint16")),
+        (bad_image(np.zeros((64, 64, 3), np.uint16)), ("differ in type", "3 channels", "1 channel of uint16")),
         (bad_image(np.zeros((5, 64, 64), np.uint16), metadata={"axes": "ZYX"}), ("images/cell0.tif", "axes ZYX")),
         (bad_image(np.zeros((5, 64, 64), np.uint16), imagej=True, metadata={"axes": "TYX"}), ("cell0.tif", "axes TYX")),
         (lambda folder: (folder / "images" / "cell0.tif").write_bytes(b""), ("cannot read", "images/cell0.tif")),
@@ -300,7 +300,7 @@ def test_mixed_sizes_are_refused_without_tiling_and_built_with_it(tmp_path):
     image, mask = make_pair(9, (128, 160, 1))
     tifffile.imwrite(tmp_path / "images" / "cell0.tif", image[..., 0])
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", mask)
-    refused(tmp_path, "1 images that differ in size from most", "128 x 160", "--use_tiling 1")
+    refused(tmp_path, "images that differ in size from most (1)", "128 x 160", "--use_tiling 1")
     assert start(tmp_path, "--use_tiling", 1, "--tile_size", 128).returncode == 0
 
 
@@ -350,8 +350,8 @@ def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
     (images / "cell6.tif").write_bytes(b"II*\0")
     tifffile.imwrite(images / "cell7.tif", np.zeros((64, 64), np.float64))
     output = refused(
-        tmp_path, "5 masks that differ in size from their images:", "cell0.tif is", "cell2.tif is", "and 2 more",
-        "1 images without a mask;", "1 files that cannot be read:", "1 images that cannot be stored:",
+        tmp_path, "masks that differ in size from their images (5):", "cell0.tif is", "cell2.tif is", "and 2 more",
+        "images without a mask (1);", "files that cannot be read (1):", "images that cannot be stored (1):",
         "8 files cannot be used",
     )  # fmt: skip
     assert "cell4.tif is" not in output
@@ -366,10 +366,10 @@ def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
     tifffile.imwrite(tmp_path / "masks" / "cell3.tif", np.full((64, 64), -7, np.int16))
     refused(
         tmp_path,
-        "3 images with infinity or values that are too large:",
+        "images with infinity or values that are too large (3):",
         "cell0.tif",
         "cell2.tif",
-        "1 masks with negative values:",
+        "masks with negative values (1):",
         "-7:0",
     )
 
@@ -440,7 +440,7 @@ def test_a_large_image_with_a_bad_end_leaves_no_tiles(tmp_path, monkeypatch):
     tifffile.imwrite(images / "cell1.tif", image[..., 0], tile=(256, 256))
     tifffile.imwrite(tmp_path / "masks" / "cell1.tif", mask)
     done = start(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
-    assert done.returncode == 0 and "1 images with infinity or values that are too large" in done.stdout, done.stdout
+    assert done.returncode == 0 and "images with infinity or values that are too large (1)" in done.stdout, done.stdout
     for side in "train", "test":
         with Database(tmp_path / "db" / f"{side}-t.lmdb") as database:
             assert len(database) == 2 * len(database.metadata.names) and "cell1.tif" not in database.metadata.names
@@ -535,7 +535,7 @@ def test_masks_of_few_bits_and_palettes_give_their_indices(tmp_path, kind, bits)
 
 
 def write_png(path, ids, bits, colour):
-    """Write a PNG of some bits per pixel, gray (colour 0) or with a palette (colour 3), by the specification alone."""
+    """Write a PNG with `bits` per pixel, gray (`colour` 0) or with a palette (`colour` 3), without a PNG library."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -674,7 +674,7 @@ def test_only_masks_of_the_mask_format_are_used(tmp_path):
     _, masks = write_folders(tmp_path, count=2)
     for path in list(masks.iterdir()):
         skimage.io.imsave(path.with_suffix(".png"), 1 - tifffile.imread(path), check_contrast=False)
-    refused(tmp_path, "4 files that share a name", "cell0.png: there is also cell0.tif")
+    refused(tmp_path, "files that share a name (4)", "cell0.png: there is also cell0.tif")
     assert start(tmp_path, "--mask_format", "png").returncode == 0
     with Database(tmp_path / "db" / "train-t.lmdb") as database:
         for name, mask in masks_of(database).items():
@@ -710,7 +710,7 @@ def test_files_of_a_group_go_to_one_side(tmp_path):
     "options, folders",
     [
         (["--use_tiling", 1, "--tile_size", 112], {"count": 7, "shape": (300, 200, 2)}),
-        ([], {"count": 300, "shape": (32, 32, 1)}),  # results come through the same pieces of shared memory again
+        ([], {"count": 300, "shape": (32, 32, 1)}),  # enough results to reuse pieces of shared memory
     ],
 )
 def test_any_number_of_workers_builds_the_same_bytes(tmp_path, options, folders):
@@ -722,7 +722,7 @@ def test_any_number_of_workers_builds_the_same_bytes(tmp_path, options, folders)
 
 
 def test_a_large_image_is_tiled_in_parts_with_the_same_result(tmp_path):
-    """A tiled file, which is read in parts, against one that can only be read as a whole."""
+    """Compare a tiled file, which is read in parts, with one that can only be read in one piece."""
     image, mask = make_pair(0, (2300, 1300, 1))
     contents = []
     for kind, options in (("parts", {"tile": (256, 256)}), ("whole", {"compression": "zlib", "rowsperstrip": 2300})):
@@ -768,7 +768,7 @@ def test_a_second_build_of_the_same_database_is_refused_while_one_runs(tmp_path)
 
 
 def start_in_background(folder, **options):
-    """Start a build; return its process when it writes, stopped there."""
+    """Start a build, suspend it once it writes, and return its process."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder", folder / "masks",
          "--output_folder", folder / "db", "--dataset_name", "t", "--num_workers", "2"],
@@ -817,7 +817,7 @@ def test_a_database_that_is_in_use_stays_as_it_was_when_it_is_built_anew(tmp_pat
     with Database(train) as database:
         before = database.read(0)[0].copy()
         assert start(tmp_path, "--seed", 1).returncode == 0
-        assert train.stat().st_ino != file, "written over"
+        assert train.stat().st_ino != file, "the file was overwritten in place"
         np.testing.assert_array_equal(database.read(0)[0], before)
 
 
@@ -869,13 +869,13 @@ def test_a_stopped_build_leaves_the_old_database_and_the_next_one_clears_up(tmp_
 
 @pytest.mark.parametrize("nbytes, ahead", [(0, 6 * 16), (100 * 2**20, 3)])
 def test_results_of_at_most_256_mb_wait_to_be_written(nbytes, ahead, monkeypatch):
-    """However many processes there are; small tasks go to them sixteen at a time, three such groups for each."""
+    """The limit applies to all processes together. Each gets up to three groups of sixteen small tasks in advance."""
     monkeypatch.setattr(build_lmdb, "allocate_shared_memory", lambda size: os.open("/nowhere", os.O_RDONLY))
     asked = []
     with build_lmdb.Workers(2) as workers:
         results = workers.run(abs, (asked.append(task) or task for task in range(-200, 0)), str, lambda task: nbytes)
         assert next(results) == (-200, 200)
-        assert ahead <= len(asked) <= ahead + 1  # one is known to belong to the next group
+        assert ahead <= len(asked) <= ahead + 1  # a group ends when the first task of the next one is read
         results.close()
 
 
@@ -887,18 +887,18 @@ def test_results_come_through_shared_memory_in_the_order_of_the_tasks_and_leave_
     with build_lmdb.Workers(2) as workers:
         for task, result in workers.run(np.copy, tasks, str, lambda task: task.nbytes):
             np.testing.assert_array_equal(result, task)
-        assert sizes == 6 * [2**22]  # three for each process; those of finished chunks serve again
+        assert sizes == 6 * [2**22]  # three for each process; finished chunks pass theirs on
         large = [np.full(2**21, number, np.int32) for number in range(8)]
         for task, result in workers.run(np.copy, large, str, lambda task: task.nbytes):
             np.testing.assert_array_equal(result, task)
         assert sizes[6:] == 8 * [2**23]
-        assert sum(memory.size for memory in workers._idle) == 6 * 2**22  # whatever large results there were
+        assert sum(memory.size for memory in workers._idle) == 6 * 2**22  # large results do not change that
         next(workers.run(np.copy, tasks, str, lambda task: task.nbytes))
-    # What was not asked for is gone as well (conftest.py).
+    # Results that nobody read are gone as well (checked in conftest.py).
 
 
 def names_of_sides(folder):
-    """Return the names in the train and in the test database."""
+    """Return the names in the train and test databases."""
     sides = []
     for side in "train", "test":
         with Database(folder / "db" / f"{side}-t.lmdb") as database:
@@ -976,6 +976,6 @@ def test_a_listed_image_without_a_mask_is_reported_as_that(tmp_path):
     _, masks = write_folders(tmp_path, count=4)
     (masks / "cell3.tif").unlink()
     (tmp_path / "test.txt").write_text("cell0\ncell3\n")
-    refused(tmp_path, "1 images without a mask", arguments=["--test_list", tmp_path / "test.txt"])
+    refused(tmp_path, "images without a mask (1)", arguments=["--test_list", tmp_path / "test.txt"])
     assert start(tmp_path, "--test_list", tmp_path / "test.txt", "--skip_bad", 1).returncode == 0
     assert names_of_sides(tmp_path)[1] == {"cell0.tif"}

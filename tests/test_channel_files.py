@@ -1,4 +1,4 @@
-"""Images of which each channel is a file of its own, against the same in one file each."""
+"""Compare images that have a file for each channel with the same images in one file each."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def dtype(request):
 
 @pytest.fixture
 def folders(tmp_path, dtype):
-    """Write images with their channels in one file, in several of different kinds, and their masks."""
+    """Write images with all channels in one file, copies with one file per channel in mixed formats, and masks."""
     for name in ("whole", "split", "masks"):
         (tmp_path / name).mkdir()
     for index in range(COUNT):
@@ -40,7 +40,7 @@ def folders(tmp_path, dtype):
             else:
                 tiles = {"tile": (32, 32), "compression": "zlib"} if channel else {}
                 tifffile.imwrite(path.with_suffix(".tif"), image[..., channel], **tiles)
-        tifffile.imwrite(tmp_path / "split" / f"scene{index}_B10.tif", image[..., 0])  # nobody asks for it
+        tifffile.imwrite(tmp_path / "split" / f"scene{index}_B10.tif", image[..., 0])  # no suffix selects it
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def build(folder, images, *options):
 
 
 def records_of(folder):
-    """Return the records of both databases, and what their metadata say."""
+    """Return the records and the metadata of both databases."""
     records, about = [], []
     for side in ("train", "test"):
         with Database(folder / f"{side}-dataset.lmdb") as database:
@@ -124,7 +124,7 @@ def doubled(folder):
 
 def smaller(folder):
     tifffile.imwrite(folder / "scene2_B1.tif", tifffile.imread(folder / "scene2_B1.tif")[:-1])
-    return "scene2_B1.tif with 63 x 80; resample them to one grid"
+    return "scene2_B1.tif with 63 x 80 and orientation 1; resample them to one grid"
 
 
 def colored(folder):
@@ -146,7 +146,7 @@ def test_images_that_are_not_complete_are_reported_by_name(folders, tmp_path, da
     assert done.returncode == 2 and words in "\n".join(errors_of(done.stdout)), done.stdout
     others = sorted(path.name for path in (tmp_path / "out").glob("*.tif"))
     expected = [] if damage in (missing, doubled) else [f"scene{i}.tif" for i in range(COUNT) if i != 2]
-    assert others == expected  # what a folder lacks is reported before work begins
+    assert others == expected  # missing and duplicate files are reported before work begins
 
 
 @pytest.mark.parametrize("suffixes", ["_a,,_b", "_a,_a", "", "x/y"])

@@ -36,7 +36,7 @@ def test_progress_rewrites_one_line_in_a_terminal():
     first, second, warning, last = os.read(terminal, 10_000).decode().split("\r\x1b[K")[1:]
     assert first.startswith("building 60/200 images of cel") and second.startswith("building 100/200 images of ce")
     assert warning.endswith("WARNING a reader is slow\r\n")
-    assert len(first) == len(second) == 29 and last == ""  # it never wraps, and is gone in the end
+    assert len(first) == len(second) == 29 and last == ""  # the line never wraps and is erased at the end
     os.close(terminal)
 
 
@@ -154,7 +154,7 @@ TASKS = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "S
         (4, 2, 0, {}, [0]),
         (4, 2, 1, {}, [1]),
         (4, 2, 2, {}, [2, 3]),
-        (2, 0, 1, {}, [0, 1]),  # Slurm has bound them
+        (2, 0, 1, {}, [0, 1]),  # Slurm has bound the GPUs
         (1, 2, 2, {}, [0]),
         (4, 0, 1, {"SLURM_STEP_NUM_TASKS": "1"}, [0, 1, 2, 3]),
         (2, 2, 2, {"SLURM_GPUS_ON_NODE": "2"}, [0]),  # shared by tasks 0 and 2
@@ -211,7 +211,8 @@ def test_a_signal_between_two_renames_leaves_files_of_one_kind(tmp_path, call, o
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, targets)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    assert done.returncode == (0 if older and call == "rename" else -2), done.stderr  # exchanged by another call
+    # Existing files are exchanged without os.rename, so patching that sends no signal.
+    assert done.returncode == (0 if older and call == "rename" else -2), done.stderr
     assert [target.read_text() for target in targets] == ["new", "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
 

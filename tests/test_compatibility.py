@@ -1,4 +1,4 @@
-"""What one version of TensorFlow wrote is read by another one; tests/compatibility.sh sets the other one up."""
+"""Check that one version of TensorFlow reads what another one wrote; tests/compatibility.sh sets up the other."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ SHORT = ["--test_every_n_steps", 4, "--learning_rate", 3e-3]
 
 @pytest.fixture(scope="module", params=PYTHONS)
 def run(request, databases, tmp_path_factory):
-    """Return the output folder of a short run, and the Python that did not make it."""
+    """Return the output folder of a short run, and the Python that did not do the run."""
     folder = tmp_path_factory.mktemp("run") / "out"
     python = PYTHONS[request.param]
     done = run_script("train_unet.py", *arguments(databases, folder, *SHORT, "--max_epochs", 2), python=python)

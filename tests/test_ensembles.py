@@ -1,4 +1,4 @@
-"""Masks of several models and views, against the mean of what each gives for the complete image."""
+"""Compare masks of several models and mirror images with the mean of their softmax on the complete image."""
 
 import numpy as np
 import pytest
@@ -40,14 +40,14 @@ def test_the_softmax_is_the_mean_over_models_and_mirror_images(tmp_path, models,
     options += ["--flips", flips, "--save_probabilities", 1]
     done = run_script("inference_unet.py", "--saved_model_filepath", *models[0][:count], *options)
     assert done.returncode == 0, done.stdout
-    assert all(f"model {folder}: 1 channels, 3 classes, " in done.stdout for folder in models[0][:count])
+    assert all(f"model {folder}: 1 channel, 3 classes, " in done.stdout for folder in models[0][:count])
     expected = whole_image(image, list(zip(models[1], FLOORS))[:count], flips)
     softmax = tifffile.imread(tmp_path / "masks" / "probabilities" / "a.tif")
     np.testing.assert_allclose(softmax, expected, atol=2e-6)
     mask, best = tifffile.imread(tmp_path / "masks" / "a.tif"), expected.argmax(axis=2)
     sure = np.sort(expected, axis=2)[..., -1] - np.sort(expected, axis=2)[..., -2] > 1e-5
     np.testing.assert_array_equal(mask[sure], best[sure])
-    # It is not what one model gives without mirror images.
+    # One model without mirror images gives a different result.
     assert np.abs(softmax - whole_image(image, [(models[1][0], FLOORS[0])], 0)).max() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Files that the suite wrote and somebody has changed since, damaged databases, and the settings of other projects."""
+"""Check files that somebody has changed since the suite wrote them, damaged databases, and foreign settings."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ import train_unet
 from lmdb_utils import METADATA_KEY, Database, record_key
 
 DEEP = "[" * 10**5
-# Of a JSON file: neither an object nor always text.
+# Contents of a JSON file that are not an object, and not always text.
 NO_OBJECTS = ["", "[1]", '{"a', "5", DEEP, "\xff", "null"]
 
 
@@ -40,7 +40,7 @@ def image_folder(tmp_path_factory):
 
 
 def rewrite(source, target, change_header=lambda header: None, change_arrays=lambda arrays: None, raw=None):
-    """Copy a database with other metadata."""
+    """Copy a database with changed metadata."""
     with Database(source) as database:
         records = [bytes(database._transaction.get(record_key(index))) for index in range(len(database))]
         arrays = lmdb_utils.read_archive(bytes(database._transaction.get(METADATA_KEY)))
@@ -121,7 +121,7 @@ def compressed(size):
 
 
 def with_other_flags(position, value):
-    """Return an archive of arrays with a byte changed in its first entry of the directory at the end."""
+    """Return an archive of arrays with one byte changed in the first entry of its central directory."""
     buffer = io.BytesIO()
     np.savez(buffer, header=np.zeros(9, np.uint8))
     content = bytearray(buffer.getvalue())
@@ -151,7 +151,7 @@ def test_a_pipe_is_no_database(tmp_path):
 
 
 def mutations(content, count, seed=0):
-    """Yield a file with bytes changed, zeroed, cut or repeated; in its tables more often than in its pixels."""
+    """Yield copies of a file with bytes changed, zeroed or cut off, more often in its tables than in its pixels."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         changed = bytearray(content)
@@ -316,7 +316,7 @@ TWO_EPOCHS = ["--test_every_n_steps", 3, "--max_epochs", 2]
 
 
 def resume(finished, databases, tmp_path, change):
-    """Return the output of a run that is resumed after somebody has changed its folder."""
+    """Resume a run after a change to its folder; return the finished process."""
     shutil.copytree(finished, tmp_path / "out")
     change(tmp_path / "out")
     done = run_script("train_unet.py", *arguments(databases, tmp_path / "out", *TWO_EPOCHS), timeout=120)
@@ -406,7 +406,7 @@ def test_a_copy_of_a_checkpoint_disturbs_nothing(finished, databases, tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished, databases, tmp_path):
-    """Its first row may be there already; more rows, or none of the folder, mean that somebody removed checkpoints."""
+    """Its first row of metrics may exist. More rows or no checkpoint folder mean that somebody removed checkpoints."""
 
     def remove(folder):
         shutil.rmtree(folder / "checkpoint" / "000001")

@@ -1,4 +1,4 @@
-"""Every script on a disk that is full from its n-th write on, for every n: one line, nothing half-written, no loss."""
+"""Run each script on a disk that is full from the n-th write on, for every n. Expect one error line and no damage."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TRAINING = ROOT / "train_unet.py"
 
 @pytest.fixture(scope="module")
 def full_disk(tmp_path_factory):
-    """Return the library that makes calls fail."""
+    """Return the path of the library that makes write calls fail."""
     library = tmp_path_factory.mktemp("library") / "full_disk.so"
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
@@ -31,14 +31,14 @@ def full_disk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(full_disk):
-    """Return a server of scripts, whose writing can be made to fail."""
+    """Return a server of scripts whose write calls can be made to fail."""
     server = ScriptServer({"LD_PRELOAD": str(full_disk)})
     yield server
     server.close()
 
 
 def calls_of(log):
-    """Return the name and the file of each call that took space."""
+    """Return the name and the file of each call that takes disk space."""
     return [tuple(line.split(" ", 2)[1:]) for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -48,20 +48,20 @@ def variables(folder, log, at):
 
 
 def assert_one_line(output, code):
-    """Check that a run ended well, as one does whose log could not be written, or with one line that says why not."""
+    """Assert that a run succeeded, even if it could not write its log, or that it reported the full disk."""
     assert code in (0, 1, 2) and "Traceback" not in output, output
     errors = [line for line in errors_of(output) if "No space left on device" in line]
     assert bool(errors) == bool(code), output
 
 
 def contents_of(folder):
-    """Return what is in the files of a folder."""
+    """Return the contents of the files in a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_build_is_complete_or_has_not_happened(full_disk, tmp_path, is_first):
-    """With an older pair of databases, these are still there."""
+    """A build that fails keeps an older pair of databases."""
     build(tmp_path, count=4)
     expected, log, folder = contents_of(tmp_path / "db"), tmp_path / "log", tmp_path / "full"
     before = {} if is_first else contents_of(build(tmp_path / "before", count=4, shape=(32, 32, 1))[0].parent)
@@ -79,7 +79,7 @@ def test_a_build_is_complete_or_has_not_happened(full_disk, tmp_path, is_first):
         failed = len(calls_of(log)) >= at
         assert_one_line(done.stdout, done.returncode)
         found = contents_of(folder)
-        was_late = ("fsync", str(folder)) in calls_of(log)[:at]  # what comes then only looks at the result
+        was_late = ("fsync", str(folder)) in calls_of(log)[:at]  # later calls only read the result
         assert found == (before if done.returncode and not was_late else expected), (at, calls_of(log)[at - 1 :])
     assert at > 15 and done.returncode == 0
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
@@ -114,7 +114,7 @@ def test_a_mask_is_complete_or_not_there(server, tmp_path):
 
 
 def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(server, databases, tmp_path):
-    """For some kinds of calls and files, as each takes two runs; set FULL_DISK_STRIDE to 1 to try all."""
+    """Try some kinds of calls and files, because each takes two runs. Set FULL_DISK_STRIDE to 1 to try all."""
     log, folder, expected = tmp_path / "log", tmp_path / "full", tmp_path / "expected"
     command = [str(TRAINING), *map(str, arguments(databases, folder, *SHORT))]
     undisturbed = [str(TRAINING), *map(str, arguments(databases, expected, *SHORT))]

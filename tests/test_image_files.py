@@ -82,7 +82,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
         read_image(tmp_path / name)
 
 
-# The stored pixels of a picture that is upright in the end, for each code of TIFF and EXIF.
+# The stored pixels of an upright picture, for each orientation code of TIFF and EXIF.
 STORED_FOR = {
     1: lambda upright: upright,
     2: np.fliplr,
@@ -192,7 +192,7 @@ def test_encodings_that_may_change_values_are_known(tmp_path, compression):
 
 
 def png_of(array, *chunks, **options):
-    """Return a PNG of an array with more chunks, of kind and content, before its pixels."""
+    """Return a PNG of an array with additional chunks (kind and content) before its pixels."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG", **options)
     content = buffer.getvalue()
@@ -222,7 +222,7 @@ def test_masks_of_few_bits_are_what_is_stored(tmp_path, bits, palette):
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", bits=bits)
     content = buffer.getvalue()
-    if not palette:  # the same bits, called gray
+    if not palette:  # the same bits, declared as gray
         content = bytes(image_files._rewritten_png(content, as_gray=True))
     (tmp_path / "a.png").write_bytes(content)
     assert content[24:26] == bytes([bits, 3 if palette else 0])
@@ -341,7 +341,7 @@ def test_a_stack_of_planes_is_refused_with_its_axes(tmp_path):
 
 
 def windows_of(shape, size, overlap):
-    """Return windows of a size, row by row, that cover an image and overlap."""
+    """Return overlapping windows of a given size that cover an image, row by row."""
     starts = [range(0, max(length - overlap, 1), edge - overlap) for length, edge in zip(shape, size)]
     return [
         (slice(row, min(row + size[0], shape[0])), slice(column, min(column + size[1], shape[1])))
@@ -545,7 +545,7 @@ def test_an_image_is_displayed_in_gray_or_color_around_its_mean(channels):
 @pytest.mark.parametrize(
     "lost, words",
     [
-        ("BitsPerSample", "longer than its size and pixel type allow"),  # 1 bit is what a TIFF has without it
+        ("BitsPerSample", "longer than its size and pixel type allow"),  # a TIFF without it has 1 bit
         ("SamplesPerPixel", "tag 258 is damaged or missing"),
         ("StripByteCounts", "no table of the strip or tile lengths"),
         ("StripOffsets", "cannot read"),
@@ -558,19 +558,19 @@ def test_a_tiff_that_has_lost_a_tag_is_refused(tmp_path, lost, words):
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
         place = file.pages[0].tags[lost].offset
     content = bytearray((tmp_path / "a.tif").read_bytes())
-    content[place : place + 2] = (60000).to_bytes(2, "little")  # a code that means nothing
+    content[place : place + 2] = (60000).to_bytes(2, "little")  # an unknown code
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(InputError, match=words):
         read_image(tmp_path / "a.tif")
 
 
-# Bytes of a tag: its code, its type, how many values it has (from byte 4 on), and its value (from byte 8 on)
+# A tag consists of its code, its type, the number of its values (from byte 4 on) and its value (from byte 8 on).
 @pytest.mark.parametrize(
     "tag, byte, value",
     [
-        ("BitsPerSample", 0, 1),  # another tag; 1 bit is what a TIFF has without this one
-        ("BitsPerSample", 2, 19),  # no type
-        ("BitsPerSample", 4, 17),  # of 17 samples
+        ("BitsPerSample", 0, 1),  # another tag; a TIFF without this one has 1 bit
+        ("BitsPerSample", 2, 19),  # an unknown type
+        ("BitsPerSample", 4, 17),  # 17 samples
         ("Compression", 5, 7),  # values far beyond the end of the file
         ("PlanarConfiguration", 8, 33),
         ("ImageWidth", 8, 29),
@@ -639,7 +639,7 @@ def test_strips_in_the_header_of_a_tiff_are_refused(tmp_path):
 
 
 def geo_tags(model_type, unit, scale=(0.5, 0.25, 0.0), transformation=None):
-    """Return the tags of a GeoTIFF whose coordinate system is of some type and unit."""
+    """Return the tags of a GeoTIFF whose coordinate system has a given type and unit."""
     keys = (1, 1, 0, 2, 1024, 0, 1, model_type, 3076, 0, 1, unit)
     tags = [(34735, "H", len(keys), keys, True)]
     if transformation is not None:

@@ -108,7 +108,7 @@ def test_the_readers_pixels_are_those_of_inference_to_the_bit(tmp_path, dtype, c
 
 
 def seen_by_inference(path, model):
-    """Return what inference gives the network of an image, cut into tiles."""
+    """Return an image as inference passes it to the network, assembled from its tiles."""
     with ImageFile(path, channels=model.channels) as image:
         seen = np.empty((*image.shape[:2], model.channels), np.float32)
         tiles = inference_unet.plan_tiles(image.shape, (208, 208), model)
@@ -122,7 +122,7 @@ def seen_by_inference(path, model):
 def test_tiles_of_an_image_are_not_normalized_by_themselves(tmp_path):
     images, masks = write_folders(tmp_path, count=0)
     rng = np.random.default_rng(0)
-    for index in range(2):  # a quarter with something in it, and an empty rest
+    for index in range(2):  # one quarter has content, and the rest is empty
         image = rng.normal(2000, 30, (256, 256))
         image[:128, :128] += 1200 * (rng.random((128, 128)) < 0.5)
         write_tiff(images / f"{index}.tif", image[..., None].astype(np.uint16))
@@ -154,7 +154,7 @@ def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databa
 
 def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it_was():
     def steps(world_size, replicas, batch_size, first_sample=0):
-        """Samples of each of three steps, of all processes and replicas in turn."""
+        """Return the samples of each of three steps, for all processes and replicas in turn."""
         streams = [
             imagereader.Stream(0, True, False, 100, batch_size, replicas, rank, world_size, first_sample)
             for rank in range(world_size)
@@ -181,7 +181,7 @@ def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, wor
             for rank in range(world_size)
         ]
         database = stack.enter_context(Database(databases[1]))
-        assert len(database) == 5  # neither of 2, 4, 7
+        assert len(database) == 5  # not a multiple of 2, 4 or 7
         expected = np.stack([z_score(database.read(index)[0]) for index in range(5)])
         streams = [reader.generator() for reader in readers]
         for _ in range(3):
@@ -199,7 +199,7 @@ def test_balanced_classes_are_drawn_equally_often(tmp_path):
     from lmdb_utils import new_databases
 
     with new_databases(tmp_path / "a.lmdb") as [writer]:
-        for index in range(20):  # class 2 in one image of twenty, class 0 in every one
+        for index in range(20):  # class 2 is in one image of twenty, class 0 in all
             mask = np.zeros((16, 16), np.uint8)
             mask[0, 0] = 2 if index == 7 else 0
             writer.append(record_of(np.full((16, 16, 1), index, np.uint8), mask), f"{index}.tif")
@@ -250,13 +250,13 @@ def test_the_tensorflow_dataset_holds_the_batches_of_the_generator(databases):
 
 
 def checksum(batch):
-    """Depends on every bit of a batch and where it stands."""
+    """Return a number that depends on every bit of a batch and on its position."""
     parts = (np.asarray(part).view(np.int32 if part.dtype == np.float32 else part.dtype) for part in batch)
     return sum(int(np.sum(part.ravel().astype(np.int64) * np.arange(1, 2 * part.size, 2))) for part in parts)
 
 
 def tensorflow_checksum(*batch):
-    """The same, computed where TensorFlow reads the batch."""
+    """Return the same number, computed by TensorFlow while it reads the batch, and the images."""
     import tensorflow as tf
 
     total = tf.constant(0, tf.int64)
@@ -267,7 +267,7 @@ def tensorflow_checksum(*batch):
 
 
 def test_no_batch_changes_while_tensorflow_or_its_user_holds_it(databases):
-    """Thousands of batches to a fast consumer and to a slow one, which keeps some of them for a while."""
+    """Send thousands of batches to a fast consumer, and to a slow one that keeps some of them for a while."""
     count = 2000
     options = {"batch_size": 2, "num_workers": 2}
     with ImageReader(databases[0], **options) as reader:
@@ -289,7 +289,7 @@ def test_no_batch_changes_while_tensorflow_or_its_user_holds_it(databases):
 
 
 def tensorflow_copies_everything():
-    """Whether batches are copied even if they are as TensorFlow needs them: 2.18 does that, with numpy 2."""
+    """Return whether TensorFlow copies even batches that it could take over, as 2.18 does with numpy 2."""
     import tensorflow as tf
 
     batch = np.zeros(2**16, np.float32)
@@ -316,7 +316,7 @@ def test_tensorflow_takes_a_batch_over_without_a_second_copy(databases, monkeypa
         batches = iter(reader.get_tf_dataset())
         for _ in range(100):
             assert np.asarray(memoryview(next(batches)[0])).ctypes.data in blocks
-    assert len(set(blocks)) < 20  # and its memory serves again
+    assert len(set(blocks)) < 20  # the memory is reused
 
 
 def test_memory_is_not_recycled_while_a_view_of_a_view_lives():
@@ -359,7 +359,7 @@ def test_a_killed_reader_is_reported_with_its_name_and_exit_code(databases, capl
         take(reader, 1)
         workers_of(os.getpid())[1].send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while "exit code -9" not in caplog.text and time.monotonic() < deadline:  # nobody asks for a batch meanwhile
+        while "exit code -9" not in caplog.text and time.monotonic() < deadline:  # without a request for a batch
             time.sleep(0.05)
         assert "train reader worker 1" in caplog.text and "killed by SIGKILL, exit code -9" in caplog.text
         with pytest.raises(ReaderError, match="exit code -9"):
@@ -414,7 +414,7 @@ def test_no_process_and_no_shared_memory_outlives_the_main_process(databases, tm
             assert len(children) >= 2 and len(shared_memory_of(process.pid)) == 1
             process.kill()
         elif ending == "interrupted":
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the whole group
+            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C signals the entire group too
         process.wait(30)
         _, alive = psutil.wait_procs(children, timeout=5)
         assert not alive
@@ -437,7 +437,7 @@ def test_starvation_is_reported_once_and_so_is_its_end(databases, caplog, monkey
     slots = reader._layout.total_slots
     sizes = iter([0, 0, slots, 0, 0, slots // 2, slots])
     monkeypatch.setattr(reader, "get_queue_size", lambda: next(sizes))
-    reader._report_starvation()  # nothing taken yet: the queue has had no chance to fill
+    reader._report_starvation()  # nothing taken yet, so the queue has had no chance to fill
     reader._taken = slots
     for _ in range(6):
         reader._report_starvation()
@@ -446,7 +446,7 @@ def test_starvation_is_reported_once_and_so_is_its_end(databases, caplog, monkey
 
 
 def run_with_shared_memory(size, script, tmp_path, **values):
-    """Run a script in a mount namespace of its own, where /dev/shm has a given size; return what it prints."""
+    """Run a script in its own mount namespace, in which /dev/shm has a given size; return its output."""
     if subprocess.run(
         ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"], capture_output=True
     ).returncode:
@@ -461,7 +461,7 @@ def run_with_shared_memory(size, script, tmp_path, **values):
 
 @pytest.mark.parametrize("asked_beforehand", [True, False])
 def test_too_little_shared_memory_is_refused_with_what_is_needed(databases, asked_beforehand, tmp_path):
-    """Without the first check the reservation answers."""
+    """If the first check is wrong, the reservation reports it."""
     printed = run_with_shared_memory(
         "1m", TOO_LITTLE_SHARED_MEMORY, tmp_path, database=str(databases[0]), lie=not asked_beforehand
     )
@@ -488,7 +488,7 @@ if __name__ == "__main__":
 
 
 def test_a_small_shared_memory_makes_a_shorter_queue_for_both_readers(databases, tmp_path):
-    """The 64 MB that a container gets unless told otherwise."""
+    """A container gets 64 MB by default."""
     printed = run_with_shared_memory(
         "64m", LITTLE_SHARED_MEMORY, tmp_path, train_database=str(databases[0]), test_database=str(databases[1])
     )

@@ -1,4 +1,4 @@
-"""What each module may import: none that stands above it, and nothing heavy before it is needed."""
+"""Check that each module imports only modules before it, and nothing heavy before it is needed."""
 
 import ast
 import re
@@ -6,14 +6,14 @@ import re
 import pytest
 from conftest import ROOT
 
-# In the order of reading, as the README lists them.
+# In reading order, as the README lists them.
 MODULES = re.findall(r"^\| `(\w+)\.py` \| \d+ \|", (ROOT / "README.md").read_text(), re.MULTILINE)
 OTHERS = {"imagecodecs", "lmdb", "matplotlib", "numpy", "PIL", "scipy", "skimage", "tensorflow", "tifffile"}
 AT_ONCE = {"cli": set(), "lmdb_utils": {"numpy", "lmdb"}, "unet_model": {"numpy", "tensorflow"}}
 
 
 def imports_of(node):
-    """Yield the modules that some code imports, with whether it does so outside of functions."""
+    """Yield the modules that some code imports, and whether each import is outside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue

@@ -32,7 +32,7 @@ CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)
 
 
 def save_random_model(folder, channels, classes, seed=0, **metadata):
-    """Save a small network whose normalisation has been in use, and return it."""
+    """Save a small network with random normalization weights, and return it."""
     tf.keras.utils.set_random_seed(seed)
     model = build_unet(channels, classes, 4)
     rng = np.random.default_rng(seed)
@@ -122,13 +122,13 @@ def test_the_tiled_mask_equals_that_of_one_pass(tmp_path, shape, classes, tile_s
     normalized = normalize(image, statistics.mean, statistics.deviation)
     np.testing.assert_allclose(normalized, z_score(image), atol=1e-6)
     expected = np.argmax(model(np.pad(normalized, pad, mode="reflect")[None])[0], -1)[: shape[0], : shape[1]]
-    assert len(np.unique(expected)) > 1, "the network sees nothing, so the test could not fail"
+    assert len(np.unique(expected)) > 1, "the network predicts only one class, so the test could not fail"
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, expected)
 
 
 def test_a_halo_that_is_too_small_shows(tmp_path):
-    """The comparison above can fail: with a quarter of the halo the tiles do differ."""
+    """Show that the comparison above can fail. With a halo of 16 pixels, the tiles do differ."""
     model = save_random_model(tmp_path / "saved_model", 1, 2)
     image = make_pair(1, (512, 512, 1), "float32", 3)[0]
     write_tiff(tmp_path / "a.tif", image)
@@ -229,7 +229,7 @@ def test_tiles_get_smaller_where_memory_runs_out(gray_model, tmp_path, caplog):
 
 
 def work_of(shape, tile):
-    """Pixels that the network computes for an image."""
+    """Return the number of pixels that the network computes for an image."""
     counts = [len(list(inference_unet.plan_axis(length, edge, RADIUS))) for length, edge in zip(shape, tile)]
     return counts[0] * tile[0] * counts[1] * tile[1]
 
@@ -289,7 +289,7 @@ def test_probabilities_are_those_of_one_pass_and_the_mask_is_their_greatest(tmp_
     arguments = [tmp_path / "saved_model", tmp_path / "images", tmp_path / "masks", "--tile_size", 256]
     assert infer(*arguments).returncode == 0
     done = infer(*arguments, "--save_probabilities", 1)
-    assert done.returncode == 0 and "1/1 a.tif" in done.stdout, "a mask alone is not all that was asked for"
+    assert done.returncode == 0 and "1/1 a.tif" in done.stdout, "a mask without its probabilities is incomplete"
     assert "1 masks already exist" in infer(*arguments, "--save_probabilities", 1).stdout
     softmax = tifffile.imread(tmp_path / "masks" / "probabilities" / "a.tif")
     assert softmax.dtype == np.float32 and softmax.shape == (500, 430, 4)
@@ -349,7 +349,7 @@ def test_a_full_disk_is_reported_by_name_and_leaves_nothing_half_written(gray_mo
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert re.search(rf"cannot write \S*masks/{re.escape(file)}: .*No space left", done.stdout), done.stdout
-    assert "1 images failed: b.tif" in done.stdout
+    assert "1 image failed: b.tif" in done.stdout
     files = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path / "masks"))]
     assert files and all(Path(line).name == "a0.tif" for line in files)
 
@@ -455,7 +455,7 @@ def test_a_mask_keeps_the_resolution_and_opens_elsewhere(gray_model, tmp_path):
 
 @pytest.mark.parametrize("image_format", ["tif", "png", "jpg"])
 def test_a_mask_lies_as_the_file_of_its_image_does(tmp_path, color_model, image_format):
-    """So that viewers and build_lmdb.py, which turn both, put one upon the other."""
+    """Viewers and build_lmdb.py turn both upright, so the mask still covers its image."""
     from PIL import Image
 
     folder, (model_folder, model) = tmp_path / "images", color_model
@@ -550,7 +550,7 @@ def test_a_bad_file_is_reported_and_the_others_go_on(gray_model, tmp_path):
     done = infer(gray_model, images, tmp_path / "masks")
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert "3 images failed: a1.tif, a3.tif, a4.tif" in done.stdout
-    for words in ("expected 1 channels", "found 3", "found inf; if these pixels"):
+    for words in ("expected 1 channel", "found 3", "found inf; if these pixels"):
         assert words in done.stdout
     assert sorted(os.listdir(tmp_path / "masks")) == ["a0.tif", "a2.tif"]
 
@@ -635,7 +635,7 @@ def test_the_output_folder_may_not_be_the_image_folder(gray_model, tmp_path):
         ("uint16", 1.0, lambda pixels: pixels, False),
         ("uint16", 1.0, lambda pixels: pixels / np.float32(65535), True),
         ("uint16", 1.0, lambda pixels: (pixels // 100).astype(np.uint8), True),
-        ("uint16", 1.0, lambda pixels: (pixels > 100).astype(np.uint16), False),  # as empty images are
+        ("uint16", 1.0, lambda pixels: (pixels > 100).astype(np.uint16), False),  # like an empty image
         ("uint16", 1.0, lambda pixels: pixels * 0.0, False),
         ("uint16", 1.0, lambda pixels: pixels.astype(np.float32) * 1000, False),
         ("uint16", 1.0, lambda pixels: pixels.astype(np.float32) * 100000, True),
@@ -645,7 +645,7 @@ def test_the_output_folder_may_not_be_the_image_folder(gray_model, tmp_path):
     ],
 )
 def test_an_image_in_other_units_than_the_training_images_is_warned_of(tmp_path, caplog, trained, floor, image, warned):
-    """Those reached from 40 to 160."""
+    """The training images have values from 40 to 160."""
     model = inference_unet.Model(
         None, 1, 2, 96, 16, deviation_floor=[floor], value_range=[[40, 160]], image_dtype=trained
     )
@@ -778,7 +778,7 @@ def test_large_masks_have_overviews(tmp_path, gray_model, shape, overviews):
             np.testing.assert_array_equal(level.asarray(), mask[::step, ::step])
             assert level.keyframe.is_tiled
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["a.tif"]
-    again = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--save_table", 1)  # such a mask is read as well
+    again = infer(gray_model, tmp_path / "images", tmp_path / "masks", "--save_table", 1)  # reads the existing mask
     assert again.returncode == 0, again.stdout
     table = (tmp_path / "masks" / "table.csv").read_text().splitlines()
     assert [int(row.split(",")[2]) for row in table[1:]] == np.bincount(mask.ravel()).tolist()

@@ -1,4 +1,4 @@
-"""Folders as agencies and microscopes write them, through build, training, inference, scores and page."""
+"""Run folders as agencies and microscopes write them through build, training, inference, scores and report."""
 
 import csv
 
@@ -14,7 +14,7 @@ BANDS = ("_B02", "_B03", "_B8A")
 
 
 def run_all(folder, *options, build_options=()):
-    """Build, train, segment and score; return the rows of the scores by name."""
+    """Build, train, segment and score; return the rows of the scores by image name."""
     folders = ["--image_folder", folder / "images", "--mask_folder", folder / "masks"]
     done = run_script("build_lmdb.py", *folders, "--output_folder", folder / "db", *options, *build_options)
     assert done.returncode == 0, done.stdout
@@ -23,7 +23,7 @@ def run_all(folder, *options, build_options=()):
         "train_unet.py", *arguments(databases, folder / "run", "--test_every_n_steps", 2, "--max_epochs", 1)
     )
     assert done.returncode == 0, done.stdout
-    options = [option for option in options if option not in ("--channel_suffixes", ",".join(BANDS))]  # as trained
+    options = [option for option in options if option not in ("--channel_suffixes", ",".join(BANDS))]  # from the model
     done = run_script(
         "inference_unet.py", "--saved_model_filepath", folder / "run" / "saved_model", *folders, "--output_folder",
         folder / "out", "--save_report", 1, "--save_table", 1, "--no_data_class", 3, *options,

@@ -1,4 +1,4 @@
-"""Runs of train_unet.py that are stopped, killed or run out of disk, and what they leave."""
+"""Check what train_unet.py leaves behind when it is stopped, killed or out of disk space."""
 
 import functools
 import os
@@ -70,7 +70,7 @@ STARTED = []
 
 @pytest.fixture(autouse=True)
 def nothing_goes_on():
-    """End what a test that failed has left running."""
+    """Kill the processes that a failed test has left running."""
     yield
     while STARTED:
         process = STARTED.pop()
@@ -79,7 +79,7 @@ def nothing_goes_on():
 
 
 def start(databases, folder, log, *more, script=ROOT / "train_unet.py", **options):
-    """Start a run in the background; return its process when the network is built."""
+    """Start a run in the background; return its process once the network is built."""
     command = [sys.executable, script, *arguments(databases, folder, *more)]
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **options)
@@ -120,7 +120,7 @@ def test_a_second_signal_ends_a_process_whose_step_hangs(databases, tmp_path, nu
     process = start(databases, tmp_path / "out", tmp_path / "log", script=script)
     wait_for(lambda: "asleep" in (tmp_path / "log").read_text())
     process.send_signal(number)
-    wait_for(lambda: "the same once more ends at once" in (tmp_path / "log").read_text(), 5)
+    wait_for(lambda: "send the signal again to stop at once" in (tmp_path / "log").read_text(), 5)
     if number == signal.SIGTERM:
         time.sleep(cli.SAME_REQUEST_SECONDS + 0.1)
     process.send_signal(number)
@@ -138,7 +138,7 @@ def test_a_second_signal_ends_at_once(databases, tmp_path):
     process = start(databases, tmp_path / "out", tmp_path / "log")
     wait_for(lambda: len(shared_memory_of(process.pid)) == 2)  # of the train and the test reader
     children = psutil.Process(process.pid).children(recursive=True)
-    for _ in range(3):  # two at one moment may be delivered as one
+    for _ in range(3):  # two signals at once may be delivered as one
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(60) in (128 + signal.SIGINT, train_unet.EXIT_STOPPED)
@@ -146,7 +146,7 @@ def test_a_second_signal_ends_at_once(databases, tmp_path):
 
 
 def with_small_disk(place, size, script):
-    """Return what a shell script prints in which `place`, a folder, is a disk of its own."""
+    """Run a shell script while the folder `place` is a disk of its own; return its output."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace needs root")
     script = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(place))} && {script}"
@@ -171,7 +171,7 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(da
     command = [sys.executable, ROOT / "train_unet.py", *arguments(databases, folder, *more)]
     first, second = (shlex.join(map(str, [*command, "--max_epochs", epochs])) for epochs in (1, 3))
     place = shlex.quote(str(folder))
-    # One checkpoint takes about 1.5 MB, the exported model about 1 MB; what is left is filled up.
+    # One checkpoint takes about 1.5 MB, the exported model about 1 MB. A filler leaves 1.2 MB of the disk free.
     script = (
         f"{first} && "
         f"head -c $(( $(df --output=avail -B1 {place} | tail -1) - 1200000 )) /dev/zero > {place}/filler; "
@@ -200,7 +200,7 @@ def test_nothing_outlives_a_run_that_ends_early(databases, tmp_path, event):
         os.killpg(process.pid, signal.SIGKILL)
     else:
         workers[0].kill()
-        # At once, even where the main thread is busy exporting a model.
+        # Reported at once, even if the main thread is busy exporting a model.
         wait_for(lambda: "exit code -9" in log.read_text(), seconds=10)
     process.wait(60)
     output = log.read_text()

@@ -1,4 +1,4 @@
-"""Pixels that count nowhere, from the files to the masks: those without a class, and those without data."""
+"""Pixels without a class and pixels without data count nowhere, from the image files to the masks."""
 
 import csv
 import itertools
@@ -29,7 +29,7 @@ def no_data_tag(text):
 
 
 def build(folder, *arguments):
-    """Build from folder/images and folder/masks; return the finished process and both paths."""
+    """Build from folder/images and folder/masks; return the finished process and both database paths."""
     done = run_script(
         "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder", folder / "masks",
         "--output_folder", folder / "db", "--dataset_name", "t", *arguments,
@@ -107,7 +107,7 @@ def test_what_is_to_be_ignored_has_to_be_said_once_and_in_whole_numbers(tmp_path
     for options, words in (
         (["--ignore_value", "2.5"], "expected a whole number"),
         (["--label_map", "0:0,255:1", "--ignore_value", 255], "cannot combine --label_map and --ignore_value"),
-        ([], "3 masks with the value that stands for ignored pixels:"),  # float images may have no data
+        ([], "masks with the value that stands for ignored pixels (3):"),  # 255 is reserved in float data sets
         (["--label_map", "0:0,255:void"], "expected VALUE:CLASS, FIRST-LAST:CLASS or VALUE:ignore"),
         (["--ignore_value", 255, "--label_map", "0:0"], ""),
     ):
@@ -164,7 +164,7 @@ KINDS = {
 
 
 def write_with_holes(folder, kind, count=3, shape=(150, 130, 2)):
-    """Write images of which one channel or both lack data in places; return where, by name, and the options."""
+    """Write images that lack data in one or both channels; return pixels and gaps by name, and the build options."""
     dtype, value, tags, options = KINDS[kind]
     images, masks = make_folders(folder)
     holes = {}
@@ -207,7 +207,7 @@ def test_pixels_without_data_are_in_no_statistics_and_0_in_training_as_in_infere
                 missing = holes[name][1][window]
                 assert (got.images[0][missing] == 0).all() and (got.images[0][~missing] != 0).mean() > 0.99
                 ignored = missing.all(2)
-                if tiling and path == paths[1]:  # also what another tile for testing counts
+                if tiling and path == paths[1]:  # pixels that another test tile counts are ignored too
                     ignored = build_lmdb.own_part(ignored, (row, column), seen.shape, True)
                 np.testing.assert_array_equal(got.masks[0] == 255, ignored)
                 np.testing.assert_array_equal(gone[window], missing.all(2))
@@ -221,7 +221,7 @@ def check_statistics(stored, image, missing):
 
 
 def seen_by_inference(path, model):
-    """Return what inference gives the network of an image, cut into tiles, and where it finds no data at all."""
+    """Return the network's input that inference makes from the tiles of an image, and where no channel has data."""
     with ImageFile(path, channels=model.channels, no_data=model.image_no_data) as image:
         seen, gone = np.empty((*image.shape[:2], model.channels), np.float32), np.zeros(image.shape[:2], bool)
         tiles = inference_unet.plan_tiles(image.shape, (208, 208), model)
@@ -314,7 +314,7 @@ def test_augmented_batches_are_0_and_ignored_together(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train on images with ignored pixels, whose masks are nonsense there, and without data; return the folder."""
+    """Train on images with ignored pixels and missing data; return folder, databases and counted test pixels."""
     folder = tmp_path_factory.mktemp("trained")
     images, masks = make_folders(folder)
     counted = {}
@@ -348,7 +348,7 @@ def test_scores_and_loss_are_of_the_counted_pixels(trained):
     with Database(train) as database:
         weights = database.metadata.pixel_counts.sum() / 2 / database.metadata.pixel_counts
     predict = tf.saved_model.load(folder / "out" / "saved_model").signatures["serving_default"]
-    losses, sums = [], np.zeros((3, 2))  # of each class: overlap, softmax, pixels
+    losses, sums = [], np.zeros((3, 2))  # for each class: overlap, softmax, pixels
     with ImageReader(test, shuffle=False, batch_size=1) as reader:
         for batch in itertools.islice(reader.generator(), reader.get_image_count()):
             softmax = predict(tf.constant(batch.images))["softmax"].numpy().astype(np.float64)
@@ -416,7 +416,7 @@ def test_masks_have_a_class_of_their_own_where_there_is_no_data(model, tmp_path,
     probabilities = tifffile.imread(tmp_path / "208" / "probabilities" / "a.tif")
     np.testing.assert_array_equal(np.isnan(probabilities).all(2), np.isnan(image))
     outlines = skimage.io.imread(tmp_path / "208" / "overlays" / "a.png")
-    assert (outlines[:69, 31:, 0] == outlines[:69, 31:, 1]).all(), "no data has no outline"
+    assert (outlines[:69, 31:, 0] == outlines[:69, 31:, 1]).all(), "pixels without data must have no outline"
     for name in ("a", "full"):
         with rasterio.open(tmp_path / "208" / f"{name}.tif") as file:
             assert file.nodata == (value if options else None)
@@ -437,7 +437,7 @@ def test_an_image_without_any_data_is_all_of_that_class(model, tmp_path):
     "dtype, text, options, value",
     [
         ("uint8", "255", {}, 255.0),
-        ("uint8", "-9999", {}, None),  # no pixel of this type
+        ("uint8", "-9999", {}, None),  # no pixel of this type can have the value
         ("uint8", "nan", {}, None),
         ("uint8", "3.5", {}, None),
         ("uint16", "0", {}, 0.0),
@@ -482,7 +482,7 @@ def test_tiles_that_a_file_leaves_out_have_no_data(tmp_path, dtype, text, value,
         statistics = ChannelStatistics.of_file(file)
         [pixels] = file.windows([file.extent])
     missing = pixels[: tile[0], : tile[1]]
-    if value is None:  # as the type has no such pixel
+    if value is None:  # because no pixel of this type can have the value
         assert statistics.valid == 64 * 64 and (missing == 0).all()
     else:
         assert statistics.valid == 64 * 64 - missing.size
@@ -517,7 +517,9 @@ def test_a_large_image_with_a_reserved_value_leaves_no_tiles(tmp_path):
         tifffile.imwrite(images / f"{index}.tif", image[..., 0], tile=(256, 256))
         tifffile.imwrite(masks / f"{index}.tif", mask)
     done, paths = build(tmp_path, "--skip_bad", 1, "--use_tiling", 1, "--tile_size", 128, "--train_fraction", 0.5)
-    assert done.returncode == 0 and "1 masks with the value that stands for ignored pixels" in done.stdout, done.stdout
+    assert done.returncode == 0 and "masks with the value that stands for ignored pixels (1)" in done.stdout, (
+        done.stdout
+    )
     for path in paths:
         with Database(path) as database:
             assert "1.tif" not in database.metadata.names

@@ -1,4 +1,4 @@
-"""Objects: their borders, their numbers and their measures, against computations on the complete image."""
+"""Borders, numbers and measures of objects, compared with computations on the complete image."""
 
 import csv
 import itertools
@@ -28,7 +28,7 @@ from objects import (
 
 
 def find(classes, rows, has_border, smallest=1, distance=0):
-    """Return the ids of a mask of classes, taken in strips of so many rows."""
+    """Return the ids, the number and the strips of the objects in a class mask taken `rows` rows at a time."""
     strips = [slice(first, min(first + rows, len(classes))) for first in range(0, len(classes), rows)]
     numbering = Numbering(has_border, smallest)
     for strip in strips:
@@ -70,12 +70,12 @@ def test_objects_grow_over_the_border(rows):
 
 
 def drawn(*rows):
-    """Return an array of digits."""
+    """Return an array from strings of digits."""
     return np.array([[int(digit) for digit in row] for row in rows], np.int32)
 
 
 def test_written_out_objects_get_their_ids():
-    """Two that touch at a corner, a ring around one pixel, one at each edge, one in strips that meet below it."""
+    """Objects touch at a corner, surround a pixel, lie at each edge, and join only in a lower strip."""
     classes = drawn("1001000", "0110010", "0110101", "0000010", "1010000", "1110111", "0000001")
     expected = drawn("1002000", "0330040", "0330506", "0000070", "8080000", "8880999", "0000009")
     for rows in range(1, 8):
@@ -97,7 +97,7 @@ def test_written_out_borders():
     np.testing.assert_array_equal(ObjectClasses(1).apply(ids), expected)
     expected = drawn("1221", "1221", "2202", "0000", "0222")
     np.testing.assert_array_equal(ObjectClasses(1, True).apply(ids), expected)
-    ignored = np.where(ids == 0, -1, ids)  # which is no background
+    ignored = np.where(ids == 0, -1, ids)  # ignored pixels are not background
     expected = np.where(ids == 0, -1, ObjectClasses(1).apply(ids))
     np.testing.assert_array_equal(ObjectClasses(1, True).apply(ignored), expected)
 
@@ -153,7 +153,7 @@ def test_measures_are_those_of_regionprops(has_border):
 
 
 def matches_of(truth, found):
-    """Return the true and found objects, and at each threshold how many pairs overlap by more."""
+    """Return the numbers of true objects, found objects and, for each threshold, pairs with a larger overlap."""
     overlaps = []
     for one, other in itertools.product(np.unique(truth[truth > 0]), np.unique(found[found > 0])):
         union = np.count_nonzero((truth == one) | (found == other))
@@ -186,7 +186,7 @@ def build(folder, *options):
 
 
 def write_objects(folder, shape=(64, 80), count=3, dtype="uint16", factor=1):
-    """Write images and masks that number their objects, of which some touch; return the masks."""
+    """Write images and masks of numbered objects, some of which touch; return the masks."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     masks = []
@@ -201,7 +201,7 @@ def write_objects(folder, shape=(64, 80), count=3, dtype="uint16", factor=1):
 
 
 def records_of(folder):
-    """Yield name, mask, row and column of all records."""
+    """Yield the name, mask, row and column of each record."""
     for side in ("train", "test"):
         with Database(folder / "db" / f"{side}-dataset.lmdb") as database:
             for index in range(database.metadata.count):
@@ -239,7 +239,7 @@ def test_borders_do_not_depend_on_tiles(tmp_path):
     covered = [np.zeros(mask.shape, bool) for mask in masks]
     for name, mask, row, column in records_of(tmp_path):
         place = slice(row, row + 112), slice(column, column + 112)
-        counted = mask != 255  # in a tile to test with, some pixels are those of its neighbors
+        counted = mask != 255  # some pixels of a test tile belong to its neighbors
         np.testing.assert_array_equal(mask[counted], expected[int(name[1])][place][counted])
         covered[int(name[1])][place] |= counted
     assert all(each.all() for each in covered)
@@ -298,7 +298,7 @@ def plain_model(tmp_path_factory):
 
 
 def objects_of(mask, has_border):
-    """Return the ids that a complete mask gives."""
+    """Return the object ids of a complete mask."""
     if not has_border:
         return label(mask, background=0, connectivity=1)
     inside = ndimage.label(mask == 1)[0]
@@ -372,7 +372,7 @@ def test_objects_are_made_later_and_made_anew_for_new_masks(tmp_path, model):
     ids = tifffile.imread(out / "objects" / "a0.tif")
     inside = np.bincount(ndimage.label(tifffile.imread(out / "a0.tif") == 1)[0].ravel())[1:]
     assert ids.max() == np.count_nonzero(inside >= 9) < before.max()
-    # Masks of a run that does not number objects leave none of other masks behind.
+    # A run that replaces masks without numbering objects removes the objects of the old masks.
     assert infer(model, tmp_path / "images", out, "--overwrite", 1).returncode == 0
     assert not (out / "objects" / "a0.tif").exists() and not list((out / "figures").glob("*.objects.csv"))
     done = infer(model, tmp_path / "images", out, "--smallest_object", 9)
@@ -380,7 +380,7 @@ def test_objects_are_made_later_and_made_anew_for_new_masks(tmp_path, model):
 
 
 def test_files_of_others_are_left_alone(tmp_path, model):
-    """Truth in a folder named objects beside the masks, other files there, and images that would share a file."""
+    """True masks and other files in the folder ``objects`` are kept; images that would share a file are refused."""
     masks = write_objects(tmp_path, count=1)
     out = tmp_path / "out"
     (out / "objects").mkdir(parents=True)
@@ -436,7 +436,7 @@ def test_training_hands_the_classes_of_objects_to_inference(tmp_path):
 
 
 def test_pixels_without_data_are_in_no_object(tmp_path, model):
-    """In an image that is taken in two strips."""
+    """The image is processed in two strips."""
     write_objects(tmp_path, (1100, 1000), 1)
     image = tifffile.imread(tmp_path / "images" / "a0.tif")
     image[1000:1080, 20:50] = 9999

@@ -1,4 +1,4 @@
-"""What the README says is what is there: options, commands, messages, files."""
+"""The options, commands, messages and files in the README match the project."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ from test_benchmarks import SMALL
 from test_inference_unet import infer, save_random_model
 
 TEXT = (ROOT / "README.md").read_text()
-# What makes a command take seconds; an option that is given twice counts as it is given last.
+# Options that make a command finish within seconds. If an option is given twice, the last value counts.
 TINY = ["--baseline_feature_depth", "2", "--test_every_n_steps", "2", "--max_epochs", "1"]
 RUN_HERE = {
     "bash data/run_example.sh": TINY,
@@ -30,7 +30,7 @@ RUN_HERE = {
 }
 RUN_ELSEWHERE = {f"python tests/benchmarks/{name}" for name in (*SMALL, "quality.py")}  # test_benchmarks.py
 RUN_ELSEWHERE |= {"sbatch train_unet.sbatch", "sbatch --nodes=2", "sbatch --array=1-2"}  # test_slurm.py
-RUN_ELSEWHERE |= {". .venv/bin/activate", "bash tests/run.sh"}  # whoever runs these tests
+RUN_ELSEWHERE |= {". .venv/bin/activate", "bash tests/run.sh"}  # run by whoever runs these tests
 
 
 def beginning(command):
@@ -40,12 +40,12 @@ def beginning(command):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_table_of_options_is_that_of_the_parser(script):
     written = place_of(script, TEXT)[0]
-    assert written == table(importlib.import_module(script).build_parser()), "python tests/option_tables.py mends this"
+    assert written == table(importlib.import_module(script).build_parser()), "to fix, run tests/option_tables.py"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Return a copy of the project as a fresh clone would be, in a folder with a space in its name."""
+    """Copy the project, without ignored files, to a folder with a space in its name; return the folder."""
     folder = tmp_path_factory.mktemp("a fresh") / "clone"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.lmdb", "example", "results")
     shutil.copytree(ROOT, folder, ignore=ignored)
@@ -104,7 +104,7 @@ def test_a_second_run_of_the_example_takes_what_is_there(project, tmp_path):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Change to a folder with a network and images where the examples expect them; return the folder of masks."""
+    """Change to a folder with a network and images at the paths in the examples; return the folder of masks."""
     save_random_model(tmp_path / "results" / "cells" / "saved_model", 1, 3)
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
@@ -121,7 +121,7 @@ def results(tmp_path, monkeypatch):
 
 
 def run_example(words):
-    """Run the one example in Python that contains some words; return its variables."""
+    """Run the only Python example that contains `words`; return its variables."""
     [code] = [each for each in re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE) if words in each]
     variables = {}
     exec(code, variables)
@@ -147,7 +147,7 @@ def test_tifffile_finds_the_size_of_a_masks_pixels(results, capsys):
 
 
 def messages_of_the_code():
-    """Return all strings of the modules; what is put into them at run time as "...", one string to a line."""
+    """Return all strings of the modules, one per line, with "..." in place of interpolated values."""
     found = []
     for path in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

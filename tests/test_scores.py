@@ -1,4 +1,4 @@
-"""Scores of inference, against those of complete arrays."""
+"""Scores of inference, compared with scores of complete arrays."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Write images and true masks, of which some pixels are ignored; the last image has none."""
+    """Write images and true masks with some ignored pixels; the last image has no mask."""
     images, truth = tmp_path / "images", tmp_path / "truth"
     images.mkdir()
     truth.mkdir()
@@ -45,7 +45,7 @@ def score(model, folders, masks, *options):
 
 
 def expected_confusion(truth, predicted):
-    """Return the confusion matrix of one image, pixel by pixel."""
+    """Return the confusion matrix of one image, counted pixel by pixel."""
     confusion = np.zeros((CLASSES, CLASSES), int)
     for value, found in zip(truth.ravel(), predicted.ravel()):
         if value != 255:
@@ -59,7 +59,7 @@ def read_scores(masks):
 
 
 def check_scores(folders, masks, names=("cell0", "cell1", "cell2")):
-    """Compare scores.csv and confusion.csv with what the files of masks and truth give."""
+    """Compare scores.csv and confusion.csv with figures computed from the mask and truth files."""
     rows, total = read_scores(masks), np.zeros((CLASSES, CLASSES), int)
     assert sorted(rows) == [*(f"{name}.tif" for name in names), "total"]
     for name in (*names, None):
@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_complete_images(tmp_path, model, folders):
     done = score(model, folders, tmp_path / "masks", "--tile_size", 256)
     assert done.returncode == 0, done.stdout
     check_scores(folders, tmp_path / "masks")
-    assert "1 images have no mask in" in done.stdout and "cell3.tif" in done.stdout
+    assert "1 image without a mask in" in done.stdout and "cell3.tif" in done.stdout
     assert (tmp_path / "masks" / "cell3.tif").exists()
     assert "scores of 3 images: accuracy" in done.stdout and "lowest mean IoU: cell" in done.stdout
 
@@ -97,7 +97,7 @@ def test_masks_without_figures_are_scored_from_their_files(tmp_path, model, fold
     assert not (masks / "figures").exists()
     assert score(model, folders, masks).returncode == 0
     check_scores(folders, masks)
-    # Figures are taken from their files if the truth has not changed since.
+    # Figures are read from their files unless the truth has changed since.
     file = masks / "figures" / "cell0.tif.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "confusion": [[7, 0, 0], [0, 7, 0], [0, 0, 7]]}))
@@ -146,7 +146,7 @@ def test_pixels_without_data_are_not_scored(tmp_path, model):
     for _ in range(2):
         assert score(model, folders, masks, "--no_data_class", 9).returncode == 0
         assert read_scores(masks)["total"]["pixels"] == str(48 * 64)
-        shutil.rmtree(masks / "figures")  # from the file of the mask the next time
+        shutil.rmtree(masks / "figures")  # so that the next run scores the mask file
 
 
 def test_wrong_pixels_are_drawn_into_the_overlay(tmp_path, model, folders):

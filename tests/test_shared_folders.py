@@ -1,4 +1,4 @@
-"""Several processes in one folder, processes that are killed there, and what file systems cannot do."""
+"""Several processes in one folder, killed processes, and file systems that lack features."""
 
 import ctypes
 import errno
@@ -74,7 +74,7 @@ def test_what_a_killed_training_left_is_cleared_and_its_folder_is_free(databases
 
 
 def images_and_model(folder, count):
-    """Write images of 700 x 700 pixels and a model; return their folders."""
+    """Write images of 700 x 700 pixels and a model; return the options that name their folders."""
     (folder / "images").mkdir()
     for index in range(count):
         write_tiff(folder / "images" / f"cell{index}.tif", make_pair(index, (700, 700, 1))[0])
@@ -160,7 +160,7 @@ def test_a_claim_is_that_of_one_process_until_it_ends(tmp_path, end):
         assert claims.claim("b")
         third = other_claims(tmp_path)
         assert third.stdout.readline() == "True False\n"
-    third.communicate("\n")  # which leaves last
+    third.communicate("\n")  # the last process to leave
     assert os.listdir(tmp_path) == []
 
 
@@ -188,7 +188,7 @@ def test_work_goes_on_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO), cli.Claims(tmp_path) as one, cli.Claims(tmp_path) as other:
         assert one.claim("a") and other.claim("a")
         one.release("a")
-    assert leftover.exists()  # it may be another process's
+    assert leftover.exists()  # it may belong to another process
     assert "cannot lock files in" in caplog.text
 
 
@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure_but_a_broken_disk_is(tmp_
         assert os.listdir(tmp_path) == ["a"]
 
 
-# ---------------------------------------------------------------------------------------------- any end
+# ---------------------------------------------------------------------------------------------- exits and signals
 
 
 @pytest.mark.parametrize("script", ["build_lmdb.py", "train_unet.py", "inference_unet.py"])
@@ -319,7 +319,7 @@ def test_a_signal_to_inference_leaves_only_complete_masks(tmp_path, number):
 
 @pytest.mark.parametrize("moment", ["start", "join"])
 def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(moment, monkeypatch):
-    """By then the executor has not yet taken note of the thread, or has given up waiting for it."""
+    """At these moments the executor has not yet registered the thread, or has stopped waiting for it."""
     closed = []
 
     def prepare():
@@ -333,7 +333,7 @@ def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(m
     start = threading.Thread.start
 
     def interrupted(self, *arguments):
-        monkeypatch.undo()  # one signal
+        monkeypatch.undo()  # send only one signal
         if moment == "start":
             start(self)
         raise KeyboardInterrupt
@@ -342,13 +342,13 @@ def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(m
     items = inference_unet.prefetch(prepare())
     with pytest.raises(KeyboardInterrupt):
         assert next(items) == 0
-        time.sleep(0.1)  # so that the thread is at the next one
+        time.sleep(0.1)  # until the thread works on the next item
         items.close()
     assert closed == [True]
 
 
 def test_a_file_that_is_begun_and_never_finished_does_not_keep_the_process(tmp_path):
-    """As after a signal just before its context is entered."""
+    """A signal just before the context of the file is entered has this effect."""
     script = (
         "import sys, time, numpy as np, inference_unet\n"
         "tiff = inference_unet.TiledTiff(sys.argv[1], (512, 512), np.dtype('uint8'), {})\n"
@@ -486,7 +486,7 @@ def test_an_element_of_an_array_says_that_it_does_a_part_and_does_all_if_told(tm
 def test_an_image_that_no_record_can_hold_is_refused_with_the_way_out(tmp_path):
     for name, dtype in (("images", "int32"), ("masks", "uint8")):
         (tmp_path / name).mkdir()
-        for index in range(2):  # sparse files, of which the header is all there is to read
+        for index in range(2):  # sparse files; only their header needs to be read
             tifffile.memmap(tmp_path / name / f"cell{index}.tif", shape=(32768, 32768), dtype=dtype, bigtiff=True)
     done = run_script("build_lmdb.py", "--image_folder", tmp_path / "images", "--mask_folder", tmp_path / "masks",
                       "--output_folder", tmp_path / "db")  # fmt: skip

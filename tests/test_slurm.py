@@ -1,4 +1,4 @@
-"""train_unet.sbatch on a real Slurm, which each session of tests starts for itself."""
+"""train_unet.sbatch on a real Slurm cluster, which each test session starts for itself."""
 
 import os
 import re
@@ -29,7 +29,7 @@ class Slurm:
 
     def __init__(self, folder):
         self.folder = folder
-        # The variables of a job that these tests may run in would leak into theirs.
+        # If these tests run in a job, its variables would leak into the jobs that they submit.
         outer = re.compile("(SLURM|SBATCH|SRUN)_")
         self.environment = {name: value for name, value in os.environ.items() if not outer.match(name)}
         self.environment.update(SLURM_CONF=f"{folder}/etc/slurm.conf", CUDA_VISIBLE_DEVICES="-1")
@@ -54,7 +54,7 @@ class Slurm:
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job, states, seconds=200, restarts=0):
-        """Wait until a job is in one of some states; return its description."""
+        """Wait until a job is in one of `states`; return its description."""
         deadline = time.monotonic() + seconds
         while True:
             found = self.describe(job)
@@ -77,7 +77,7 @@ def slurm():
 
 
 def submit_training(slurm, databases, folder, *options, nodes=1):
-    """Submit a short run with its results in `folder`, on nodes that are smaller than those the script asks for."""
+    """Submit a short run that writes to `folder`, on smaller nodes than the script requests."""
     small = ["--gres=gpu:1", "--cpus-per-task=2", f"--nodes={nodes}", f"--output={folder.parent}/job.log"]
     more = ["--baseline_feature_depth", 4, "--batch_size", 2 // nodes, *SHORT, *options]
     return slurm.submit(*small, "train_unet.sbatch", *databases, folder, *more, cwd=ROOT)
@@ -85,7 +85,7 @@ def submit_training(slurm, databases, folder, *options, nodes=1):
 
 @pytest.fixture(scope="module")
 def project(databases, tmp_path_factory):
-    """Return a folder with the scripts, databases and images, as the README has them."""
+    """Return a folder with the scripts, databases and images laid out as in the README."""
     folder = tmp_path_factory.mktemp("project")
     for path in [*ROOT.glob("*.py"), ROOT / "train_unet.sbatch"]:
         (folder / path.name).symlink_to(path)
@@ -98,7 +98,7 @@ def project(databases, tmp_path_factory):
 
 
 TINY = "--baseline_feature_depth 2 --test_every_n_steps 2 --max_epochs 1 --batch_size 1"
-# By how a command begins: what makes it take seconds, and what it writes below results/.
+# For the first words of a command: options that make it finish within seconds, and a file it writes in results/.
 OF_THE_README = {
     "sbatch train_unet.sbatch": (TINY, "slurm/saved_model/saved_model.pb"),
     "sbatch --nodes=2": (TINY, "two_nodes/saved_model/saved_model.pb"),
@@ -115,7 +115,7 @@ def test_a_command_of_the_readme_runs_as_it_is_written(slurm, project, command):
 
 
 def wait_for_step(folder):
-    """Wait until a run has done a test epoch."""
+    """Wait until a run has finished a test epoch."""
     wait_for(lambda: (folder / "metrics.csv").exists() and len(read_csv(folder / "metrics.csv")) > 0)
 
 
@@ -126,7 +126,7 @@ def test_a_job_ends_with_the_same_result_whatever_happens_to_it(slurm, databases
     if event != "none":
         wait_for_step(folder)
     if event == "warned of the time limit":
-        slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the end
+        slurm("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     elif event == "requeued":
         slurm("scontrol", "requeue", job)
     elif event == "preempted":
@@ -159,7 +159,7 @@ def test_training_gets_the_cores_of_the_job(slurm, databases, tmp_path, nodes, c
         pytest.skip("this computer has one core")
     (tmp_path / "train_unet.py").write_text("import os\nprint(f'trains on {len(os.sched_getaffinity(0))} cores')\n")
     small = ["--gres=gpu:1", f"--cpus-per-task={cores}", f"--nodes={nodes}", f"--output={tmp_path}/job.log"]
-    # The test cluster binds cores only on request: jobs of 32 cores have to run on a computer with two.
+    # The test cluster binds cores only on request, because jobs of 32 cores must run on a computer with two.
     environment = f"--export=ALL,UNET_HOME={tmp_path},SLURM_CPU_BIND=threads"
     job = slurm.submit(*small, environment, "train_unet.sbatch", *databases, tmp_path / "out", cwd=ROOT)
     found = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"})

@@ -1,4 +1,4 @@
-"""Stacks of planes in one file, against each plane in a file of its own."""
+"""Stacks of planes in one file, compared with each plane in its own file."""
 
 import csv
 import itertools
@@ -45,7 +45,7 @@ def kind(request):
 
 @pytest.fixture
 def folders(tmp_path, kind):
-    """Write stacks with masks as pages without axes, and each plane as a file."""
+    """Write stacks, with masks as pages without named axes, and also each plane as its own file."""
     for name in ("stacks/images", "stacks/masks", "flat/images", "flat/masks"):
         (tmp_path / name).mkdir(parents=True)
     for index in range(COUNT):
@@ -66,7 +66,7 @@ def build(parent, *options):
 
 
 def records_of(parent):
-    """Return the side and the pixels of each record by its name."""
+    """Return the side and the contents of each record by name."""
     found = {}
     for side in ("train", "test"):
         with Database(parent / "db" / f"{side}-dataset.lmdb") as database:
@@ -84,7 +84,7 @@ def test_planes_become_records(folders):
     found = records_of(folders[0])
     assert len(found) == COUNT * TIMES * DEPTHS
     tests = {name.partition("#")[0] for name, record in found.items() if record[0] == "test"}
-    assert len(tests) == 2  # of each file all planes are on one side
+    assert len(tests) == 2  # all planes of a file are on one side
     assert all((name.partition("#")[0] in tests) == (record[0] == "test") for name, record in found.items())
     names = folders[1] / "tests.txt"
     names.write_text("\n".join(f"{name}.tif" for name, record in found.items() if record[0] == "test"))
@@ -101,7 +101,7 @@ def model(tmp_path_factory):
 
 
 def check_stack(path, folders, kind):
-    """Compare a stack of masks with the masks of all planes."""
+    """Compare a stack of masks with the masks of the single planes."""
     with tifffile.TiffFile(path) as file:
         [series] = file.series
         assert series.axes == "TZYX" and file.is_ome and file.pages[0].is_tiled
@@ -133,11 +133,11 @@ def test_masks_become_a_stack(folders, model, kind):
             with open(parent / "out" / name, newline="") as file:
                 found = ([row[0] + (extension if "#" in row[0] else ""), *row[1:]] for row in csv.reader(file))
                 rows.append([[cell for cell in row if cell != "µm²"] for row in found])
-        columns = 4 if name == "table.csv" else None  # the flat files say nothing about sizes
+        columns = 4 if name == "table.csv" else None  # the flat files declare no pixel sizes
         assert [row[:columns] for row in rows[0]] == [row[:columns] for row in rows[1]]
     done = infer(model, folders[0] / "images", out, "--stack", "planes", *options)
     assert f"{COUNT * TIMES * DEPTHS} masks already exist" in done.stdout
-    # Scored from the files of the masks, they give the same.
+    # Scores computed from the mask files are the same.
     before = (out / "scores.csv").read_bytes()
     for path in (out / "figures").iterdir():
         path.unlink()
@@ -158,7 +158,7 @@ def test_shards_and_interrupted_runs_complete_each_other(folders, model, kind):
         check_stack(out / f"s{index}.tif", folders, kind)
     before = (out / "s0.tif").read_bytes()
     done = infer(model, folders[0] / "images", out, "--stack", "planes", "--overwrite", 1, "--shard", "1/2")
-    assert done.returncode == 0 and (out / "s0.tif").read_bytes() == before  # until all planes are there
+    assert done.returncode == 0 and (out / "s0.tif").read_bytes() == before  # replaced only when all planes are there
     done = infer(model, folders[0] / "images", out, "--stack", "planes", "--overwrite", 1, "--shard", "2/2")
     assert done.returncode == 0, done.stdout
     check_stack(out / "s0.tif", folders, kind)
@@ -180,7 +180,7 @@ def test_stacks_that_do_not_fit_are_reported_and_left_out(folders, model, kind):
     tifffile.imwrite(folders[0] / "images" / "s2.tif", strange, photometric="minisblack")  # two axes without names
     done = build(folders[0], "--stack", "planes")
     errors = "\n".join(errors_of(done.stdout))
-    assert done.returncode == 2 and "2 stacks that do not fit together" in errors, errors
+    assert done.returncode == 2 and "stacks that do not fit together (2)" in errors, errors
     assert "s1.tif, found 6 (#t0z0 to #t1z2) and 5 (#q0 to #q4)" in errors and "found QQYX" in errors
     assert build(folders[0], "--stack", "planes", "--skip_bad", 1).returncode == 0
     done = infer(model, folders[0] / "images", folders[0] / "out", "--stack", "planes")
@@ -188,7 +188,7 @@ def test_stacks_that_do_not_fit_are_reported_and_left_out(folders, model, kind):
 
 
 def test_scenes_keep_their_sizes(tmp_path, model):
-    """Two images in one OME-TIFF, of different heights, widths, axes and pixel sizes."""
+    """One OME-TIFF contains two images of different heights, widths, axes and pixel sizes."""
     about = {"axes": "ZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2.0}, {"axes": "TYX"}
     for name in ("images", "masks", "flat"):
         (tmp_path / name).mkdir()
@@ -201,7 +201,7 @@ def test_scenes_keep_their_sizes(tmp_path, model):
                     writer.write(scene, metadata=metadata, photometric="minisblack")
             for place, plane in zip(SCENE_PLACES, itertools.chain(*scenes) if name == "images" else ()):
                 tifffile.imwrite(tmp_path / "flat" / f"{index}{place}.tif", plane)
-    tiled = "--use_tiling", 1, "--tile_size", 112  # as records have one size
+    tiled = "--use_tiling", 1, "--tile_size", 112  # because all records have one size
     done = build(tmp_path, "--stack", "planes", "--train_fraction", 0.5, *tiled)
     assert done.returncode == 0, done.stdout
     assert {name for name in records_of(tmp_path)} == {

@@ -1,4 +1,4 @@
-"""Tables and pages about masks, against what complete arrays give."""
+"""Tables and pages about masks, compared with figures from complete arrays."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def count_in_blocks(ids, height, width):
-    """Return the number of regions of each class of an array (H, W) that is given in blocks."""
+    """Return the number of regions of each class in an array (H, W), counted block by block."""
     counter = RegionCounter(int(ids.max()) + 1, ids.shape[1])
     for row in range(0, ids.shape[0], height):
         for column in range(0, ids.shape[1], width):
@@ -45,7 +45,7 @@ def test_regions_that_meet_later_count_once(height, width):
             [2, -1, 2, 0, 0, 2, 2],
         ]
     )
-    # The U and the ring of ones do not touch the single one below, but over a corner.
+    # The U and the ring of ones touch the single one below only at a corner.
     assert count_in_blocks(ids, height, width) == [5, 3, 4]
 
 
@@ -67,7 +67,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Write images, of which one says how large its pixels are and one has pixels without data."""
+    """Write three images; one declares its pixel size, and one has pixels without data."""
     folder = tmp_path / "images"
     folder.mkdir()
     sizes = {"resolution": (2, 4), "metadata": {"unit": "um"}, "imagej": True}
@@ -85,7 +85,7 @@ def read_table(masks):
 
 
 def check_table(images, masks, names="abc", has_probability=True):
-    """Compare table.csv with what the files of the masks and of the probabilities give."""
+    """Compare table.csv with figures computed from the mask and probability files."""
     rows = read_table(masks)
     assert [(row["image"], row["class"]) for row in rows] == [
         (f"{n}.tif", str(c)) for n in names for c in range(CLASSES)
@@ -144,7 +144,7 @@ def test_scores_that_are_asked_for_later_keep_what_is_known(tmp_path, model, ima
     truth.mkdir()
     tifffile.imwrite(truth / "a.tif", np.zeros((300, 500), np.uint8))
     done = infer(model, images, masks, "--save_table", 1, "--mask_folder", truth)
-    assert done.returncode == 0 and "scores of 1 images" in done.stdout, done.stdout
+    assert done.returncode == 0 and "scores of 1 image" in done.stdout, done.stdout
     assert (masks / "table.csv").read_bytes() == before
 
 
@@ -157,7 +157,7 @@ def test_a_mask_that_was_replaced_loses_figures_and_thumbnail(tmp_path, model, i
 
 
 def rendered(page, tmp_path, column):
-    """Return the text of each row after a click on the head of a column, and the errors of the console."""
+    """Return the text of each row after a click on a column header, and the console errors."""
     errors = "<script>window.seen = []; window.onerror = (message) => window.seen.push(message);</script>"
     click = f"""<script>
         const found = [...document.querySelectorAll("th")].filter((head) => head.textContent === "{column}").pop();
@@ -204,7 +204,7 @@ def test_the_page_about_masks_opens_and_sorts(tmp_path, model, images):
 def test_thumbnails_show_image_and_mask(tmp_path, model, images):
     masks = tmp_path / "masks"
     assert infer(model, images, masks).returncode == 0
-    assert infer(model, images, masks, "--save_report", 1).returncode == 0  # of masks that are there
+    assert infer(model, images, masks, "--save_report", 1).returncode == 0  # for existing masks
     later = {path.name: np.array(Image.open(path), int) for path in (masks / "figures").glob("*.jpg")}
     assert infer(model, images, masks, "--save_report", 1, "--overwrite", 1).returncode == 0
     for name, picture in later.items():
@@ -212,11 +212,11 @@ def test_thumbnails_show_image_and_mask(tmp_path, model, images):
         assert now.shape == picture.shape and max(now.shape) <= 512 and np.abs(now - picture).mean() < 1
     assert later["a.tif.jpg"].shape == (150, 500, 3) and later["c.tif.jpg"].shape == (64, 128, 3)
     left, right = np.split(later["c.tif.jpg"], 2, axis=1)
-    assert np.ptp(left, axis=2).mean() < 4 < np.ptp(right, axis=2).mean()  # gray, and with outlines in color
+    assert np.ptp(left, axis=2).mean() < 4 < np.ptp(right, axis=2).mean()  # gray image, colored outlines
 
 
 def make_figures(index, iou=None, probability=0.5):
-    """Return figures of an image of two classes."""
+    """Return the figures of an image with two classes."""
     confusion = None if iou is None else np.array([[0, 0], [100 - iou, iou]])
     measurement = Measurement(2, 10)
     measurement.add(0, 0, np.zeros((10, 10), np.uint8))

@@ -22,7 +22,7 @@ from conftest import ROOT, WITHOUT_GPU, build, errors_of, run_script, write_fold
 import train_unet
 from cli import InputError
 
-# As the specification prints them.
+# The usage lines of the specification.
 USAGE = {
     "build_lmdb.py": """usage: build_lmdb [-h] [--image_folder IMAGE_FOLDER] [--mask_folder MASK_FOLDER]
         [--output_folder OUTPUT_FOLDER] [--dataset_name DATASET_NAME] [--train_fraction TRAIN_FRACTION]
@@ -68,7 +68,7 @@ def test_help_loads_no_heavy_library(script):
 
 @pytest.fixture(scope="module")
 def run(databases, tmp_path_factory):
-    """Return a finished training run: its output folder and its output."""
+    """Return the output folder and the printed output of a finished training run."""
     folder = tmp_path_factory.mktemp("run") / "out put"
     more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3, "--reader_count", 2]
     done = run_script("train_unet.py", *arguments(databases, folder, *more))
@@ -168,12 +168,12 @@ def test_minutes_end_a_run_with_a_test_and_a_model_and_more_minutes_resume_it(da
 
 
 def best_epoch(folder):
-    """Return the line of metrics.csv whose network is exported."""
+    """Return the row of metrics.csv whose network is exported."""
     return min(read_csv(folder / "metrics.csv"), key=lambda row: float(row["test_loss"]))
 
 
 def test_softmax(folder, databases):
-    """Return what the exported model of a run makes of all test images, and their masks."""
+    """Return the softmax of a run's exported model for all test images, and their masks."""
     import tensorflow as tf
 
     from lmdb_utils import Database
@@ -189,7 +189,7 @@ test_softmax.__test__ = False
 
 
 def mean_loss(softmax, masks):
-    """Return the mean cross-entropy of all pixels, and the Dice loss of both classes added."""
+    """Return the mean cross-entropy of all pixels plus the Dice loss of both classes."""
     softmax = softmax.astype(np.float64)
     of_true_class = np.take_along_axis(softmax, masks[..., None], -1)[..., 0]
     dice = [
@@ -217,7 +217,7 @@ TWO_REPLICAS = """
 
 
 def run_changed(folder, change, databases, *more):
-    """Run train_unet.py after some lines of Python, with results in `folder`."""
+    """Run train_unet.py after the lines of Python in `change`, with results in `folder`."""
     script = folder.parent / "changed.py"
     script.write_text(CHANGED.format(root=str(ROOT), change=change))
     return subprocess.run(
@@ -318,7 +318,7 @@ def test_tensorboard_gets_a_point_for_each_test_epoch(run):
         assert tags[tag] == [15, 30, 45, 60], tag
     for name in ("predictions", "confusion"):
         assert tags[f"test/{name}"] == [15, 30, 45, 60]
-        assert all(picture.std() > 10 for picture in pictures[name]), "a picture shows nothing"
+        assert all(picture.std() > 10 for picture in pictures[name]), "a picture is blank"
     assert np.any(pictures["predictions"][0] != pictures["predictions"][3])
 
 
@@ -410,7 +410,7 @@ def test_label_map_and_channels_travel_to_the_settings_and_to_inference(tmp_path
 
 
 def test_float_images_of_a_small_range_are_learned_from_and_recognized_in_other_units(tmp_path):
-    """Their standard deviation is far below 1, the floor of integers."""
+    """Their standard deviation is far below 1, the floor for integer images."""
     images, masks = write_folders(tmp_path, count=6)
     for path in images.iterdir():
         tifffile.imwrite(path, (tifffile.imread(path) / 10000).astype(np.float32))
@@ -603,7 +603,7 @@ def test_a_class_that_is_never_found_is_told_at_the_end(tmp_path):
     images, masks = write_folders(tmp_path, count=4)
     for index, path in enumerate(sorted(masks.iterdir())):
         mask = np.zeros((64, 64), np.uint8)
-        mask[index, :2] = 1  # as good as invisible
+        mask[index, :2] = 1  # too few pixels to be found
         tifffile.imwrite(path, mask)
     run_script("build_lmdb.py", "--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path)
     found = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
@@ -675,7 +675,7 @@ def test_minutes_become_a_last_step_that_a_resume_keeps_and_other_minutes_change
     both = parse("--test_every_n_steps", 100, "--max_minutes", 8, "--max_epochs", 4)
     assert train_unet.last_step(both, make_state(planned_steps=430, planned_minutes=8.0)) == 400
     state.epoch_step = 0
-    for step, ended in ((429, False), (430, True), (432, True)):  # steps that are queued already are taken
+    for step, ended in ((429, False), (430, True), (432, True)):  # steps that are already queued still run
         state.step = step
         run = SimpleNamespace(args=args, state=state)
         assert train_unet.reason_to_end(run) == ("8 minutes are used up" if ended else "")
@@ -872,7 +872,7 @@ def test_each_item_comes_when_the_next_is_queued_and_the_last_after_the_queue_is
     assert item == 3 and list(train_unet.one_late(iter([]))) == []
 
 
-# What a GPU says that TensorFlow has no kernels for, that has no memory left, and whose library is missing.
+# Errors of a GPU without TensorFlow kernels, without free memory (two kinds), and without a working DNN library.
 FAILURES = [
     ("InternalError", "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image", "install a TensorFlow that supports it"),
     ("ResourceExhaustedError", "OOM when allocating tensor", "stop the programs that use its memory"),
@@ -940,14 +940,14 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, disk_log
 
 
 def changed_weights(before, after):
-    """Return which layers' kernels, scales and so on differ; moving statistics must have been taken as well."""
+    """Return the indices of the trainable weights that differ; check that moving statistics were copied as well."""
     from unet_model import build_unet, read_weights
 
     old, new, network = read_weights(before), read_weights(after), build_unet(1, 2, 4)
     assert len(old) == len(new) == len(network.weights)
     changed, distances = [], []
     for index, (one, other, variable) in enumerate(zip(old, new, network.weights)):
-        if not variable.trainable:  # a step moves it by a tenth; those of a new network would be 0 and 1
+        if not variable.trainable:  # a step changes it by a tenth; in a new network it would be 0 or 1
             distances.append(np.linalg.norm(other - one) / np.linalg.norm(one))
         elif one.shape != other.shape or not np.allclose(one, other, atol=1e-6):
             changed.append(index - len(old) if index > len(old) / 2 else index)
@@ -956,7 +956,7 @@ def changed_weights(before, after):
 
 
 def start_from(model, folder, databases, *options):
-    """Take two steps that change next to nothing."""
+    """Start from a model and take two steps that change almost nothing."""
     more = ["--initial_model", model, "--test_every_n_steps", 2, "--max_epochs", 1, "--learning_rate", 1e-10]
     return run_script("train_unet.py", *arguments(databases, folder, *more, *options))
 

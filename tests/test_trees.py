@@ -1,4 +1,4 @@
-"""Folders within folders, against the same files side by side in one folder."""
+"""Nested folders, compared with the same files in one flat folder."""
 
 import csv
 import os
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Write images and masks into folders within folders, and the same side by side; return both parents."""
+    """Write images and masks into nested folders, and the same files into flat folders; return both parents."""
     for index, name in enumerate(NAMES):
         image, mask = make_pair(index, (64, 80, 1))
         for parent, file in (("tree", name), ("flat", name.replace("/", "+"))):
@@ -36,7 +36,7 @@ def tree(tmp_path):
 
 
 def records_of(folder):
-    """Return the records of both databases by name of image."""
+    """Return the records of both databases by image name."""
     found = {}
     for side in ("train", "test"):
         with Database(folder / f"{side}-dataset.lmdb") as database:
@@ -145,7 +145,7 @@ def test_links_hidden_folders_and_earlier_output_are_not_taken_for_input(tree, m
     done = infer(model, images, again, "--recursive", 1)
     assert done.returncode == 0 and f"left out {out}," in done.stdout, done.stdout
     assert sorted(path.relative_to(again).as_posix() for path in again.rglob("*.tif")) == found
-    # Where images are as well, a run takes nothing from the sight of the next one.
+    # Output in a folder that also contains images does not hide these images from the next run.
     assert infer(model, tree[1] / "images", images / "day1", "--save_table", 1).returncode == 0
     done = infer(model, images, again, "--recursive", 1)
     assert done.returncode == 0 and (again / "day1" / "day1+cell0.tif").is_file(), done.stdout

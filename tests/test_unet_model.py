@@ -32,12 +32,12 @@ def test_the_output_has_the_size_of_the_input_and_one_value_for_each_class():
 
 def test_a_block_of_the_pooling_grid_depends_on_94_pixels_to_each_side_and_no_more():
     model = build_unet(1, 2, 2)
-    for layer in model.layers:  # positive weights: no influence can cancel
+    for layer in model.layers:  # positive weights, so that no influences cancel out
         layer.set_weights([np.abs(weights) + 0.1 for weights in layer.get_weights()])
     size, block = 2 * 208, slice(208, 208 + SIZE_FACTOR)
     ramp = np.linspace(1, 2, size, dtype=np.float32)
     reached = []
-    for slope in (ramp[::-1], ramp):  # a pooling passes its largest pixel on: here the first, there the last
+    for slope in (ramp[::-1], ramp):  # pooling passes on its largest pixel: the first on one, the last on the other
         image = tf.Variable(np.broadcast_to(slope[:, None] + slope, (1, size, size))[..., None])
         with tf.GradientTape() as tape:
             result = tf.reduce_sum(model(image)[0, block, block, 0])
@@ -229,7 +229,7 @@ CROSS_ENTROPY = Loss(2)
 
 
 def make_trainer(network, loss=CROSS_ENTROPY, **options):
-    """Return a trainer, on one CPU, of a network without dropout that `network` are the options of."""
+    """Return a trainer on one CPU for a network without dropout; `network` contains options of build_unet."""
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
     return unet_model.UNetTrainer(strategy, lambda key: build_unet(1, 2, 2, 0.0, **network), 1e-3, loss, **options)
 
@@ -273,7 +273,7 @@ def test_deep_supervision_trains_each_level_of_the_decoder_by_every_second_pixel
 
 
 def test_loss_scaling_keeps_gradients_that_float16_has_no_number_for():
-    """Weights of the classes make the loss, and with it the gradients, a millionth of what they were."""
+    """Class weights shrink the loss and its gradients to a millionth."""
     moved = []
     for loss_scaling in (False, True):
         tf.keras.utils.set_random_seed(0)
@@ -314,7 +314,7 @@ def test_batch_renormalization_gives_what_the_moving_averages_give_within_limits
     batch = (features - mean) / np.sqrt(variance + 1e-3)
     layer = unet_model.BatchNormalization()
     layer(features)
-    # The last two of the averages are further from the batch than is corrected.
+    # The last two averages are further from the batch than the limits of the correction.
     averages = mean + [1, -1, 50, 0], variance * [0.5, 2, 1, 400]
     expected = (features - averages[0]) / np.sqrt(averages[1] + 1e-3)
     expected[..., 2], expected[..., 3] = batch[..., 2] - 5, batch[..., 3] / 3
@@ -330,7 +330,7 @@ def test_batch_renormalization_gives_what_the_moving_averages_give_within_limits
         np.testing.assert_allclose(result, normalized, atol=1e-4)
         np.testing.assert_allclose(layer.moving_mean, 0.9 * averages[0] + 0.1 * mean, rtol=1e-5)
         gradients.append(tape.gradient(total, variable).numpy())
-        along_the_mean = np.abs(gradients[-1].sum((0, 1, 2)))  # what changes it alone changes nothing
+        along_the_mean = np.abs(gradients[-1].sum((0, 1, 2)))  # a shift of the mean alone changes nothing
         assert along_the_mean.max() < 1e-2 * np.abs(gradients[-1]).max()
     assert np.abs(gradients[1] - gradients[0]).max() > 1e-2
 
@@ -354,7 +354,7 @@ def test_adam_is_that_of_its_paper():
     for step, gradient in enumerate(gradients, 1):
         adam.apply([tf.constant(gradient, tf.float32)], [variable], tf.constant(0.01))
         means, variances = 0.9 * means + 0.1 * gradient, 0.999 * variances + 0.001 * gradient**2
-        # As in its section 2, with the constant beside the root of a variance that is not corrected yet.
+        # As in section 2 of the paper, with the constant added to the root of the uncorrected variance.
         rate = 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         values = values - rate * means / (np.sqrt(variances) + 1e-7)
     np.testing.assert_allclose(variable, values, atol=1e-6)
@@ -426,7 +426,7 @@ rng = np.random.default_rng(0)
 share = slice(4 // cluster.world_size * cluster.rank, 4 // cluster.world_size * (cluster.rank + 1))
 images = rng.standard_normal((5, 4, 32, 32, 1), np.float32)
 masks = rng.integers(0, 2, (5, 4, 32, 32)).astype(np.uint8)
-masks[:, 0] = 255  # to be ignored: of several replicas each has another number of pixels that count, one has none
+masks[:, 0] = 255  # ignored, so that each replica counts a different number of pixels, and one counts none
 masks[:, 1, :, 4:] = 255
 
 
@@ -458,7 +458,7 @@ def train(network, learning_rate):
     sums = [trainer.train_step(next(batches), (cluster.rank == 1 and step == 3,)) for step in range(5)]
     _, tested, confusion = trainer.test_step(next(trainer.distribute(Reader(images, masks))))
     last, averaged = weights_of_replicas(trainer.model), weights_of_replicas(trainer.averaged)
-    assert (last == last[0]).all() and (averaged == averaged[0]).all(), "replicas hold different networks"
+    assert (last == last[0]).all() and (averaged == averaged[0]).all(), "replicas have different networks"
     figures = {{"first": first, "last": last[0], "averaged": averaged[0], "sums": sums, "tested": tested}}
     return {{**figures, "pixels": confusion.numpy().sum()}}
 
@@ -504,20 +504,20 @@ if replicas < 4:  # tracing it takes long
     figures.update({{f"unet_{{name}}": value for name, value in unet.items()}})
 np.savez(result, overflow=overflow(), **figures)
 
-if replicas == 2:  # as it is used: with dropout
+if replicas == 2:  # with dropout, as in real use
     trainer = UNetTrainer(strategy, lambda key: build_unet(1, 2, 4, dropout_key=key), 1e-3, Loss(2))
     outputs = strategy.run(tf.function(lambda: trainer.model(images[0, :1], training=True)))
     one, other = strategy.experimental_local_results(outputs)
-    assert np.abs(one - other).max() > 1e-3, "both replicas drop the same"
+    assert np.abs(one - other).max() > 1e-3, "both replicas drop the same features"
     assert np.isfinite(trainer.train_step(next(trainer.distribute(Reader(images, masks))))[0])
     export_saved_model(trainer.model, result + ".saved_model", {{}})
-atexit._run_exitfuncs()  # as train_unet.py ends
+atexit._run_exitfuncs()  # as train_unet.py exits
 os._exit(0)
 """
 
 
 def free_ports(count):
-    """Return ports that nothing listens on at the moment."""
+    """Return ports that are free at the moment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -527,7 +527,7 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the figures of `STEPS` on 1, 2 and 4 replicas, and of the two processes that train together."""
+    """Return the figures of `STEPS` on 1, 2 and 4 replicas, and in two processes that train together."""
     folder = tmp_path_factory.mktemp("trained")
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     (folder / "steps.py").write_text(STEPS.format(root=str(ROOT)))
@@ -550,8 +550,8 @@ def trained(tmp_path_factory):
     return [np.load(folder / f"{number}.npz") for number in range(5)]
 
 
-# A U-Net magnifies the last bit of a sum: where that lets a pixel of another sign or another maximum through, all
-# gradients behind it change. A network without such switches shows what is exact; both have batch normalization.
+# A U-Net magnifies rounding errors: if one changes a sign or a maximum, all gradients behind it change. The smooth
+# network has no such switches, so its tolerance is tighter. Both networks have batch normalization.
 @pytest.mark.parametrize("network, tolerance", [("smooth", 1e-5), ("unet", 1e-3)])
 def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_batch(trained, network, tolerance):
     names = ("first", "last", "averaged", "sums", "tested", "pixels")
@@ -568,7 +568,7 @@ def test_replicas_and_processes_give_the_weights_of_one_with_the_same_global_bat
     for replicas in others[:-2]:
         np.testing.assert_allclose(replicas["tested"], one["tested"], rtol=tolerance)
     for worker in others[-2:]:
-        assert list(worker["sums"][:, 2]) == [0, 0, 0, 1, 0], "what one asks for reaches both at the same step"
+        assert list(worker["sums"][:, 2]) == [0, 0, 0, 1, 0], "a request of one process reaches both at the same step"
 
 
 def test_an_overflow_on_any_replica_of_any_process_leaves_the_step_out_on_all_and_halves_the_scale(trained):

@@ -1,4 +1,4 @@
-"""Files of format version 2, as TensorFlow 2.12.1 and this suite wrote them: every later version has to read them."""
+"""Files of format version 2, written with TensorFlow 2.12.1, which every later version of the suite must read."""
 
 import csv
 import shutil

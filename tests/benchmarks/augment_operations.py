@@ -1,4 +1,4 @@
-"""Milliseconds that each operation of the augmentation takes, beside scipy and scikit-image doing the same.
+"""Measure the milliseconds of each augmentation operation, and of the same operation in scipy and scikit-image.
 
 python tests/benchmarks/augment_operations.py
 """
@@ -15,9 +15,9 @@ from cli import positive_int
 from image_files import ChannelStatistics, normalize
 from imagereader import ImageReader
 
-ROTATION = 1.0  # radians: far from the axes, where neighbours lie far apart in memory
+ROTATION = 1.0  # radians; far from the axes, so that neighbors are far apart in memory
 WARP = Transformation(rotation=ROTATION, jitter_rows=3.2, jitter_columns=-7.7, scale_rows=1.1, scale_columns=0.9)
-BLUR_SIGMA = 1.0  # pixels; the mean of those that blur
+BLUR_SIGMA = 1.0  # pixels; the mean sigma of the augmentations that blur
 
 
 def scipy_warp(image, mask):
@@ -47,13 +47,13 @@ def scipy_blur(image):
 
 
 def float64_z_score(image):
-    """Normalise as one writes it down."""
+    """Normalize with the plain formula in float64."""
     wide = image.astype(np.float64)
     return ((wide - wide.mean((0, 1))) / wide.std((0, 1))).astype(np.float32)
 
 
 def operations(case):
-    """Return the operations of a case: name, our call, and the peers' calls by name."""
+    """Return the name, the suite's call and the peers' calls (by name) of each operation on a case."""
     rng = np.random.default_rng(0)
     image, mask = random_pair(rng, case)
     augmenter = Augmenter(image.shape, mask.dtype)
@@ -82,12 +82,12 @@ def operations(case):
         ("noise", lambda: apply(Transformation(noise_sigma=0.02)), {
             "standard_normal": lambda: image + rng.standard_normal(image.shape, np.float32)}),
         ("normalize", lambda: normalized(out), {"float64": lambda: float64_z_score(image)}),
-        ("whole recipe", whole_recipe, {}),
+        ("full recipe", whole_recipe, {}),
     ]  # fmt: skip
 
 
 def median_milliseconds(work, runs):
-    """Return the times of a call, in milliseconds: median, least and greatest."""
+    """Return the median, least and greatest time of a call in milliseconds."""
     work()
     seconds = []
     for _ in range(runs):
@@ -101,7 +101,7 @@ def main():
     """Measure every operation and print the table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=CASES, help="SIZE:CHANNELS:DTYPE of the images")
-    parser.add_argument("--runs", type=positive_int, default=51, help="calls, of which the median counts")
+    parser.add_argument("--runs", type=positive_int, default=51, help="number of calls; the median counts")
     args = parser.parse_args()
     lines = []
     if not args.json:

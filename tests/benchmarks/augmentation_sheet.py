@@ -1,8 +1,8 @@
-"""Draw what the augmentation does to the images of a database, to judge the limits set in `ImageReader.__init__`.
+"""Draw augmented images of a database, to judge the augmentation limits set in `ImageReader.__init__`.
 
     python tests/benchmarks/augmentation_sheet.py data/train-cells.lmdb sheet.png
 
-Each of 16 images stands as it is in the database, then augmented, then its augmented mask.
+The sheet shows 16 images of the database, each next to its augmented version and its augmented mask.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLUMNS, ROWS = 4, 4
 
 
 def take_batch(database, use_augmentation, seed):
-    """Return one batch of `ROWS` * `COLUMNS` images; the same ones, with and without augmentation."""
+    """Return a batch of `ROWS` * `COLUMNS` images, the same with and without augmentation, and the class count."""
     with Database(database) as opened:
         number_classes = int(opened.metadata.classes.max()) + 1
     options = {"number_classes": number_classes, "batch_size": ROWS * COLUMNS, "seed": seed}
@@ -53,9 +53,9 @@ def draw(database, filepath, seed):
 def build_parser():
     """Return the command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("database", help="train database that build_lmdb.py made")
+    parser.add_argument("database", help="training database written by build_lmdb.py")
     parser.add_argument("output", help="PNG file to write")
-    parser.add_argument("--seed", type=seed_int, default=0, help="another seed shows other images")
+    parser.add_argument("--seed", type=seed_int, default=0, help="random seed; another seed shows other images")
     return parser
 
 

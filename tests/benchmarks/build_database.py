@@ -1,9 +1,10 @@
-"""Time to build databases with one process and with two, against reading the same files and writing their bytes.
+"""Time database builds with one and two processes, against reading the same files and writing their bytes.
 
     python tests/benchmarks/build_database.py --images 1000
 
-All in turn, ratios within a turn. Two processes cannot be faster than two cores are: the last row tells what two
-independent programs that read half of the files each gain over one that reads all.
+The contestants take turns, and each ratio is computed within a turn. Two processes cannot gain more than two cores do.
+The last row shows this limit: the gain of two independent programs, each reading half of the files, over one program
+that reads all.
 """
 
 import statistics
@@ -30,7 +31,7 @@ with open(output, "wb") as file:
 
 
 def write_images(folder, count):
-    """Write LZW images of 512 x 512 uint16, noisy as from a camera, and masks of stripes."""
+    """Write LZW images of 512 x 512 uint16 pixels with camera-like noise, and masks of stripes."""
     rng = np.random.default_rng(0)
     mask = (np.add.outer(np.arange(512), np.arange(512)) // 60 % 2).astype(np.uint8)
     for name in ("images", "masks"):
@@ -42,7 +43,7 @@ def write_images(folder, count):
 
 
 def seconds(*commands):
-    """Return how long commands take that run at the same time."""
+    """Run commands at the same time; return the seconds until all have finished."""
     start = time.perf_counter()
     processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) for command in commands]
     if any(process.wait() for process in processes):
@@ -51,7 +52,7 @@ def seconds(*commands):
 
 
 def measure(folder, turns):
-    """Return the times of each contestant, by turn."""
+    """Return the seconds of each contestant in each turn."""
     peer = [sys.executable, "-c", PEER, folder]
     build = [sys.executable, ROOT / "build_lmdb.py", "--image_folder", folder / "images", "--mask_folder",
              folder / "masks", "--output_folder", folder / "out", "--num_workers"]  # fmt: skip
@@ -68,8 +69,8 @@ def main():
     """Measure and print."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--images", type=positive_int, default=1000, help="number of images")
-    parser.add_argument("--turns", type=positive_int, default=5, help="measurements, of which the median counts")
-    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    parser.add_argument("--turns", type=positive_int, default=5, help="number of measurements; the median counts")
+    parser.add_argument("--folder", help="folder to work in; the system's temporary folder by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_images(Path(folder), args.images)

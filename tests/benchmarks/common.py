@@ -1,4 +1,4 @@
-"""What the benchmarks share: the modules of the suite on the path, synthetic databases, figures for man and machine."""
+"""Shared parts of the benchmarks: the import path, synthetic databases, and output as text or JSON."""
 
 import argparse
 import contextlib
@@ -13,16 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-UNLIMITED = dict(os.environ)  # for programs that use as many threads as they like
+UNLIMITED = dict(os.environ)  # for programs that may use any number of threads
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"  # as in a reader; numpy's libraries look when they are loaded
+    os.environ[_name] = "1"  # as in a reader; numpy's libraries read this when they are loaded
 
 import numpy as np
 
 from image_files import ChannelStatistics
 from lmdb_utils import Record, new_databases
 
-logging.getLogger().addHandler(logging.NullHandler())  # starvation is what a consumer that never waits should cause
+logging.getLogger().addHandler(logging.NullHandler())  # hide starvation warnings, as consumers here never wait
 
 CASES = ("256:1:uint16", "512:1:uint8", "256:3:uint8")
 
@@ -35,7 +35,7 @@ def make_parser(description):
 
 
 def parse_case(text):
-    """Return size in pixels, number of channels and dtype of a case such as ``256:1:uint16``."""
+    """Return the size in pixels, number of channels and dtype of a case such as ``256:1:uint16``."""
     size, channels, dtype = text.split(":")
     return int(size), int(channels), np.dtype(dtype)
 
@@ -48,14 +48,14 @@ def random_pair(rng, case):
 
 
 def record_of(image, mask):
-    """Return the record of an image that is complete."""
+    """Return the record of an image without missing data."""
     statistics = ChannelStatistics.measure([image])
     return Record.encode(image, mask, statistics.mean, statistics.deviation)
 
 
 @contextlib.contextmanager
 def synthetic_database(case, count=32):
-    """Yield the path of a database of `count` random pairs, removed afterwards."""
+    """Yield the path of a database of `count` random pairs; remove the database afterwards."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         filepath = Path(folder) / "train-synthetic.lmdb"
@@ -67,12 +67,12 @@ def synthetic_database(case, count=32):
 
 
 def summarize(values):
-    """Return median, least and greatest of some measurements."""
+    """Return the median, least and greatest of some measurements."""
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 def machine():
-    """Return the machine in words."""
+    """Return a description of the machine."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,6 +81,6 @@ def machine():
 
 
 def finish(results, as_json):
-    """Print the results as one JSON line, where that was asked for."""
+    """Print the results as one JSON line if `as_json` is true."""
     if as_json:
         print(json.dumps({"machine": machine(), **results}))

@@ -1,8 +1,8 @@
-"""Time from a finished batch in shared memory to a TensorFlow tensor, against copying as many bytes once.
+"""Time the hand-off of a batch from shared memory to a TensorFlow tensor, against copying its bytes once.
 
     python tests/benchmarks/hand_off.py
 
-The queue is full when the clock starts, and TensorFlow's own small queue too, so that nothing waits for a reader.
+The queue and TensorFlow's own small queue are full when the clock starts, so that nothing waits for a reader.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from imagereader import ImageReader
 
 
 def take_full_queue(reader, stream):
-    """Return seconds per batch for emptying a full queue."""
+    """Empty a full queue; return the seconds per batch."""
     capacity = reader.get_queue_capacity()
     while reader.get_queue_size() < capacity:
         time.sleep(0.01)
@@ -29,7 +29,7 @@ def take_full_queue(reader, stream):
 
 
 def copy_once(source, targets):
-    """Return seconds for copying each of some blocks of memory into one of fewer others."""
+    """Copy blocks of memory into a smaller set of targets in turn; return the seconds per block."""
     start = time.perf_counter()
     for index, block in enumerate(source):
         np.copyto(targets[index % len(targets)], block)
@@ -41,7 +41,7 @@ def main():
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--case", default="512:1:uint8", help="SIZE:CHANNELS:DTYPE of the images")
     parser.add_argument("--batch_size", type=positive_int, default=32, help="images in a batch")
-    parser.add_argument("--runs", type=positive_int, default=7, help="measurements, of which the median counts")
+    parser.add_argument("--runs", type=positive_int, default=7, help="number of measurements; the median counts")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     size, channels, _ = parse_case(args.case)
@@ -53,12 +53,12 @@ def main():
             source = np.ones((arrays.get_queue_capacity(), batch_bytes), np.uint8)
             targets = np.ones((4, batch_bytes), np.uint8)
             for reader, stream in zip((arrays, tensors), streams):
-                take_full_queue(reader, stream)  # the first time touches new memory
+                take_full_queue(reader, stream)  # the first pass touches new memory
             for _ in range(args.runs):
                 seconds["memcpy"].append(copy_once(source, targets))
                 seconds["numpy arrays"].append(take_full_queue(arrays, streams[0]))
                 seconds["tensors"].append(take_full_queue(tensors, streams[1]))
-            tensors.shutdown()  # before TensorFlow's iterator goes, which would wait for the generator
+            tensors.shutdown()  # before TensorFlow destroys its iterator, which would wait for the generator
             for _ in streams[1]:
                 pass
     results = {"batch_mib": batch_bytes / 2**20}

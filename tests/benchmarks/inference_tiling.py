@@ -1,13 +1,13 @@
-"""Tiled inference against one pass: the paper's table of halos, the automatic tiles, and peak memory by image size.
+"""Compare tiled inference with a single pass, as in the paper's table of halos, and measure peak memory.
 
     python tests/benchmarks/inference_tiling.py --saved_model_filepath results/cells/saved_model --image field.tif
 
 The paper is Majurski and Bajcsy, J. Res. NIST 126:126009. For each halo, the image is segmented in tiles and compared
-with the softmax of a single pass over the whole image, which has to fit into memory: with the network's radius as the
-halo no pixel may differ, with less the errors show that the comparison sees them. Each turn times a pass and the tiles
-one after the other, reading and argmax included; ratios are of one turn. Then inference_unet.py is started on synthetic
-tiled BigTIFFs of growing size, in turn without overviews and with them. Without a model or an image, random ones are
-made.
+with the softmax of a single pass over the complete image, which must fit into memory. With the network's radius as the
+halo, no pixel may differ. The errors at smaller halos show that the comparison detects them. Each turn times a single
+pass and then the tiles, including reading and argmax; ratios are computed within a turn. The last line of the table
+uses the tiles that inference_unet.py chooses. Then inference_unet.py runs on synthetic tiled BigTIFFs of growing size,
+alternately without and with overviews. If no model or image is given, a random one is made.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ FILE_TILE = 512  # pixels; edge of the tiles in synthetic files
 
 
 def save_random_model(folder, features):
-    """Save a network whose weights and normalisation are random; return its folder."""
+    """Save a network with random weights and normalization; return its folder."""
     import tensorflow as tf
 
     from unet_model import BatchNormalization, build_unet, export_saved_model
@@ -75,7 +75,7 @@ def write_synthetic(path, edge, channels):
 
 
 def timed_softmax(path, model, sizer):
-    """Return seconds, softmax (H, W, classes) and shape of the tiles of one segmentation of a file."""
+    """Segment a file; return the seconds, the softmax (H, W, classes) and the tile shape."""
     start = time.perf_counter()
     with ImageFile(path, channels=model.channels) as image:
         statistics_of_channels = ChannelStatistics.of_file(image)
@@ -91,7 +91,7 @@ def timed_softmax(path, model, sizer):
 
 
 def compare(path, model, tile_size, runs):
-    """Return a line of the table for each halo at one tile size, and one for the automatic tiles."""
+    """Return one line of the table for each halo at a fixed tile size, and one for the automatic tiles."""
     single_pass = inference_unet.TileSizer(model, 2**62)
     timed_softmax(path, model, single_pass)  # the first pass of a process is slower
     lines = []
@@ -124,7 +124,7 @@ def compare(path, model, tile_size, runs):
 
 
 def measure_script(model_folder, edge, channels, runs):
-    """Return peak memory and time of the script on a synthetic image, and what overviews add to it."""
+    """Return the peak memory and time of the script on a synthetic image, and the relative time with overviews."""
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic(Path(folder) / "a.tif", edge, channels)
         turns = [[run_script(model_folder, folder, overviews) for overviews in (0, 1)] for _ in range(runs)]
@@ -140,7 +140,7 @@ def measure_script(model_folder, edge, channels, runs):
 
 
 def run_script(model_folder, folder, overviews):
-    """Return peak memory and time of the script on the image in a folder."""
+    """Return the peak memory and time of the script on the image in a folder."""
     with open(Path(folder) / "log", "w+") as log:
         command = [sys.executable, ROOT / "inference_unet.py", "--saved_model_filepath", model_folder]
         command += ["--image_folder", folder, "--output_folder", f"{folder}/masks", "--overwrite", 1]
@@ -153,8 +153,8 @@ def run_script(model_folder, folder, overviews):
         printed = log.read()
     if status:
         sys.exit(printed)
-    of_the_image = float(re.search(r"1/1 a\.tif: .*, ([\d.]+) s, ", printed)[1])  # without starting TensorFlow
-    of_the_image = max(of_the_image, 0.05)  # the log has tenths
+    of_the_image = float(re.search(r"1/1 a\.tif: .*, ([\d.]+) s, ", printed)[1])  # excludes the start of TensorFlow
+    of_the_image = max(of_the_image, 0.05)  # the log is rounded to tenths
     return {"peak_mebibytes": usage.ru_maxrss / 1024, "seconds": seconds, "image_seconds": of_the_image}
 
 
@@ -188,9 +188,9 @@ def main():
     parser.add_argument("--image", help="image to segment (None = a random one)")
     parser.add_argument("--edge", type=positive_int, default=3584, help="edge of the random image in pixels")
     parser.add_argument("--tile_size", type=positive_int, default=512, help="edge of the tiles in the table of halos")
-    parser.add_argument("--runs", type=positive_int, default=3, help="measurements, of which the median counts")
+    parser.add_argument("--runs", type=positive_int, default=3, help="number of measurements; the median counts")
     parser.add_argument(
-        "--memory_edges", type=int, nargs="*", default=[4000, 16000], help="images of which to tell the peak memory"
+        "--memory_edges", type=int, nargs="*", default=[4000, 16000], help="image edges in pixels for peak memory"
     )
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

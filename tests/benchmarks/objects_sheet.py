@@ -2,7 +2,7 @@
 
     python tests/benchmarks/objects_sheet.py images truth out_without/objects out_with/objects --output objects.png
 
-Each row has an image and, from each folder, the objects of the file with its name, all in different colors.
+Each row shows an image and, from each folder, the objects in the file of the same name, each in its own color.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from image_files import ChannelStatistics, displayable, normalize, read_image
 
 
 def file_of(folder, name):
-    """Return the file in a folder that has a name, whatever its extension."""
+    """Return the file with the given name in a folder, whatever its extension."""
     [path] = Path(folder).glob(f"{name}.*")
     return path
 
@@ -66,11 +66,11 @@ def build_parser():
     parser.add_argument("folders", nargs="+", help="folders of masks with an id for each object")
     parser.add_argument("--output", required=True, help="PNG file to write")
     parser.add_argument(
-        "--names", nargs="+", help="names without extension of the images to draw; otherwise the first four"
+        "--names", nargs="+", help="names of the images to draw, without extension; the first four by default"
     )
-    parser.add_argument("--titles", nargs="+", help="what to write above the columns of the folders")
-    parser.add_argument("--channels", type=int, default=3, help="how many channels of the images to use")
-    parser.add_argument("--seed", type=seed_int, default=0, help="another seed draws other colors")
+    parser.add_argument("--titles", nargs="+", help="titles of the folder columns; the folder names by default")
+    parser.add_argument("--channels", type=int, default=3, help="number of image channels to use")
+    parser.add_argument("--seed", type=seed_int, default=0, help="random seed; another seed draws other colors")
     return parser
 
 

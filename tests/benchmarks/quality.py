@@ -1,18 +1,18 @@
-"""Masks at equal time: what the suite with and without each of its levers, and another tool, make of one data set.
+"""Compare mask quality at equal training time, with and without each lever of the suite, and for another tool.
 
     python tests/benchmarks/quality.py --results cells.jsonl --image_folder data/images --mask_folder data/masks
     python tests/benchmarks/quality.py ... --variants all peer --seeds 0 1 2 \
         --peer "/path/to/its/python peer.py {folder} {seconds} {seed}"
 
-Every fifth pair is held out, and only the final scores know it. The others are built into databases with the options
-of build_lmdb.py that are given; a network is trained for so many seconds, start and export included, and segments the
-held-out images. Variants: ``all`` trains as the README advises for a CPU, ``none`` without all of `LEVERS`,
-``all-NAME`` without one of them, ``only-NAME`` without the others. ``peer`` is a command that trains on the pairs of
-FOLDER/tr/images and FOLDER/tr/masks and ends with a line of JSON that has ``dice``, a list: that of each class over all
-pixels of FOLDER/te. The variants take turns at each seed.
+Every fifth pair is held out and used only for the final scores. The other pairs are built into databases with the given
+options of build_lmdb.py. A network is trained for the given number of seconds, including start and export, and segments
+the held-out images. The variant ``all`` trains as the README advises for a CPU, ``none`` without any of `LEVERS`,
+``all-NAME`` without one lever, and ``only-NAME`` with that lever alone. ``peer`` is a command that trains on the pairs
+in FOLDER/tr/images and FOLDER/tr/masks. Its last line must be JSON with a list ``dice``, the Dice of each class over
+all pixels of FOLDER/te. The variants take turns at each seed.
 
-A finished run is a line of the results file. A run whose line is there is not repeated, so that a table of many hours
-can be interrupted and continued. Each data set has a file of its own.
+Each finished run adds a line to the results file. A run that already has a line is not repeated, so a table that takes
+many hours can be interrupted and resumed. Use a separate file for each data set.
 """
 
 import json
@@ -34,8 +34,8 @@ from image_files import read_image
 from reports import mean_of_present, score_confusion
 
 HELD_OUT_EVERY = 5  # pairs
-# The levers: the options of train_unet.py that pull each of them, those that do not, and for what has no options the
-# assignments in the suite's files that do not
+# For each lever: the options of train_unet.py that pull it, the options that do not, and, for a lever without options,
+# the assignments in the suite's files that do not.
 LEVERS = {
     "features": ("--baseline_feature_depth 8", "--baseline_feature_depth 16", {}),
     "rate": ("--learning_rate 4e-3", "", {}),
@@ -54,22 +54,22 @@ LEVERS = {
 
 
 def parse_arguments():
-    """Return the arguments, and those of build_lmdb.py among them."""
-    parser = make_parser(f"{__doc__.splitlines()[0]} All other options are those of build_lmdb.py.")
+    """Return the arguments of this script, and the arguments of build_lmdb.py among them."""
+    parser = make_parser(f"{__doc__.splitlines()[0]} All other options are passed to build_lmdb.py.")
     parser.add_argument("--results", type=Path, required=True, help="file of finished runs, one JSON line each")
     parser.add_argument("--number_classes", type=positive_int, default=2)
     parser.add_argument("--variants", nargs="+", default=["all", "none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--seconds", type=positive_int, default=480, help="for training, start and export included")
+    parser.add_argument("--seconds", type=positive_int, default=480, help="training time, including start and export")
     parser.add_argument("--options", default="", help="further options of train_unet.py, for all variants")
     parser.add_argument("--peer", help="command of another tool, with {folder}, {seconds} and {seed}")
     args, args.build_options = parser.parse_known_args()
     for variant in args.variants:
         if variant == "peer" and not args.peer:
-            parser.error("the variant peer needs its command, --peer")
+            parser.error("the variant peer needs a command; set --peer")
         if variant != "peer" and pulled_levers(variant) is None:
             names = ", ".join(LEVERS)
-            parser.error(f"expected all, none, peer, or all- or only- before one of {names}, got {variant}")
+            parser.error(f"expected all, none, peer, all-NAME or only-NAME with a NAME among {names}, got {variant}")
     return args, build_lmdb.build_parser().parse_args(args.build_options)
 
 
@@ -84,7 +84,7 @@ def pulled_levers(variant):
 
 
 def lay_out(pairs, folder):
-    """Link the pairs into the folders tr and te; return those of te."""
+    """Link the pairs into the folders tr and te; return the pairs in te."""
     held_out = []
     for index, pair in enumerate(pairs):
         side = "tr" if index % HELD_OUT_EVERY else "te"
@@ -98,7 +98,7 @@ def lay_out(pairs, folder):
 
 
 def copy_suite(folder, assignments):
-    """Copy the suite into a folder, with other values on the right of some assignments."""
+    """Copy the suite into a folder and replace the values of some assignments."""
     folder.mkdir()
     found = dict.fromkeys(assignments, 0)
     for path in ROOT.glob("*.py"):
@@ -111,7 +111,7 @@ def copy_suite(folder, assignments):
 
 
 def run(command, log):
-    """Run a command; if it fails, end with the last lines of its log."""
+    """Run a command; if it fails, exit with the last lines of its log."""
     with open(log, "a") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=UNLIMITED).returncode
     if code:
@@ -119,13 +119,13 @@ def run(command, log):
 
 
 def train(args, training, work, variant, seed):
-    """Build, train and export with a variant; return what it took."""
+    """Build databases and train a variant; return the seconds and the number of steps."""
     options, attributes, pulled = [], {}, pulled_levers(variant)
     for lever, (pulls, does_not, unpulled) in LEVERS.items():
         options += (pulls if lever in pulled else does_not).split()
         attributes |= {} if lever in pulled else unpulled
     copy_suite(work / "suite", attributes)
-    # The last of an option that is given twice counts.
+    # If an option is given twice, the last value counts.
     folders = ["--image_folder", training / "images", "--mask_folder", training / "masks", "--output_folder", work]
     build = [work / "suite" / "build_lmdb.py", *args.build_options, *folders, "--dataset_name", "quality"]
     run([sys.executable, *build], work / "log")
@@ -139,7 +139,7 @@ def train(args, training, work, variant, seed):
 
 
 def score(pairs, masks, build_args, classes):
-    """Return the Dice of each class over all pixels of pairs; what the label map ignores is left out."""
+    """Return the Dice of each class over all pixels of the pairs that the label map does not ignore."""
     confusion = np.zeros((classes, classes), np.int64)
     label_map = build_lmdb.label_map_of(build_args)
     for pair in pairs:
@@ -153,7 +153,7 @@ def score(pairs, masks, build_args, classes):
 
 
 def run_variant(args, build_args, variant, seed):
-    """Train and score in a folder of its own."""
+    """Train and score a variant in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         pairs, _ = build_lmdb.find_pairs(build_args, build_lmdb.find_images(build_args)[0])
@@ -170,12 +170,12 @@ def run_variant(args, build_args, variant, seed):
 
 
 def read_results(path):
-    """Return the lines of a results file."""
+    """Return the runs in a results file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def summarize_runs(runs):
-    """Return for each variant mean and range of the mean Dice over its seeds, and the mean Dice of each class."""
+    """Return the mean and range of the mean Dice over the seeds of each variant, and its mean Dice of each class."""
     groups, lines = {}, []
     for run in runs:
         groups.setdefault((run["variant"], run["seconds"], run["options"]), []).append(run["dice"])
@@ -188,7 +188,7 @@ def summarize_runs(runs):
 
 
 def main():
-    """Do the runs that are missing and print the table of all."""
+    """Do the missing runs and print the table of all runs."""
     args, build_args = parse_arguments()
     for seed in args.seeds:
         for variant in args.variants:
@@ -202,7 +202,7 @@ def main():
         for line in lines:
             print(
                 f"{line['variant']:18} {line['seconds']:5} s {line['options']}  mean Dice {line['mean']:.4f} "
-                f"({line['least']:.4f} to {line['greatest']:.4f}, {line['runs']} runs), of each class "
+                f"({line['least']:.4f} to {line['greatest']:.4f}, {line['runs']} runs), per class "
                 + ", ".join(f"{value:.3f}" for value in line["dice"])
             )
     finish({"lines": lines}, args.json)

@@ -1,4 +1,4 @@
-"""What a reader costs before its first batch: opening a large database, starting a process, its memory.
+"""Measure the cost of a reader before its first batch: time to open a large database, time to start, and memory.
 
 python tests/benchmarks/reader_startup.py
 """
@@ -19,7 +19,7 @@ from lmdb_utils import Database, new_databases
 
 
 def write_tiny_records(filepath, count):
-    """Write a database of `count` images of 16 x 16 pixels from as many files, with three classes."""
+    """Write a database of `count` images of 16 x 16 pixels with different names and three classes."""
     image, mask = np.zeros((16, 16, 1), np.uint8), np.zeros((16, 16), np.uint8)
     with new_databases(filepath) as [writer]:
         for index in range(count):
@@ -39,7 +39,7 @@ def median_seconds(work, runs):
 
 
 def measure_reader(database, **options):
-    """Return seconds until the first batch, and the worker's own memory in MiB (pages of no file)."""
+    """Return the seconds until the first batch, and the worker's anonymous memory in MiB."""
     start = time.perf_counter()
     with ImageReader(database, use_augmentation=True, batch_size=4, **options) as reader:
         next(reader.generator())
@@ -52,8 +52,8 @@ def measure_reader(database, **options):
 def main():
     """Measure and print."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--records", type=positive_int, default=1_000_000, help="records of the large database")
-    parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
+    parser.add_argument("--records", type=positive_int, default=1_000_000, help="records in the large database")
+    parser.add_argument("--runs", type=positive_int, default=5, help="number of measurements; the median counts")
     args = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:

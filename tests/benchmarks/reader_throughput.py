@@ -1,11 +1,11 @@
-"""Images per second that readers deliver, for each kind of image, with and without augmentation.
+"""Measure the images per second that readers deliver for each kind of image, with and without augmentation.
 
     python tests/benchmarks/reader_throughput.py --peer "/path/to/its/python peer.py"
 
-The peer, if there is one, is called in turn with the readers, as
-``COMMAND synthetic:SIZE:CHANNELS:DTYPE WORKERS BATCHES BATCH_SIZE AUGMENT``,
+The peer, if given, takes turns with the readers. It is called as
+``COMMAND synthetic:SIZE:CHANNELS:DTYPE WORKERS BATCHES BATCH_SIZE AUGMENT``
 and must end its output with its images per second, followed by ``img/s``.
-Nothing else should run on the machine meanwhile.
+Nothing else should run on the machine at the same time.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from imagereader import ImageReader
 
 
 def measure_reader(database, readers, augmentation, batches, batch_size):
-    """Return images per second taken from a reader by a consumer that does nothing else."""
+    """Return the images per second that a consumer without other work takes from a reader."""
     options = {"use_augmentation": augmentation, "num_workers": readers, "batch_size": batch_size}
     with ImageReader(database, **options) as reader:
         stream = reader.generator()
@@ -37,15 +37,15 @@ def measure_reader(database, readers, augmentation, batches, batch_size):
 
 
 def measure_filling(database, readers, augmentation, batches, batch_size):
-    """Return images per second at which readers refill an emptied queue, while nobody takes a batch.
+    """Return the images per second at which readers refill an emptied queue while nobody takes a batch.
 
-    In a queue of `batches` small ones for each reader, and not to the end: one that is ahead would have to stop there.
+    Each reader has `batches` slots. The queue is not refilled completely, because a reader that is ahead would stop.
     """
     imagereader.SLOTS_PER_WORKER = (batches, batches)
     options = {"use_augmentation": augmentation, "num_workers": readers, "batch_size": batch_size}
     with ImageReader(database, **options) as reader:
         stream, capacity = reader.generator(), reader.get_queue_capacity()
-        wait_for_queue(reader, capacity)  # the first time round costs the system's clearing of memory
+        wait_for_queue(reader, capacity)  # in the first round, the system has to clear memory
         for _ in itertools.islice(stream, capacity):
             pass
         wait_for_queue(reader, capacity // 4)
@@ -55,20 +55,20 @@ def measure_filling(database, readers, augmentation, batches, batch_size):
 
 
 def wait_for_queue(reader, size):
-    """Return when so many batches wait in the queue."""
+    """Wait until the queue contains at least `size` batches."""
     while reader.get_queue_size() < size:
         time.sleep(0.002)
 
 
 def measure_peer(command, case, readers, augmentation, batches, batch_size):
-    """Return images per second as the peer prints them."""
+    """Return the images per second that the peer prints."""
     arguments = [f"synthetic:{case}", readers, batches, batch_size, int(augmentation)]
     done = subprocess.run([*shlex.split(command), *map(str, arguments)], capture_output=True, text=True, check=True)
     return float(re.findall(r"([\d.]+) img/s", done.stdout)[-1])
 
 
 def measure_case(args, case, augmentation):
-    """Measure one kind of image; numbers of readers and the peer take turns, so that all meet the same machine."""
+    """Measure one kind of image; reader counts and the peer take turns, so that all run under the same conditions."""
     measure = measure_filling if args.idle_consumer else measure_reader
     ours, peers = ({readers: [] for readers in args.readers} for _ in range(2))
     with synthetic_database(case) as database:
@@ -106,14 +106,14 @@ def main():
     """Measure every combination and print the table."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=CASES, help="SIZE:CHANNELS:DTYPE of the images")
-    parser.add_argument("--augmentation", nargs="+", type=int, choices=(0, 1), default=(1, 0), help="with, without")
+    parser.add_argument("--augmentation", nargs="+", type=int, choices=(0, 1), default=(1, 0), help="1 with, 0 without")
     parser.add_argument("--readers", nargs="+", type=positive_int, default=(1, 2), help="numbers of readers")
-    parser.add_argument("--batches", type=positive_int, default=100, help="batches in a measurement")
+    parser.add_argument("--batches", type=positive_int, default=100, help="number of batches in a measurement")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="images in a batch")
-    parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
+    parser.add_argument("--runs", type=positive_int, default=5, help="number of measurements; the median counts")
     text = "measure how fast readers refill the queue while nobody takes a batch [0 = false, 1 = true]"
     add_flag(parser, "--idle_consumer", 0, text)
-    parser.add_argument("--peer", metavar="COMMAND", help="another loader to compare with, see above")
+    parser.add_argument("--peer", metavar="COMMAND", help="command of another loader; see the top of this file")
     args = parser.parse_args()
     lines = []
     if not args.json:

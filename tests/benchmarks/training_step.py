@@ -1,11 +1,11 @@
-"""Time of a training step on batches from readers, against the same step on one batch again and again.
+"""Time a training step on batches from readers, against the same step on one constant batch.
 
     python tests/benchmarks/training_step.py --pin 1
 
-Uses the GPUs of the node, or its CPU. Also tells how many images per second the network takes, how many a reader
-delivers, and so how many readers it needs; what a step costs the host, and the speed of each precision with and
-without XLA. With ``--pin 1`` TensorFlow gets the first half of the cores and the readers
-get the others, as on a node where GPUs do the computing; without a GPU the two would fight for every core otherwise.
+The benchmark uses the GPUs of the node, or its CPU. It also reports the images per second that the network takes and a
+reader delivers, the number of readers that the network needs, the host time of a step, and the speed of each precision
+with and without XLA. With ``--pin 1``, TensorFlow gets the first half of the cores and the readers get the rest, as on
+a node whose GPUs do the computing. On a node without a GPU, the two would otherwise compete for every core.
 """
 
 import logging
@@ -22,19 +22,19 @@ from imagereader import ImageReader
 
 
 class StarvationCounter(logging.Handler):
-    """Counts the readers' starvation messages."""
+    """A log handler that counts the readers' starvation messages."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def emit(self, record):
-        """Look at a log record."""
+        """Count a log record if it reports starvation."""
         self.count += "Starvation !!!!" in record.getMessage()
 
 
 def split_cores(pin):
-    """Return the cores for TensorFlow and those for the readers."""
+    """Return the cores for TensorFlow and the cores for the readers."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     return (cores[:half], cores[half:]) if pin and half else (cores, cores)
@@ -45,12 +45,12 @@ def time_steps(trainer, next_batch, steps):
     start = time.perf_counter()
     for _ in range(steps):
         loss = trainer.train_step(next_batch())
-    loss.numpy()  # waits for what is queued
+    loss.numpy()  # waits for the queued steps
     return (time.perf_counter() - start) / steps
 
 
 def make_trainer(args, channels, depth, mixed=False, xla=False):
-    """Return a trainer of one of the kinds that are compared."""
+    """Return a trainer with the given precision, with or without XLA."""
     from unet_model import Loss, UNetTrainer, build_unet
 
     precision = "mixed_float16" if mixed else "float32"
@@ -66,13 +66,13 @@ def make_trainer(args, channels, depth, mixed=False, xla=False):
 
 
 def time_constant(args, trainer, batch):
-    """Return seconds per step, one for each run, of steps that need nothing from readers."""
+    """Return the seconds per step of each run, for steps on one constant batch."""
     time_steps(trainer, lambda: batch, 5)
     return [time_steps(trainer, lambda: batch, args.steps) for _ in range(args.runs)]
 
 
 def measure_host(args):
-    """Return milliseconds per step of a network so small that a step is all Python and launching of operations."""
+    """Return milliseconds per step of a network so small that Python and the launch of operations take all the time."""
     import numpy as np
     import tensorflow as tf
 
@@ -87,7 +87,7 @@ def measure_host(args):
 
 
 def measure_speed(args, batch, channels, pixels):
-    """Return milliseconds, images and megapixels per second of each precision, with and without XLA."""
+    """Return the milliseconds, images and megapixels per second for each precision, with and without XLA."""
     result = {}
     for mixed in (False, True):
         for xla in (False, True)[: 1 + (args.strategy.num_replicas_in_sync == 1)]:
@@ -105,12 +105,12 @@ def measure_speed(args, batch, channels, pixels):
 def measure(args, database):
     """Return the figures of one comparison."""
     network_cores, reader_cores = split_cores(args.pin)
-    os.sched_setaffinity(0, reader_cores)  # inherited by the processes that are started now
+    os.sched_setaffinity(0, reader_cores)  # inherited by the reader processes, which start now
     per_reader = statistics.median(measure_reader(database, 1, True, 50, args.batch_size) for _ in range(args.runs))
     starvation = StarvationCounter()
     logging.getLogger().addHandler(starvation)
     with ImageReader(database, True, num_workers=args.readers, batch_size=args.batch_size) as reader:
-        os.sched_setaffinity(0, network_cores)  # before TensorFlow counts them and starts its threads
+        os.sched_setaffinity(0, network_cores)  # before TensorFlow counts the cores and starts its threads
         from train_unet import Cluster, make_strategy, open_supply
 
         args.strategy = make_strategy(Cluster())
@@ -144,12 +144,12 @@ def main():
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--case", default="128:1:uint16", help="SIZE:CHANNELS:DTYPE of the images")
     parser.add_argument("--readers", type=positive_int, default=1, help="number of readers")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="images in a batch, for each GPU")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="images in the batch of each GPU")
     parser.add_argument("--baseline_feature_depth", type=positive_int, default=16, help="features of the top level")
-    parser.add_argument("--steps", type=positive_int, default=50, help="steps in a measurement")
-    parser.add_argument("--runs", type=positive_int, default=5, help="measurements, of which the median counts")
-    add_flag(parser, "--compare", 1, "measure each precision with and without XLA, too [0 = false, 1 = true]")
-    add_flag(parser, "--pin", 0, "cores of their own for network and readers [0 = false, 1 = true]")
+    parser.add_argument("--steps", type=positive_int, default=50, help="number of steps in a measurement")
+    parser.add_argument("--runs", type=positive_int, default=5, help="number of measurements; the median counts")
+    add_flag(parser, "--compare", 1, "also measure each precision with and without XLA [0 = false, 1 = true]")
+    add_flag(parser, "--pin", 0, "separate cores for network and readers [0 = false, 1 = true]")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as train_unet.py does
