@@ -224,14 +224,14 @@ FIRST_FILES = (*LONG_FILES, "test_train_unet.py", "test_inference_unet.py", "tes
 
 def pytest_addoption(parser):
     """Add the option that runs all tests."""
-    parser.addoption("--all", action="store_true", help=f"run {' and '.join(LONG_FILES)} too, which take long")
+    parser.addoption("--all", action="store_true", help=f"run {' and '.join(LONG_FILES)} as well, which take long")
 
 
 def pytest_collection_modifyitems(config, items):
     """Skip the files that take long unless they are requested, and put the files in order."""
     for item in items:
         if item.path.name in LONG_FILES and not config.getoption("all"):
-            item.add_marker(pytest.mark.skip(reason="takes long: --all runs it"))
+            item.add_marker(pytest.mark.skip(reason="slow; --all runs it"))
     order = {name: place for place, name in enumerate(FIRST_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -272,5 +272,5 @@ def pytest_sessionfinish(session):
         server.close()
     left = leftovers() - session.config.stash[FILES_BEFORE]
     if left and not IS_ONE_OF_SEVERAL:
-        print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; -n 0 tells which test does that")
+        print(f"\nleft in /dev/shm: {', '.join(sorted(left))}; run with -n 0 to find out which test does that")
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

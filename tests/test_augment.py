@@ -70,7 +70,7 @@ def test_scale_magnifies_about_the_centre(scale_rows, scale_columns):
 
 @pytest.mark.parametrize("shape", [(80, 96, 3), (300, 250, 1), (16, 512, 2)])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_composed_warp_agrees_with_scipy_over_the_whole_image(shape, seed):
+def test_the_composed_warp_agrees_with_scipy_over_the_entire_image(shape, seed):
     """Cover several blocks of rows, and pixels beyond the border, where both reflect."""
     image, mask = make_pair(seed, shape, "float32", classes=5)
     t = sample_transformation(np.random.default_rng(seed), *shape[:2], **GEOMETRY)

@@ -137,7 +137,7 @@ def test_tiles_for_testing_count_each_pixel_of_an_image_once(shape, tmp_path):
     assert (counts == 1).all()
 
 
-def test_tiles_have_no_class_that_stands_for_ignored_pixels(tmp_path):
+def test_tiles_have_no_class_that_marks_ignored_pixels(tmp_path):
     write_folders(tmp_path, count=4, shape=(150, 150, 1))
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, np.where(tifffile.imread(path) > 0, 255, 0).astype(np.uint8))
@@ -225,7 +225,7 @@ def test_images_given_as_masks_are_noticed(tmp_path):
     assert "--label_map" not in done.stdout
 
 
-def test_masks_of_different_integer_types_are_stored_in_one_that_holds_all(tmp_path):
+def test_masks_of_different_integer_types_are_stored_in_one_that_fits_all(tmp_path):
     write_folders(tmp_path, count=4)
     masks = [
         np.full((64, 64), value, dtype) for value, dtype in ((1, "uint8"), (300, "uint16"), (2, "uint8"), (3, "int32"))
@@ -342,7 +342,7 @@ def masks_of(database):
     }
 
 
-def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
+def test_all_problems_are_reported_at_once_with_counts_and_some_names(tmp_path):
     images, masks = write_folders(tmp_path, count=12)
     for index in range(5):
         tifffile.imwrite(masks / f"cell{index}.tif", np.zeros((64, 60), np.uint8))
@@ -357,7 +357,7 @@ def test_all_problems_are_told_at_once_with_counts_and_some_names(tmp_path):
     assert "cell4.tif is" not in output
 
 
-def test_what_only_the_pixels_tell_is_told_at_once_too(tmp_path):
+def test_problems_of_pixels_are_reported_at_once_too(tmp_path):
     write_folders(tmp_path, count=6, dtype="float32")
     for index, value in enumerate((1e30, np.inf, -np.inf)):
         image = make_pair(index, dtype="float32")[0]
@@ -403,7 +403,7 @@ def test_bad_files_are_left_out_and_listed(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "float32"])
 @pytest.mark.parametrize("options", [[], ["--use_tiling", 1, "--tile_size", 112]])
-def test_each_record_tells_the_statistics_of_its_complete_image(tmp_path, dtype, options):
+def test_each_record_has_the_statistics_of_its_complete_image(tmp_path, dtype, options):
     paths = build(tmp_path, *options, count=3, shape=(150, 131, 2), dtype=dtype)
     for path in paths:
         with Database(path) as database:
@@ -493,7 +493,7 @@ def test_values_that_the_label_map_does_not_name_are_refused(tmp_path):
         (range(40), "if they number individual objects, use --objects 1 to map"),
     ],
 )
-def test_unusual_classes_get_a_hint_that_mends_them(tmp_path, values, hint):
+def test_unusual_classes_get_a_hint_that_fixes_them(tmp_path, values, hint):
     write_folders(tmp_path, count=2)
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, np.resize(np.array(values, np.uint8), (64, 64)))
@@ -503,7 +503,7 @@ def test_unusual_classes_get_a_hint_that_mends_them(tmp_path, values, hint):
     assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout
 
 
-def test_a_mask_with_negative_values_gets_a_hint_that_mends_it(tmp_path):
+def test_a_mask_with_negative_values_gets_a_hint_that_fixes_it(tmp_path):
     write_folders(tmp_path, count=2)
     for path in (tmp_path / "masks").iterdir():
         tifffile.imwrite(path, np.resize(np.array([-2, -1, 0, 3], np.int16), (64, 64)))
@@ -552,7 +552,7 @@ def write_png(path, ids, bits, colour):
 @pytest.mark.parametrize(
     "stored, dtype", [("int8", "int32"), ("int16", "int32"), ("float16", "float32"), ("bool", "uint8")]
 )
-def test_types_that_widen_without_loss_are_widened_and_said_so(tmp_path, stored, dtype):
+def test_types_that_widen_without_loss_are_widened_and_reported(tmp_path, stored, dtype):
     write_folders(tmp_path, count=2, shape=(32, 32, 1))
     image = (make_pair(0, (32, 32, 1), "float32")[0][..., 0] - 100).astype(stored)
     for path in (tmp_path / "images").iterdir():
@@ -811,7 +811,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_databases(tmp_path):
         os.system(f"umount {tmp_path / 'db'}")
 
 
-def test_a_database_that_is_in_use_stays_as_it_was_when_it_is_built_anew(tmp_path):
+def test_a_database_that_is_in_use_stays_as_it_was_when_it_is_built_again(tmp_path):
     train, _ = build(tmp_path, count=8)
     file = train.stat().st_ino
     with Database(train) as database:

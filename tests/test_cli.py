@@ -75,7 +75,7 @@ def test_a_log_that_nobody_reads_on_ends_in_silence():
         (InputError("expected 1, found 2"), "expected 1, found 2"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_one_line(error, told, caplog, monkeypatch):
+def test_what_the_user_can_fix_is_reported_in_one_line(error, told, caplog, monkeypatch):
     monkeypatch.setattr(cli, "configure_logging", lambda: None)
 
     def work(args, stop):
@@ -139,7 +139,7 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         (ValueError, "expected 3 channels, found 1", False),
     ],
 )
-def test_want_of_memory_is_told_from_a_full_disk_and_from_other_errors(kind, message, expected):
+def test_lack_of_memory_is_distinguished_from_a_full_disk_and_from_other_errors(kind, message, expected):
     assert cli.is_out_of_memory(kind(message)) == expected
 
 

@@ -91,7 +91,7 @@ def test_metadata_of_another_kind_is_refused_by_name(databases, tmp_path, name, 
         Database(target)
 
 
-def test_a_database_that_says_little_of_its_origin_is_described_nevertheless(databases, tmp_path):
+def test_a_database_with_little_about_its_origin_is_still_described(databases, tmp_path):
     needed = ("format", "version", "count", "image_shape", "image_dtype", "mask_dtype", "deviation_floor", "ignored_id")
     needed += ("ignored_pixels",)
     changed = tmp_path / "changed.lmdb"
@@ -144,7 +144,7 @@ def test_metadata_that_is_no_archive_is_refused_by_name(databases, tmp_path, raw
         Database(tmp_path / "changed.lmdb")
 
 
-def test_a_pipe_is_no_database(tmp_path):
+def test_a_pipe_is_not_a_database(tmp_path):
     os.mkfifo(tmp_path / "pipe.lmdb")
     done = run_script("build_lmdb.py", "--describe", tmp_path / "pipe.lmdb", timeout=20)
     assert done.returncode == 2 and "is not a regular file" in done.stdout, done.stdout
@@ -355,7 +355,7 @@ METRICS += [f"{COLUMNS}1,3,1,1,1,1,1,x,1,1,1\n", f"{COLUMNS}1,{'9' * 400},1,1,1,
 
 
 @pytest.mark.parametrize("text", METRICS, ids=range(len(METRICS)))
-def test_changed_metrics_are_begun_anew_or_refused(databases, tmp_path, text):
+def test_changed_metrics_are_started_over_or_refused(databases, tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     try:
         reports.Report(tmp_path, databases[1], np.ones(1), 2, epoch=1, step=3)
@@ -405,7 +405,7 @@ def test_a_copy_of_a_checkpoint_disturbs_nothing(finished, databases, tmp_path):
     assert set(os.listdir(tmp_path / "out" / "checkpoint")) == kept
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished, databases, tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(finished, databases, tmp_path):
     """Its first row of metrics may exist. More rows or no checkpoint folder mean that somebody removed checkpoints."""
 
     def remove(folder):

@@ -148,7 +148,7 @@ def test_twelve_bits_that_count_from_white_do_so_from_4095(tmp_path):
 
 
 @pytest.mark.parametrize("photometric, noted", [("separated", "SEPARATED"), ("cielab", "CIELAB"), ("minisblack", None)])
-def test_colors_that_are_not_what_they_seem_are_told(tmp_path, photometric, noted):
+def test_colors_that_are_not_what_they_seem_are_reported(tmp_path, photometric, noted):
     samples = 4 if photometric == "separated" else 3
     image = np.random.default_rng(0).integers(0, 255, (20, 30, samples)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric=photometric, planarconfig="contig")
@@ -205,7 +205,7 @@ def png_of(array, *chunks, **options):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("as_mask", [False, True])
-def test_a_transparent_color_adds_no_channel_and_is_told(tmp_path, dtype, as_mask):
+def test_a_transparent_color_adds_no_channel_and_is_reported(tmp_path, dtype, as_mask):
     gray = make_pair(0, (20, 30, 1), dtype)[0][..., 0]
     (tmp_path / "a.png").write_bytes(png_of(gray, (b"tRNS", struct.pack(">H", int(gray[0, 0])))))
     with ImageFile(tmp_path / "a.png", as_mask=as_mask) as file:
@@ -241,7 +241,7 @@ def test_each_changed_bit_of_a_png_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("height, width", [(2 * 10**9, 2 * 10**9), (60000, 60000)])
-def test_a_png_that_cannot_contain_what_its_header_tells_is_refused_at_once(tmp_path, height, width):
+def test_a_png_that_cannot_contain_what_its_header_declares_is_refused_at_once(tmp_path, height, width):
     content = bytearray(png_of(np.zeros((4, 4), np.uint8)))
     content[16:24] = struct.pack(">II", width, height)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
@@ -275,7 +275,7 @@ def test_the_largest_image_of_a_tiff_that_is_no_copy_is_taken(tmp_path, other, s
         assert file.shape[:2] == (100, 120) and (next(file.windows([file.extent])) == 100).all()
 
 
-def test_it_is_told_that_a_file_has_several_images(tmp_path):
+def test_several_images_in_a_file_are_reported(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for size in ((25, 30), (100, 120)):
             writer.write(np.zeros(size, np.uint16), metadata=None)
@@ -365,7 +365,7 @@ def test_windows_are_the_same_however_a_file_is_stored_and_read(tmp_path, kind, 
             np.testing.assert_array_equal(got, image[window])
 
 
-def test_a_large_file_that_must_be_read_whole_is_noted(tmp_path, caplog, monkeypatch):
+def test_a_large_file_that_must_be_read_completely_is_noted(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(image_files, "MEMORY_CHECK_BYTES", 100_000)
     monkeypatch.setattr(image_files, "LARGE_IMAGE_BYTES", 100_000)
@@ -515,7 +515,7 @@ def test_normalized_pixels_are_those_of_float64_also_far_from_zero(dtype, offset
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_a_pixel_is_normalized_to_the_same_bits_wherever_it_lies_and_whatever_integer_holds_it():
+def test_a_pixel_is_normalized_to_the_same_bits_whatever_its_position_and_integer_type():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 200, (60, 50, 3)).astype(np.uint8)
     mean, deviation = np.array([99.97, 1 / 3, 1e4]), np.array([31.7, 0.2, 3.0])

@@ -142,7 +142,7 @@ def test_a_test_reader_divides_by_the_deviations_of_the_training_database(tmp_pa
             assert take(reader, 1)[0].images.std() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databases):
+def test_a_shuffled_pass_contains_each_image_once_in_another_order_each_time(databases):
     with ImageReader(databases[0], batch_size=4) as reader:
         count = reader.get_image_count()
         images = np.concatenate([batch.images for batch in take(reader, 2 * count // 4)]).reshape(2, count, -1)
@@ -152,7 +152,7 @@ def test_a_shuffled_pass_holds_each_image_once_in_another_order_each_time(databa
     assert not np.array_equal(images[0], images[1])
 
 
-def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it_was():
+def test_processes_share_each_global_batch_and_a_resumed_stream_continues_where_it_was():
     def steps(world_size, replicas, batch_size, first_sample=0):
         """Return the samples of each of three steps, for all processes and replicas in turn."""
         streams = [
@@ -173,7 +173,7 @@ def test_processes_share_each_global_batch_and_a_resumed_stream_goes_on_where_it
 @pytest.mark.parametrize(
     "batch_size, workers, replicas, world_size", [(2, 1, 1, 1), (4, 3, 1, 1), (2, 2, 2, 1), (7, 1, 1, 1), (2, 1, 1, 2)]
 )
-def test_each_test_pass_holds_each_image_exactly_once(databases, batch_size, workers, replicas, world_size):
+def test_each_test_pass_contains_each_image_exactly_once(databases, batch_size, workers, replicas, world_size):
     options = {"shuffle": False, "batch_size": batch_size, "num_workers": workers, "replicas": replicas}
     with contextlib.ExitStack() as stack:
         readers = [
@@ -241,7 +241,7 @@ def test_a_class_beyond_the_network_is_refused_with_file_and_option(tmp_path):
         ImageReader(train, number_classes=2)
 
 
-def test_the_tensorflow_dataset_holds_the_batches_of_the_generator(databases):
+def test_the_tensorflow_dataset_has_the_batches_of_the_generator(databases):
     with ImageReader(databases[0], use_augmentation=True, batch_size=3, num_workers=2) as reader:
         expected = take(reader, 6)
     with ImageReader(databases[0], use_augmentation=True, batch_size=3, num_workers=2) as reader:
@@ -266,7 +266,7 @@ def tensorflow_checksum(*batch):
     return total, batch[0]
 
 
-def test_no_batch_changes_while_tensorflow_or_its_user_holds_it(databases):
+def test_no_batch_changes_while_tensorflow_or_its_user_has_it(databases):
     """Send thousands of batches to a fast consumer, and to a slow one that keeps some of them for a while."""
     count = 2000
     options = {"batch_size": 2, "num_workers": 2}

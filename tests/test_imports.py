@@ -26,7 +26,7 @@ def imports_of(node):
             yield from ((name, at_once and not inside) for name, at_once in imports_of(child))
 
 
-def test_every_module_stands_in_the_order_of_reading():
+def test_every_module_is_in_the_order_of_reading():
     assert sorted(MODULES) == sorted(path.stem for path in ROOT.glob("*.py"))
 
 

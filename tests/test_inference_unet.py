@@ -156,7 +156,7 @@ def test_a_halo_that_is_too_small_shows(tmp_path):
         ("InvalidArgumentError", "Incompatible shapes", InputError),
     ],
 )
-def test_want_of_memory_on_a_gpu_is_known_in_all_its_forms(gray_model, monkeypatch, kind, message, expected):
+def test_lack_of_memory_on_a_gpu_is_recognized_in_all_its_forms(gray_model, monkeypatch, kind, message, expected):
     def fail(**inputs):
         raise getattr(tf.errors, kind)(None, None, message)
 
@@ -261,7 +261,7 @@ def test_small_tiles_go_through_the_network_together(gray_model, tmp_path):
 
 @pytest.mark.parametrize("samples, dtype", [(None, "uint8"), (3, "float32")])
 @pytest.mark.parametrize("shape", [(700, 900), (256, 512), (20, 30)])
-def test_a_tiff_is_whole_in_whatever_order_its_blocks_come(tmp_path, samples, dtype, shape):
+def test_a_tiff_is_complete_whatever_the_order_of_its_blocks(tmp_path, samples, dtype, shape):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 200, shape if samples is None else (*shape, samples)).astype(dtype)
     rows, columns = ([0, *sorted(rng.choice(length, 6, replace=False)), length] for length in shape)
@@ -354,7 +354,7 @@ def test_a_full_disk_is_reported_by_name_and_leaves_nothing_half_written(gray_mo
     assert files and all(Path(line).name == "a0.tif" for line in files)
 
 
-def test_a_mask_that_exists_is_kept_unless_told_otherwise(gray_model, tmp_path):
+def test_a_mask_that_exists_is_kept_unless_overwrite_is_set(gray_model, tmp_path):
     images, masks = write_images(tmp_path / "images", 3), tmp_path / "masks"
     assert infer(gray_model, images, masks).returncode == 0
     (masks / "a1.tif").unlink()
@@ -399,7 +399,7 @@ def test_tasks_and_array_elements_share_the_images_without_gap_or_overlap():
     assert inference_unet.shard_from_slurm(in_a_batch_script) == (1, 1)
 
 
-def test_a_killed_run_leaves_no_half_mask_and_the_next_one_goes_on(gray_model, tmp_path):
+def test_a_killed_run_leaves_no_half_mask_and_the_next_one_resumes(gray_model, tmp_path):
     images, masks = write_images(tmp_path / "images", 1), tmp_path / "masks"
     tifffile.imwrite(images / "b.tif", make_pair(0, (1200, 1200, 1), "uint8")[0][..., 0])
     command = ["--saved_model_filepath", gray_model, "--image_folder", images, "--output_folder", masks]
@@ -525,7 +525,7 @@ def test_the_unit_of_an_imagej_image_is_carried_into_the_mask(gray_model, tmp_pa
     assert read_image(tmp_path / "masks" / "a.tif", as_mask=True).shape == (64, 64, 1)
 
 
-def test_a_line_for_each_file_tells_size_seconds_and_classes(gray_model, tmp_path):
+def test_a_line_for_each_file_reports_size_seconds_and_classes(gray_model, tmp_path):
     done = infer(gray_model, write_images(tmp_path / "images", 2, (64, 80, 1)), tmp_path / "masks")
     assert done.returncode == 0, done.stdout
     for index in range(2):
@@ -542,7 +542,7 @@ def test_png_gives_png_and_jpg_gives_png(gray_model, tmp_path):
         assert skimage.io.imread(tmp_path / suffix / "masks" / "a0.png").shape == (64, 64)
 
 
-def test_a_bad_file_is_reported_and_the_others_go_on(gray_model, tmp_path):
+def test_a_bad_file_is_reported_and_the_others_continue(gray_model, tmp_path):
     images = write_images(tmp_path / "images", 3)
     (images / "a1.tif").write_bytes(b"no image")
     tifffile.imwrite(images / "a3.tif", np.zeros((64, 64, 3), np.uint8))
@@ -576,7 +576,7 @@ def only_multiples_of_128(image):
     return tf.concat([image, image], -1)
 
 
-def test_models_that_cannot_be_used_are_refused_in_one_line_that_tells_what_was_found(tmp_path):
+def test_models_that_cannot_be_used_are_refused_in_one_line_with_what_was_found(tmp_path):
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "results" / "saved_model").mkdir(parents=True)
@@ -655,7 +655,7 @@ def test_an_image_in_other_units_than_the_training_images_is_warned_of(tmp_path,
     assert len(lines) == warned and all("a.tif: values from " in line and "from 40 to 160" in line for line in lines)
 
 
-def test_a_model_tells_by_what_its_channels_are_divided_at_least(tmp_path):
+def test_a_model_has_the_least_deviations_of_its_channels(tmp_path):
     image = make_pair(0, (64, 64, 2), "float32")[0] / 1000
     write_images(tmp_path / "images", count=0)
     write_tiff(tmp_path / "images" / "a.tif", image)
@@ -697,7 +697,7 @@ def test_results_replace_no_image_whichever_folders_are_given(gray_model, tmp_pa
     assert (images / "a0.tif").read_bytes() == before
 
 
-def test_a_link_to_nowhere_is_a_bad_file_and_the_others_go_on(gray_model, tmp_path):
+def test_a_link_to_nowhere_is_a_bad_file_and_the_others_continue(gray_model, tmp_path):
     images = write_images(tmp_path / "images", 1)
     (images / "lost.tif").symlink_to("/nowhere/lost.tif")
     (images / "loop.tif").symlink_to("loop.tif")

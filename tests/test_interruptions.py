@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_from_the_start_is_reported(databases, tmp_path):
     assert re.search(r"ERROR cannot write results in .*No space left on device.*\ncode 1\n$", output), output
 
 
-def test_a_full_disk_is_reported_and_the_checkpoint_before_it_is_gone_on_from(databases, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_resumes_from_the_checkpoint_before_it(databases, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     more = ["--test_every_n_steps", 10, "--learning_rate", 3e-3]

@@ -57,12 +57,12 @@ def test_numbers_are_little_endian_in_the_file_whatever_they_were_before():
     "value",
     [b"", b"short", b"x" * 200, encode_record(np.zeros((4, 4, 1), "u1"), np.zeros((4, 4), "u1"), [0], [1])[:-1]],
 )
-def test_bytes_that_are_no_whole_record_are_refused(value):
+def test_bytes_that_are_not_a_complete_record_are_refused(value):
     with pytest.raises(InputError):
         decode_record(value)
 
 
-def test_metadata_tells_classes_and_where_they_are(tmp_path):
+def test_metadata_has_the_classes_and_their_records(tmp_path):
     masks = [[[0, 0], [0, 5]], [[0, 0], [0, 0]], [[5, 5], [2, 2]]]
     with new_databases(tmp_path / "a.lmdb") as [writer]:
         for index, mask in enumerate(masks):
@@ -127,7 +127,7 @@ def test_a_database_of_another_version_is_refused_by_name(tmp_path, version, mon
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "truncated", "folder"])
-def test_a_file_that_is_no_whole_database_is_refused_by_name(tmp_path, damage):
+def test_a_file_that_is_not_a_complete_database_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "a.lmdb"
     write_small(path, count=2000)
     if damage == "missing":

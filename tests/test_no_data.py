@@ -98,7 +98,7 @@ def test_ignored_values_are_no_class_in_records_and_statistics(tmp_path, dtype, 
     assert counts.tolist() == [0, 0] and ignored_pixels == 0
 
 
-def test_what_is_to_be_ignored_has_to_be_said_once_and_in_whole_numbers(tmp_path):
+def test_what_is_to_be_ignored_has_to_be_given_once_and_in_whole_numbers(tmp_path):
     images, masks = make_folders(tmp_path)
     for index in range(3):
         image, mask = make_pair(index, dtype="float32")
@@ -391,7 +391,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 @pytest.mark.parametrize("options, value", [([], 0), (["--no_data_class", 255], 255), (["--no_data_class", 300], 300)])
-def test_masks_have_a_class_of_their_own_where_there_is_no_data(model, tmp_path, options, value):
+def test_masks_have_a_class_of_their_own_for_pixels_without_data(model, tmp_path, options, value):
     images = tmp_path / "images"
     images.mkdir()
     image = make_pair(0, (300, 280, 1), "float32")[0][..., 0]
@@ -451,7 +451,7 @@ def test_a_no_data_tag_is_a_pixel_of_the_images_type_or_nothing(tmp_path, dtype,
         assert file.no_data == value
 
 
-def test_a_no_data_tag_that_means_nothing_or_stands_in_a_mask_is_reported(tmp_path):
+def test_a_no_data_tag_that_means_nothing_or_is_in_a_mask_is_reported(tmp_path):
     for name, text in (("a", "none"), ("b", "0")):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((20, 20), np.uint8), **no_data_tag(text))
     with ImageFile(tmp_path / "a.tif") as file:

@@ -356,7 +356,7 @@ def test_objects_are_those_of_the_complete_mask(tmp_path, model, plain_model, ha
             np.testing.assert_array_equal(one, another)
 
 
-def test_objects_are_made_later_and_made_anew_for_new_masks(tmp_path, model):
+def test_objects_are_made_later_and_made_again_for_new_masks(tmp_path, model):
     write_objects(tmp_path, count=2)
     out, options = tmp_path / "out", ["--save_objects", 1]
     assert infer(model, tmp_path / "images", out).returncode == 0

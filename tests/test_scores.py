@@ -215,7 +215,7 @@ def test_a_list_of_images_that_cannot_be_is_refused(tmp_path, model, folders, na
     assert done.returncode == 2 and words in "".join(errors_of(done.stdout))
 
 
-def test_a_list_that_is_no_file_is_refused(tmp_path, model, folders):
+def test_a_list_that_is_not_a_file_is_refused(tmp_path, model, folders):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "folder"):

@@ -108,7 +108,7 @@ def test_what_a_killed_inference_left_is_cleared_by_the_next_one(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_model_that_is_replaced_while_it_is_loaded_is_loaded_anew(tmp_path, monkeypatch, at_once):
+def test_a_model_that_is_replaced_while_it_is_loaded_is_loaded_again(tmp_path, monkeypatch, at_once):
     import tensorflow as tf
 
     folder, load, loaded = tmp_path / "model", tf.saved_model.load, []
@@ -178,7 +178,7 @@ def test_leftovers_are_cleared_by_a_process_that_is_alone_and_by_no_other(tmp_pa
     assert os.listdir(tmp_path) == [unrelated.name]
 
 
-def test_work_goes_on_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
+def test_work_continues_without_locks(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -347,7 +347,7 @@ def test_a_signal_while_a_thread_is_started_or_awaited_closes_what_it_prepares(m
     assert closed == [True]
 
 
-def test_a_file_that_is_begun_and_never_finished_does_not_keep_the_process(tmp_path):
+def test_a_file_that_is_started_and_never_finished_does_not_keep_the_process(tmp_path):
     """A signal just before the context of the file is entered has this effect."""
     script = (
         "import sys, time, numpy as np, inference_unet\n"
@@ -473,7 +473,7 @@ def test_a_cluster_that_is_none_is_refused(text):
         train_unet.Cluster.find({"TF_CONFIG": text})
 
 
-def test_an_element_of_an_array_says_that_it_does_a_part_and_does_all_if_told(tmp_path):
+def test_an_element_of_an_array_reports_that_it_does_a_part_and_does_all_with_shard_1_of_1(tmp_path):
     options = [*images_and_model(tmp_path, 2), "--output_folder", tmp_path / "masks"]
     command = [str(ROOT / "inference_unet.py"), *map(str, options)]
     part = script_server().run(command, **array_of((1, 2), 2))
@@ -483,7 +483,7 @@ def test_an_element_of_an_array_says_that_it_does_a_part_and_does_all_if_told(tm
     assert complete.returncode == 0 and sorted(os.listdir(tmp_path / "masks")) == ["cell0.tif", "cell1.tif"]
 
 
-def test_an_image_that_no_record_can_hold_is_refused_with_the_way_out(tmp_path):
+def test_an_image_that_no_record_can_store_is_refused_with_a_solution(tmp_path):
     for name, dtype in (("images", "int32"), ("masks", "uint8")):
         (tmp_path / name).mkdir()
         for index in range(2):  # sparse files; only their header needs to be read

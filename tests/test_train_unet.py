@@ -345,7 +345,7 @@ def test_pictures_show_curves_and_predictions(run):
         assert name in run[1]
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(run, databases):
+def test_a_finished_run_started_again_reports_it_and_changes_nothing(run, databases):
     before = (run[0] / "metrics.csv").read_bytes()
     more = ["--test_every_n_steps", 15, "--max_epochs", 4, "--learning_rate", 3e-3]
     done = run_script("train_unet.py", *arguments(databases, run[0], *more))
@@ -444,7 +444,7 @@ def test_databases_of_different_label_maps_are_refused(databases, tmp_path):
     assert "Traceback" not in done.stdout and not (tmp_path / "out").exists()
 
 
-def test_masks_of_0_and_255_are_refused_with_the_label_map_that_mends_them(tmp_path):
+def test_masks_of_0_and_255_are_refused_with_the_label_map_that_fixes_them(tmp_path):
     images, masks = write_folders(tmp_path, count=3)
     for path in masks.iterdir():
         tifffile.imwrite(path, tifffile.imread(path) * 255)
@@ -542,7 +542,7 @@ def test_bad_input_is_refused_in_one_line(databases, tmp_path, more, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_files_that_are_no_run_to_go_on_with_is_refused(databases, tmp_path):
+def test_a_folder_with_files_that_are_not_a_run_to_resume_is_refused(databases, tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step\n1,10\n")
     for more, words in (
         ([], "contains results but no checkpoint"),
@@ -585,7 +585,7 @@ def test_a_test_on_the_training_images_is_refused_or_warned_of(databases, tmp_pa
         (None, "0", False, "TensorFlow 2.x was built without CUDA"),
     ],
 )
-def test_a_gpu_that_tensorflow_cannot_use_is_told_with_the_way_out(
+def test_a_gpu_that_tensorflow_cannot_use_is_reported_with_a_solution(
     monkeypatch, caplog, hidden, gpus_of_job, with_cuda, advice
 ):
     for name, value in (("CUDA_VISIBLE_DEVICES", hidden), ("SLURM_JOB_GPUS", gpus_of_job)):
@@ -599,7 +599,7 @@ def test_a_gpu_that_tensorflow_cannot_use_is_told_with_the_way_out(
     assert [advice in warning for warning in warnings] == ([True] if advice else [])
 
 
-def test_a_class_that_is_never_found_is_told_at_the_end(tmp_path):
+def test_a_class_that_is_never_found_is_reported_at_the_end(tmp_path):
     images, masks = write_folders(tmp_path, count=4)
     for index, path in enumerate(sorted(masks.iterdir())):
         mask = np.zeros((64, 64), np.uint8)
@@ -902,7 +902,7 @@ def test_a_gpu_that_cannot_compute_is_named_with_what_to_do(kind, message, advic
 
 
 @pytest.mark.parametrize("kind, message, _", FAILURES[1:3])
-def test_want_of_memory_is_told_as_such_in_training_and_in_drawing(kind, message, _):
+def test_lack_of_memory_is_reported_as_such_in_training_and_in_drawing(kind, message, _):
     import tensorflow as tf
 
     for context in (train_unet.training_errors(train_unet.Cluster()), train_unet.saving("the predictions")):
@@ -969,7 +969,7 @@ def start_from(model, folder, databases, *options):
         (1, 3, [-2, -1], ["its last layer is new: 3 classes instead of 2"]),
     ],
 )
-def test_a_run_begins_with_the_weights_of_another_one(tmp_path, run, channels, classes, new, words):
+def test_a_run_starts_with_the_weights_of_another_one(tmp_path, run, channels, classes, new, words):
     databases = build(tmp_path, count=6, shape=(64, 64, channels), dtype="uint8")
     model, folder = run[0] / "saved_model", tmp_path / "run"
     done = start_from(model, folder, databases, "--number_classes", classes)

@@ -152,7 +152,7 @@ def test_sums_of_millions_of_pixels_are_exact_enough():
     np.testing.assert_allclose(unet_model.sum_of_pixels(values), values.astype(np.float64).sum((1, 2, 3)), rtol=1e-4)
 
 
-def test_the_loss_of_a_training_step_is_that_of_the_softmax_it_begins_with():
+def test_the_loss_of_a_training_step_is_that_of_the_softmax_before_it():
     images, masks, _ = make_batch()
     trainer = make_trainer({"batch_norm": False}, Loss(2, with_dice=True))
     softmax = tf.nn.softmax(trainer.model(images)).numpy().astype(np.float64)
