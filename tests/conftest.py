@@ -219,7 +219,10 @@ def shared_memory_of(pid):
 
 LONG_FILES = ("test_slurm.py", "test_interruptions.py", "test_full_disk.py")
 # When these start first, two processes finish at about the same time.
-FIRST_FILES = (*LONG_FILES, "test_train_unet.py", "test_inference_unet.py", "test_build_lmdb.py", "test_readme.py")
+FIRST_FILES = (
+    *LONG_FILES, "test_train_unet.py", "test_unet_model.py", "test_inference_unet.py", "test_foreign_state.py",
+    "test_readme.py", "test_benchmarks.py", "test_shared_folders.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):

@@ -113,6 +113,7 @@ def test_a_mask_is_complete_or_not_there(server, tmp_path):
     assert at > 20 and done.returncode == 0
 
 
+@pytest.mark.timeout(1200)
 def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(server, databases, tmp_path):
     """Try some kinds of calls and files, because each takes two runs. Set FULL_DISK_STRIDE to 1 to try all."""
     log, folder, expected = tmp_path / "log", tmp_path / "full", tmp_path / "expected"
@@ -123,7 +124,7 @@ def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(s
     for number, (name, path) in enumerate(calls_of(log), 1):
         first_of_kind.setdefault((name, kind_of(path)), number)
     assert len(first_of_kind) > 30
-    for at in list(first_of_kind.values())[:: int(os.environ.get("FULL_DISK_STRIDE", 8))]:
+    for at in list(first_of_kind.values())[:: int(os.environ.get("FULL_DISK_STRIDE", 12))]:
         shutil.rmtree(folder, ignore_errors=True)
         done = server.run(command, **variables(folder, log, at))
         assert_one_line(done.stdout, done.returncode)

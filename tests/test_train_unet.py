@@ -417,7 +417,8 @@ def test_float_images_of_a_small_range_are_learned_from_and_recognized_in_other_
     paths = ["--image_folder", images, "--mask_folder", masks, "--output_folder", tmp_path]
     assert run_script("build_lmdb.py", *paths).returncode == 0
     databases = [tmp_path / f"{side}-dataset.lmdb" for side in ("train", "test")]
-    done = run_script("train_unet.py", *arguments(databases, tmp_path / "run", "--max_epochs", 2))
+    fast = ["--max_epochs", 2, "--test_every_n_steps", 200, "--learning_rate", 1e-2]
+    done = run_script("train_unet.py", *arguments(databases, tmp_path / "run", *fast))
     assert done.returncode == 0, done.stdout
     assert float(read_csv(tmp_path / "run" / "metrics.csv")[-1]["mean_iou"]) > 0.8
     tifffile.imwrite(images / "other.tif", tifffile.imread(images / "cell0.tif") / np.float32(65535))
