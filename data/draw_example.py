@@ -15,30 +15,46 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_files import ChannelStatistics, displayable, normalize, read_image
+from inference_unet import CONFUSED_COLOR, FALSE_COLOR, MISSED_COLOR
 from lmdb_utils import Database
 
 ROWS = 2
 
 
 def draw(panels: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], output: Path) -> None:
-    """Save a picture with a row of image, truth and prediction for each panel."""
+    """Save a picture with a row of image, truth, prediction and errors for each panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(panels), 3, figsize=(9, 3.1 * len(panels)), squeeze=False)
+    figure, axes = pyplot.subplots(len(panels), 4, figsize=(12, 3.1 * len(panels)), squeeze=False)
     for row, (name, image, truth, predicted) in zip(axes, panels):
         classes = max(truth.max(), predicted.max(), 1)
         statistics = ChannelStatistics.measure([image])
-        row[0].imshow(displayable(normalize(image, statistics.mean, statistics.deviation)))
+        picture = displayable(normalize(image, statistics.mean, statistics.deviation))
+        row[0].imshow(picture)
         row[1].imshow(truth, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
         row[2].imshow(predicted, cmap="viridis", vmin=0, vmax=classes, interpolation="nearest")
-        for axis, title in zip(row, (name, "truth", "prediction")):
+        row[3].imshow(with_errors(picture, truth, predicted), interpolation="nearest")
+        for axis, title in zip(row, (name, "truth", "prediction", "errors")):
             axis.set_title(title, fontsize=9)
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
+
+
+def with_errors(picture: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return a picture (H, W, 3) in gray with wrong pixels in the colors that overlays have."""
+    gray = np.repeat(picture.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    wrong = truth != predicted
+    for kind, color in (
+        (truth == 0, FALSE_COLOR),
+        (predicted == 0, MISSED_COLOR),
+        (truth * predicted > 0, CONFUSED_COLOR),
+    ):
+        gray[wrong & kind] = color
+    return gray
 
 
 def main() -> int:

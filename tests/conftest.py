@@ -115,9 +115,9 @@ def errors_of(output):
 
 
 def readme_commands():
-    """Return the commands of the README, in order."""
+    """Return the commands of the README, in order, each in one line."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines()]
 
 
 def make_pair(seed, shape=(64, 64, 1), dtype="uint16", classes=2):
