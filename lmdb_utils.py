@@ -769,7 +769,10 @@ def lmdb_errors(filepath: PathLike) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as error:
-        advice = "" if number_of(error) else "; it is not a database or is damaged, so copy it or build it again"
+        if isinstance(error, lmdb.VersionMismatchError) or "data format" in str(error):
+            advice = "; another version of LMDB wrote it, so build it again"
+        else:
+            advice = "" if number_of(error) else "; it is not a database or is damaged, so copy it or build it again"
         raise InputError(f"cannot read the database {os.fspath(filepath)}: {cause_of(error)}{advice}") from error
 
 

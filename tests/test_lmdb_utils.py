@@ -1,5 +1,7 @@
+import mmap
 import os
 import re
+import struct
 from pathlib import Path
 
 import lmdb
@@ -147,6 +149,17 @@ def test_a_database_of_another_program_is_refused(tmp_path):
     with lmdb.open(str(tmp_path / "a.lmdb"), subdir=False) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"key", b"value")
     with pytest.raises(InputError, match="a.lmdb is an LMDB database, but not one made by build_lmdb.py"):
+        Database(tmp_path / "a.lmdb")
+
+
+def test_a_file_of_another_version_of_lmdb_is_refused_as_such(tmp_path):
+    write_small(tmp_path / "a.lmdb")
+    content = bytearray((tmp_path / "a.lmdb").read_bytes())
+    magic, size = struct.pack("<I", 0xBEEFC0DE), mmap.PAGESIZE
+    for page in (0, size):  # both meta pages have the version after the magic number
+        struct.pack_into("<I", content, content.index(magic, page, page + size) + len(magic), 2)
+    (tmp_path / "a.lmdb").write_bytes(content)
+    with pytest.raises(InputError, match="a.lmdb: .*; another version of LMDB wrote it, so build it again"):
         Database(tmp_path / "a.lmdb")
 
 
