@@ -682,21 +682,30 @@ def read_if_small(path: Path) -> Optional[bytes]:
             return None
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed read does not name its file
+        raise
     finally:
         os.close(descriptor)
 
 
-def read_own_file(path: Path) -> str:
-    """Return the text of a file that the suite wrote and that may have been changed since.
+def read_own_bytes(path: Path) -> bytes:
+    """Return the content of a file that the suite wrote and that may have been changed since.
 
     Raises
     ------
     InputError
-        If it is not a regular file, larger than any that the suite writes, or not UTF-8.
+        If it is not a regular file, or larger than any that the suite writes.
     """
     content = read_if_small(path)
     if content is None:
         raise InputError(f"{path} was not written by this suite; move it away")
+    return content
+
+
+def read_own_file(path: Path) -> str:
+    """Return the text of a file that the suite wrote; raise `InputError` as `read_own_bytes`, or if it is not UTF-8."""
+    content = read_own_bytes(path)
     try:
         return content.decode()
     except UnicodeDecodeError as error:

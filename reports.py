@@ -27,6 +27,7 @@ from cli import (
     optional,
     printable,
     read_json,
+    read_own_bytes,
     read_own_file,
     real,
     replacing,
@@ -746,7 +747,7 @@ def row_of_page(figures: Figures, thumbnail: Path, shown: Sequence[int], scored:
     """Return the cells of an image."""
     picture = ""
     if thumbnail.is_file():
-        picture = picture_in_html(thumbnail.read_bytes(), "jpeg", f"image and mask of {figures.image}")
+        picture = picture_in_html(read_own_bytes(thumbnail), "jpeg", f"image and mask of {figures.image}")
     total = max(int(figures.pixels.sum()), 1)
     numbers = [figures.pixels[class_id] / total for class_id in shown]
     probability = math.nan if figures.probability is None else figures.probability

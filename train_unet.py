@@ -1255,8 +1255,11 @@ class RunState:
         return cls(stopping, **{name: values[name] for name in STATE_CHECKS})
 
 
+MOST_STEPS = 2**53  # more than any run takes, so that no sum of steps or samples overflows
 STATE_CHECKS = {
-    **dict.fromkeys(("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0)),
+    **dict.fromkeys(
+        ("step", "planned_steps", "plateaus", "samples", "epoch", "epoch_step", "best_epoch"), whole(0, MOST_STEPS)
+    ),
     **dict.fromkeys(("seconds", "planned_minutes", "epoch_loss", "epoch_pixels"), real(0, 1e18)),  # more would overflow
     "initial_model": any_text,
 }
@@ -1264,7 +1267,7 @@ STATE_CHECKS = {
 EARLIER_STATE = {"seconds": 0.0, "planned_steps": 0, "planned_minutes": 0.0, "plateaus": 0, "initial_model": ""}
 EARLIER_SETTINGS = {"loss": "cross_entropy", "dropout": 0.5, "average_weights": 0, "deep_supervision": 0}
 STOPPING_CHECKS = {
-    **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0)),
+    **dict.fromkeys(("patience", "epochs_without_improvement"), whole(0, MOST_STEPS)),
     **dict.fromkeys(("best_loss", "_reference_loss"), real()),
 }
 

@@ -327,6 +327,7 @@ def resume(finished, databases, tmp_path, change):
 STATE = dataclasses.asdict(train_unet.RunState(train_unet.EarlyStopping(1)))
 STATES = [*NO_OBJECTS, "{}", '{"step": "x"}', '{"settings": 5}']
 STATES += [json.dumps({**STATE, name: 10**400}) for name in ("step", "epoch_loss", "planned_minutes")]
+STATES += [json.dumps({**STATE, "step": 2**62})]
 STATES += [json.dumps({**STATE, "seconds": seconds}) for seconds in (-1e308, -1, 1e308, math.inf, math.nan)]
 STATES += [json.dumps({**STATE, "stopping": {**STATE["stopping"], "_reference_loss": 10**400}})]
 

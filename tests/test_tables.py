@@ -296,6 +296,15 @@ def test_figures_that_somebody_changed_are_reported(tmp_path, model, images, dam
         assert done.returncode == 0 and json.loads(file.read_text())["image"] == "a.tif", done.stdout
 
 
+def test_a_thumbnail_that_cannot_be_read_is_named(tmp_path, model, images):
+    assert infer(model, images, tmp_path / "masks", "--save_report", 1).returncode == 0
+    thumbnail = sorted((tmp_path / "masks" / "figures").glob("*.jpg"))[0]
+    thumbnail.unlink()
+    thumbnail.symlink_to("/proc/self/mem")  # a regular file, but reading it from the start fails
+    done = infer(model, images, tmp_path / "masks", "--save_report", 1)
+    assert done.returncode == 2 and str(thumbnail) in errors_of(done.stdout)[-1], done.stdout
+
+
 def test_a_folder_in_the_place_of_a_result_is_named(tmp_path, model, images):
     (tmp_path / "masks" / "table.csv").mkdir(parents=True)
     done = infer(model, images, tmp_path / "masks", "--save_table", 1)
