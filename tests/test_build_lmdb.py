@@ -478,7 +478,7 @@ def test_values_that_the_label_map_does_not_name_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "masks" / "cell0.tif", np.full((64, 64), 7, np.uint8))
     refused(
         tmp_path,
-        "1 masks with values that --label_map does not name:",
+        "masks with values that --label_map does not name (1):",
         "masks/cell0.tif",
         "found 7",
         arguments=["--label_map", "0:0,1:1"],
@@ -950,8 +950,8 @@ def test_the_test_images_can_be_listed(tmp_path):
     [
         ("cell1\ncell9\ncell8.tif\n", "found cell9, cell8.tif not in"),
         ("cell1\ncell2\ncell1.tif\n", "found cell1 more than once"),
-        ("\n", "found 0 names, none of them"),
-        ("cell0\ncell1\ncell2\ncell3\n", "found 4 names, all of them"),
+        ("\n", "found 0 names, none of these images"),
+        ("cell0\ncell1\ncell2\ncell3\n", "found 4 names, all of these images"),
         (None, "cannot read --test_list"),
     ],
 )
