@@ -49,6 +49,15 @@ def test_a_benchmark_prints_one_line_of_finite_figures(name):
     assert "numpy" in results["machine"]
 
 
+def test_the_sheet_of_objects_is_drawn(tmp_path):
+    images, masks = write_folders(tmp_path, count=2)
+    run_benchmark(
+        "objects_sheet.py", images, masks, masks, "--output", tmp_path / "sheet.png", "--titles", "one", "two"
+    )
+    rows, columns, _ = skimage.io.imread(tmp_path / "sheet.png").shape
+    assert columns > rows > 400  # two images in rows, each with two folders of objects
+
+
 def test_the_throughput_of_a_peer_is_read_from_its_output(tmp_path):
     peer = tmp_path / "a peer.py"
     peer.write_text("import sys; print('n=32 workers=1 of', sys.argv[1:], ': 12.5 img/s')")
