@@ -755,7 +755,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("train_unet", "Script which trains a unet model")
     add_data_options(parser.add_argument_group("data"))
     add_training_options(parser.add_argument_group("training"))
-    add_learning_options(parser.add_argument_group("network, loss and schedule"))
+    group = parser.add_argument_group("network, loss and schedule")
+    add_network_options(group)
+    add_loss_options(group)
     add_run_options(parser.add_argument_group("run"))
     return parser
 
@@ -798,8 +800,8 @@ def add_training_options(group: Any) -> None:
     group.add_argument("--reader_count", type=process_count, default=1, help=text)
 
 
-def add_learning_options(group: Any) -> None:
-    """Add options beyond the specification: the network, its loss, and how long to train it."""
+def add_network_options(group: Any) -> None:
+    """Add options beyond the specification: the network, and how long to train it."""
     text = (
         "number of features at the network's top level, doubled at each of the four levels below; 8 or 16 suit a laptop"
     )
@@ -822,6 +824,10 @@ def add_learning_options(group: Any) -> None:
         "--early_stopping; 'constant' keeps it unchanged"
     )
     group.add_argument("--schedule", choices=("falling", "constant"), default="falling", help=text)
+
+
+def add_loss_options(group: Any) -> None:
+    """Add options beyond the specification: the loss, dropout, and the average of the weights."""
     text = (
         "loss that training minimizes and that selects the best model; cross_entropy_dice adds the Dice loss, in which "
         "small classes matter as much as large ones"

@@ -35,7 +35,6 @@ SMALL = {
     "reader_startup.py": ["--records", 200, "--runs", 1],
     "training_step.py": [
         "--case", "32:1:uint8", "--batch_size", 2, "--baseline_feature_depth", 2, "--steps", 2, "--runs", 1, "--pin", 1,
-        "--compare", 0,
     ],
     "inference_tiling.py": ["--edge", 500, "--tile_size", 256, "--runs", 1, "--memory_edges", 300],
 }  # fmt: skip

@@ -124,7 +124,7 @@ def test_a_training_ends_like_an_undisturbed_one_whatever_could_not_be_written(s
     for number, (name, path) in enumerate(calls_of(log), 1):
         first_of_kind.setdefault((name, kind_of(path)), number)
     assert len(first_of_kind) > 30
-    for at in list(first_of_kind.values())[:: int(os.environ.get("FULL_DISK_STRIDE", 16))]:
+    for at in list(first_of_kind.values())[:: int(os.environ.get("FULL_DISK_STRIDE", 8))]:
         shutil.rmtree(folder, ignore_errors=True)
         done = server.run(command, **variables(folder, log, at))
         assert_one_line(done.stdout, done.returncode)

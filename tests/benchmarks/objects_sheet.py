@@ -17,8 +17,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from cli import run_script, seed_int
+from cli import run_script
 from image_files import ChannelStatistics, displayable, normalize, read_image
+from inference_unet import OBJECT_COLORS
 
 
 def file_of(folder, name):
@@ -27,12 +28,9 @@ def file_of(folder, name):
     return path
 
 
-def in_colors(ids, seed):
-    """Return a picture (H, W, 3) in which each object has a color of its own and the background is black."""
-    hues = np.random.default_rng(seed).permutation(int(ids.max()) + 1) / (int(ids.max()) + 1)
-    colors = matplotlib.colormaps["hsv"](hues)[:, :3]
-    colors[0] = 0
-    return colors[ids]
+def in_colors(ids):
+    """Return a picture (H, W, 3) in which objects have the colors of the report and the background is black."""
+    return np.where(ids[..., None] > 0, OBJECT_COLORS[ids % len(OBJECT_COLORS)], 0)
 
 
 def draw(args):
@@ -48,7 +46,7 @@ def draw(args):
         row[0].imshow(displayable(normalize(image, statistics.mean, statistics.deviation)))
         for panel, folder in zip(row[1:], args.folders):
             ids = read_image(file_of(folder, name), as_mask=True)[..., 0].astype(np.int64)
-            panel.imshow(in_colors(ids, args.seed), interpolation="nearest")
+            panel.imshow(in_colors(ids), interpolation="nearest")
             panel.set_xlabel(f"{np.count_nonzero(np.bincount(ids.ravel())[1:])} objects", fontsize=8)
         for panel in row:
             panel.set_xticks([])
@@ -70,7 +68,6 @@ def build_parser():
     )
     parser.add_argument("--titles", nargs="+", help="titles of the folder columns; the folder names by default")
     parser.add_argument("--channels", type=int, default=3, help="number of image channels to use")
-    parser.add_argument("--seed", type=seed_int, default=0, help="random seed; another seed draws other colors")
     return parser
 
 
