@@ -244,8 +244,8 @@ def printable(text: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, such as "1 image" or "2 images"; a noun that ends in s gets "es"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+    """Return a number and its noun, such as "1 image" or "2 images"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def log_settings(args: argparse.Namespace) -> None:

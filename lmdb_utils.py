@@ -769,6 +769,7 @@ def lmdb_errors(filepath: PathLike) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as error:
+        # Only in words does a recent py-lmdb distinguish another file format from other errors.
         if isinstance(error, lmdb.VersionMismatchError) or "data format" in str(error):
             advice = "; another version of LMDB wrote it, so build it again"
         else:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/objects_sheet.py images truth out_without/objects out_with/objects --output objects.png
 
-Each row shows an image and, from each folder, the objects in the file of the same name, each in its own color.
+Each row shows an image and, from each folder, the objects in the file of the same name, in the colors of the report.
 """
 
 import argparse
